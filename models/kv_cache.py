@@ -1,0 +1,70 @@
+"""Keys and values: for each request, exactly the rows and layers that its route keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class RequestCache:
+    """One request's keys and values in one allocation: a slab [2, kv_heads, rows, head_dim] for each layer that runs.
+
+    Sized once, at admission; nothing is allocated or copied while tokens are made.
+    """
+
+    def __init__(self, rows: Sequence[int], kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.capacity = tuple(rows)
+        self.lengths = [0] * len(rows)
+        flat = torch.empty(2 * kv_heads * head_dim * sum(rows), dtype=dtype, device=device)
+        sizes = [2 * kv_heads * head_dim * n for n in rows]
+        self._slabs = [
+            part.view(2, kv_heads, n, head_dim) if n else None for part, n in zip(flat.split(sizes), rows, strict=True)
+        ]
+        self.nbytes = flat.numel() * flat.element_size()
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add rows [n, kv_heads, head_dim] to a layer; return all its keys and values as [kv_heads, length, head_dim] views."""
+        slab = self._slabs[layer]
+        start, stop = self.lengths[layer], self.lengths[layer] + len(keys)
+        if slab is None or stop > self.capacity[layer]:
+            raise RuntimeError(f"layer {layer} has room for {self.capacity[layer]} rows, not {stop}")
+        slab[0, :, start:stop] = keys.transpose(0, 1)
+        slab[1, :, start:stop] = values.transpose(0, 1)
+        self.lengths[layer] = stop
+        return slab[0, :, :stop], slab[1, :, :stop]
+
+
+class KVCache:
+    """All requests' caches under one budget of rows (one row is one token in one layer).
+
+    The budget is memory that is never over-committed: a request's rows are taken whole when it is admitted and given back whole.
+    """
+
+    def __init__(self, budget: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.budget = budget
+        self.used = 0
+        self._shape = (kv_heads, head_dim, dtype, device)
+        self._live: dict[str, RequestCache] = {}
+
+    def allocate(self, request_id: str, rows: Sequence[int]) -> RequestCache:
+        if request_id in self._live:
+            raise ValueError(f"request {request_id} already holds a cache")
+        if self.used + sum(rows) > self.budget:
+            raise MemoryError(f"{sum(rows)} rows asked for, {self.budget - self.used} of {self.budget} are free")
+        cache = self._live[request_id] = RequestCache(rows, *self._shape)
+        self.used += sum(rows)
+        return cache
+
+    def free(self, request_id: str) -> None:
+        cache = self._live.pop(request_id, None)
+        if cache is not None:
+            self.used -= sum(cache.capacity)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless what is used is exactly what live requests hold, within the budget."""
+        held = sum(sum(cache.capacity) for cache in self._live.values())
+        assert held == self.used <= self.budget, f"{held} rows held, {self.used} counted, budget {self.budget}"
+        for cache in self._live.values():
+            assert all(n <= c for n, c in zip(cache.lengths, cache.capacity, strict=True))

@@ -1,0 +1,101 @@
+"""The CLIP vision tower and the projector: pixels to visual tokens, and how much the class token looks at each.
+
+Only the layers below the feature layer run: LLaVA-1.5 reads the output of the last layer but one, and its last layer,
+the final norm and the pooling are never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlavaConfig
+from transformers.activations import ACT2FN
+
+from models.linear import Linear
+
+
+@dataclass
+class VisionBlock:
+    norm1: tuple[Tensor, Tensor]
+    qkv: Linear
+    out: Linear
+    norm2: tuple[Tensor, Tensor]
+    up: Linear
+    down: Linear
+
+
+@dataclass
+class ImageFeatures:
+    """`tokens` [images, visual_tokens, width of the text model]; `attention` [images, visual_tokens], rows sum to at most 1."""
+
+    tokens: Tensor
+    attention: Tensor
+
+
+@dataclass
+class VisionTower:
+    config: LlavaConfig
+    patch_embedding: Tensor  # [width, 3, patch, patch]
+    class_embedding: Tensor  # [width]
+    position_embedding: Tensor  # [1 + patches, width]
+    pre_norm: tuple[Tensor, Tensor]
+    blocks: list[VisionBlock]
+    projector: tuple[Linear, Linear]
+
+    def __call__(self, pixels: Tensor) -> ImageFeatures:
+        """Encode `pixels` [images, 3, height, width], normalised, in the model's dtype."""
+        config, clip = self.config, self.config.vision_config
+        images = len(pixels)
+        patches = F.conv2d(pixels, self.patch_embedding, stride=clip.patch_size).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(images, 1, -1), patches], dim=1).add_(self.position_embedding)
+        x = F.layer_norm(x, x.shape[-1:], *self.pre_norm, clip.layer_norm_eps)
+        wanted = feature_layers(config)
+        taken = {0: x} if 0 in wanted else {}
+        attention = torch.empty(0)
+        for index, block in enumerate(self.blocks, 1):
+            x, attention = self._block(x, block, last=index == len(self.blocks))
+            if index in wanted:
+                taken[index] = x
+        features = torch.cat([taken[i] for i in wanted], dim=-1) if len(wanted) > 1 else taken[wanted[0]]
+        if config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]
+        else:  # "full" keeps the class token as a visual token; it must never be dropped
+            attention = F.pad(attention, (1, 0), value=1.0)
+        first, second = self.projector
+        return ImageFeatures(second(ACT2FN[config.projector_hidden_act](first(features))), attention)
+
+    def _block(self, x: Tensor, block: VisionBlock, *, last: bool) -> tuple[Tensor, Tensor]:
+        clip = self.config.vision_config
+        images, rows, width = x.shape
+        heads, dim = clip.num_attention_heads, width // clip.num_attention_heads
+        qkv = block.qkv(F.layer_norm(x, (width,), *block.norm1, clip.layer_norm_eps))
+        query, key, value = qkv.view(images, rows, 3, heads, dim).permute(2, 0, 3, 1, 4)
+        attention = class_attention(query, key) if last else torch.empty(0)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        x = block.out(mixed.transpose(1, 2).reshape(images, rows, width)).add_(x)
+        hidden = activate(block.up(F.layer_norm(x, (width,), *block.norm2, clip.layer_norm_eps)), clip.hidden_act)
+        return block.down(hidden).add_(x), attention
+
+
+def feature_layers(config: LlavaConfig) -> list[int]:
+    """The layers whose output the projector reads, as counts of layers run (0 is the embedding)."""
+    total = config.vision_config.num_hidden_layers + 1
+    chosen = config.vision_feature_layer
+    return [i % total for i in ([chosen] if isinstance(chosen, int) else chosen)]
+
+
+def class_attention(query: Tensor, key: Tensor) -> Tensor:
+    """Attention of the class token to every patch, mean over heads: [images, patches] in float32."""
+    logits = (query[:, :, :1].float() @ key.float().transpose(-1, -2)) * query.shape[-1] ** -0.5
+    return logits.softmax(-1).mean(1)[:, 0, 1:]
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    if name == "quick_gelu":  # x * sigmoid(1.702 x) with one temporary instead of three
+        return (x * 1.702).sigmoid_().mul_(x)
+    activation: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return activation(x)

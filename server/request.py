@@ -1,0 +1,108 @@
+"""What travels between the HTTP side and the engine: a request in, events out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy; `logprobs` is how many alternatives to report, None for none at all."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """Pixels ready for the vision tower, float32 [3, height, width], and the digest that caches are keyed by."""
+
+    pixels: torch.Tensor
+    digest: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a reply says about its own route."""
+
+    level: str
+    reason: str
+    visual_tokens: int
+    visual_tokens_total: int
+    layers: int
+    layers_total: int
+    flops_ratio: float
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first event: the route is made and prefill is done. `timings` are seconds per stage."""
+
+    receipt: Receipt
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """More text (maybe none yet: a stop string or a character may be half seen) and the logprobs of the tokens behind it."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of an answered request. `timings` are seconds per stage: queue, image, encode, route, prefill, decode."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    receipt: Receipt
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The last event of a request that the engine could not answer; other requests go on."""
+
+    message: str
+
+
+Event = Started | Delta | Finished | Failed
+
+
+@dataclass
+class Request:
+    """One answer to make. `prompt` holds each image's token `visual_tokens` times over; `emit` is called on the engine's thread."""
+
+    id: str
+    prompt: list[int]
+    images: list[PreparedImage]
+    level: str
+    sampling: Sampling
+    emit: Callable[[Event], None]
+    reason: str = "default"  # where the level came from: header, body, alias, detail or default
+    timings: dict[str, float] = field(default_factory=dict)
+    created: float = field(default_factory=time.monotonic)

@@ -1,0 +1,225 @@
+"""Our forward against transformers' on random models, and the promise that what is left out is not computed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from models.forward import forward, prompt_work, token_work
+from models.kv_cache import KVCache, RequestCache
+from models.linear import Linear
+from models.llava import Llava, from_transformers
+from models.random_llava import random_model, tiny_config
+from models.route import Route
+
+IMAGE, VISUAL = 127, 16
+
+
+def pair(kind: str = "llama", **options: object):
+    """The same random weights twice: transformers' model, and ours."""
+    config = tiny_config(kind, **options)
+    return random_model(config, seed=1), from_transformers(random_model(config, seed=1))
+
+
+def prompt(images: int, text: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(3, 120, (text,), generator=generator).tolist()
+    return [1, *([*[IMAGE] * VISUAL, 5] * images), *words]
+
+
+def pixels(images: int, seed: int) -> torch.Tensor | None:
+    return torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) if images else None
+
+
+class Session:
+    """One request driven by hand through the model."""
+
+    def __init__(self, model: Llava, ids: list[int], images: torch.Tensor | None, route: Route | None = None) -> None:
+        visual = None if images is None else model.vision(images).tokens.flatten(0, 1)
+        count = 0 if visual is None else len(visual)
+        self.model, self.ids = model, list(ids)
+        self.route = route or Route.full(count, model.layers)
+        rows = [n + 32 if n else 0 for n in self.route.rows(len(ids))]
+        self.cache = RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device)
+        self.work = prompt_work(model, torch.tensor(ids), visual, self.route, self.cache)
+
+    def push(self, token: int) -> None:
+        self.work = token_work(self.model, torch.tensor([token]), len(self.ids), self.route, self.cache)
+        self.ids.append(token)
+
+
+def greedy(sessions: list[Session], steps: int) -> list[list[int]]:
+    made: list[list[int]] = [[] for _ in sessions]
+    for _ in range(steps):
+        logits = forward(sessions[0].model, [s.work for s in sessions])
+        for session, out, token in zip(sessions, made, logits.argmax(-1).tolist(), strict=True):
+            out.append(token)
+            session.push(token)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("llama", {"kv_heads": 4}), ("llama", {"kv_heads": 2}), ("llama", {"bias": True}), ("mistral", {}), ("qwen2", {})],
+)
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_matches_transformers_in_prefill_and_16_decode_steps(kind, options, images):
+    reference, model = pair(kind, **options)
+    ids, pics = prompt(images, 7, seed=2), pixels(images, seed=3)
+    session = Session(model, ids, pics)
+    for _ in range(17):
+        with torch.no_grad():
+            expected = reference(input_ids=torch.tensor([session.ids]), pixel_values=pics).logits[0, -1]
+        got = forward(model, [session.work])[0]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        session.push(int(expected[:IMAGE].argmax()))  # an image token would ask for pixels
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 1, [-1, -2], [1, 3]])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_image_features_match_transformers(layer, strategy):
+    config = tiny_config()
+    config.vision_feature_layer, config.vision_feature_select_strategy = layer, strategy
+    if isinstance(layer, list) and strategy == "full":
+        pytest.skip("transformers keeps the class token of several layers too; parity is covered by the single layers")
+    reference, model = random_model(config, seed=1), from_transformers(random_model(config, seed=1))
+    pics = pixels(2, seed=4)
+    expected = reference.model.get_image_features(
+        pics, vision_feature_layer=layer, vision_feature_select_strategy=strategy
+    ).pooler_output
+    features = model.vision(pics)
+    torch.testing.assert_close(features.tokens, torch.stack(list(expected)), rtol=1e-4, atol=1e-5)
+    assert features.attention.shape == features.tokens.shape[:2]
+    assert model.visual_tokens_per_image == features.tokens.shape[1]
+
+
+def test_unused_vision_layers_are_not_computed():
+    _, model = pair()
+    assert len(model.vision.blocks) == 2  # of three; the feature layer is -2
+
+
+def routes() -> dict[str, Route]:
+    return {
+        "full": Route.full(VISUAL, 3),
+        "few": Route(VISUAL, (0, 3, 7, 15), (True, True, True)),
+        "late": Route(VISUAL, (1, 2), (True, True, True), drop_layer=2),
+        "skip": Route(VISUAL, tuple(range(VISUAL)), (True, False, True)),
+        "both": Route(VISUAL, (5,), (False, True, True), drop_layer=1),
+        "blind": Route(VISUAL, (), (True, True, False)),
+    }
+
+
+def test_mixed_routes_and_lengths_in_one_batch_answer_as_each_alone():
+    _, model = pair()
+    asked = [(prompt(1, 3 + i, seed=i), pixels(1, seed=i), route) for i, route in enumerate(routes().values())]
+    asked += [(prompt(0, 9, seed=9), None, None), (prompt(1, 1, seed=8), pixels(1, seed=8), None)]
+    alone = [greedy([Session(model, *one)], 12)[0] for one in asked]
+    assert greedy([Session(model, *one) for one in asked], 12) == alone
+
+
+def test_requests_may_join_while_others_decode():
+    _, model = pair()
+    first, second = (prompt(1, 4, 1), pixels(1, 1)), (prompt(1, 6, 2), pixels(1, 2), routes()["both"])
+    alone = [greedy([Session(model, *one)], 8)[0] for one in (first, second)]
+    early, late = Session(model, *first), Session(model, *second)
+    head = greedy([early], 3)[0]
+    both = greedy([early, late], 5)
+    assert head + both[0] == alone[0]
+    assert both[1] == alone[1][:5]
+
+
+@pytest.mark.parametrize("name", ["few", "late", "blind"])
+def test_dropping_equals_a_reference_that_masks(name):
+    """transformers' layers run on all rows; from the drop layer on, dropped rows are masked as keys."""
+    reference, model = pair()
+    route, ids, pics = routes()[name], prompt(1, 5, seed=6), pixels(1, seed=6)
+    got = forward(model, [Session(model, ids, pics, route).work])[0]
+    text = reference.model.language_model
+    with torch.no_grad():
+        features = torch.cat(list(reference.model.get_image_features(pics, vision_feature_layer=-2,
+                             vision_feature_select_strategy="default").pooler_output))  # fmt: skip
+        hidden = text.embed_tokens(torch.tensor([ids]))
+        places = (torch.tensor(ids) == IMAGE).nonzero()[:, 0]
+        hidden[0, places] = features
+        positions = torch.arange(len(ids))[None]
+        dropped = [int(places[i]) for i in range(VISUAL) if i not in route.kept]
+        causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+        masked = causal.clone()
+        masked[:, dropped] = False
+        masked[dropped, dropped] = True  # a dropped row's own output is read by nobody
+        for index, layer in enumerate(text.layers):
+            if not route.layers[index]:
+                continue
+            mask = (masked if index >= route.drop_layer else causal)[None, None]
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=text.rotary_emb(hidden, positions))
+        expected = reference.lm_head(text.norm(hidden))[0, -1]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_computed_for_dropped_tokens_or_skipped_layers(monkeypatch):
+    _, model = pair()
+    names = {id(matrix): name for name, matrix in model.linears().items()}
+    rows: Counter[str] = Counter()
+    call = Linear.__call__
+
+    def counting(self: Linear, x: torch.Tensor) -> torch.Tensor:
+        rows[names[id(self)]] += len(x)
+        return call(self, x)
+
+    for name, route in routes().items():
+        ids = prompt(1, 6, seed=5)
+        session = Session(model, ids, pixels(1, seed=5), route)
+        rows.clear()
+        monkeypatch.setattr(Linear, "__call__", counting)
+        forward(model, [session.work])
+        session.push(9)
+        forward(model, [session.work])
+        monkeypatch.undo()
+        expected = route.rows(len(ids))
+        last = max(i for i, runs in enumerate(route.layers) if runs)
+        for layer in range(3):
+            decoded = int(route.layers[layer])
+            assert rows[f"language.{layer}.qkv"] == expected[layer] + decoded, (name, layer)
+            after = 1 if layer == last else expected[layer]  # the last layer goes on with the one row that is read
+            for matrix in ("out", "gate_up", "down"):
+                assert rows[f"language.{layer}.{matrix}"] == after + decoded, (name, layer, matrix)
+        assert rows["head"] == 2
+        assert session.cache.lengths == [n + 1 if n else 0 for n in expected], name
+
+
+def test_kv_memory_is_rows_times_layers_that_run():
+    _, model = pair()
+    row = 2 * model.kv_heads * model.head_dim * 4
+    for route in routes().values():
+        cache = RequestCache(route.rows(30), model.kv_heads, model.head_dim, model.dtype, model.device)
+        assert cache.nbytes == row * sum(route.rows(30))
+
+
+def test_kv_budget_is_never_over_committed_and_all_comes_back():
+    cache = KVCache(100, 2, 8, torch.float32, torch.device("cpu"))
+    cache.allocate("a", [30, 0, 30])
+    with pytest.raises(MemoryError, match="40 of 100 are free"):
+        cache.allocate("b", [41])
+    with pytest.raises(ValueError, match="already holds"):
+        cache.allocate("a", [1])
+    cache.allocate("b", [40])
+    cache.check_integrity()
+    cache.free("a")
+    cache.free("a")
+    cache.free("b")
+    cache.check_integrity()
+    assert cache.used == 0
+
+
+def test_weights_are_held_once():
+    """Fusing empties the modules as it goes; only the fused matrices remain."""
+    source = random_model(tiny_config(), seed=1)
+    from_transformers(source)
+    assert source.model.language_model.layers[0].self_attn.q_proj.weight is None
+
+
+def test_grouped_decode_attention_matches_repeated_heads():
+    model = from_transformers(random_model(tiny_config(kv_heads=1), seed=2))
+    assert greedy([Session(model, prompt(1, 5, 1), pixels(1, 1))], 4)[0]
