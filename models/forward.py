@@ -7,7 +7,7 @@ in a request's last layer a prompt shrinks to the one row whose logits are wante
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +59,11 @@ def token_work(model: Llava, ids: Tensor, position: int, route: Route, cache: Re
 
 
 @torch.inference_mode()
-def forward(model: Llava, batch: Sequence[Work]) -> Tensor:
-    """Run one pass; returns float32 logits [requests, vocab] of each request's last row."""
+def forward(model: Llava, batch: Sequence[Work], watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Run one pass; returns float32 logits [requests, vocab] of each request's last row.
+
+    `watch(layer, hidden)` is shown the rows before each layer: calibration reads there, nothing else needs it.
+    """
     hidden = torch.cat([work.hidden for work in batch])
     cos, sin = model.rope(torch.cat([work.positions for work in batch]))
     counts = [len(work.positions) for work in batch]
@@ -71,6 +74,8 @@ def forward(model: Llava, batch: Sequence[Work]) -> Tensor:
             rows = _rows(counts, leaving, hidden.device)
             hidden, cos, sin = hidden[rows], cos[rows], sin[rows]
             counts = [n if kept is None else len(kept) for n, kept in zip(counts, leaving, strict=True)]
+        if watch:
+            watch(layer, hidden)
         running = [i for i, work in enumerate(batch) if work.route.layers[layer]]
         if not running:
             continue

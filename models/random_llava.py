@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -13,7 +15,7 @@ from transformers import (
     Qwen2Config,
 )
 
-GEOMETRIES = {
+GEOMETRIES: dict[str, dict[str, Any]] = {
     "tinyllava-1.1b": {"layers": 22, "width": 2048, "ffn": 5632, "heads": 32, "kv_heads": 4, "vocab": 32064},
     "llava-1.5-7b": {"layers": 32, "width": 4096, "ffn": 11008, "heads": 32, "kv_heads": 32, "vocab": 32064},
     "llava-1.5-13b": {"layers": 40, "width": 5120, "ffn": 13824, "heads": 40, "kv_heads": 40, "vocab": 32064},

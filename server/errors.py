@@ -9,10 +9,14 @@ EspalierError
 ├── UnsupportedMedia      415  not a JPEG, PNG or WebP picture
 ├── Overloaded            429  not now: the queue is full; carries retry_after seconds
 ├── ShuttingDown          503  the server is draining
+├── NotReady              503  a probe's answer: the weights are loading, or the engine is gone
 └── EngineFailure         500  this request failed; others go on
 """
 
 from __future__ import annotations
+
+from math import ceil
+from typing import Any
 
 
 class EspalierError(Exception):
@@ -21,12 +25,24 @@ class EspalierError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
+    retry_after: float | None = None
+    """Seconds after which the same request may succeed; None when it never will."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code or self.code
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """When to come back: in whole seconds for everybody, in milliseconds for OpenAI's clients, which ask for these first."""
+        if self.retry_after is None:
+            return {}
+        return {"Retry-After": str(max(1, ceil(self.retry_after))), "retry-after-ms": str(ceil(self.retry_after * 1000))}
 
 
 class InvalidRequest(EspalierError):
@@ -63,6 +79,12 @@ class Overloaded(EspalierError):
 
 class ShuttingDown(EspalierError):
     status, type, code = 503, "server_error", "shutting_down"
+    retry_after = 1.0
+
+
+class NotReady(EspalierError):
+    status, type, code = 503, "server_error", "not_ready"
+    retry_after = 1.0
 
 
 class EngineFailure(EspalierError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -117,9 +118,15 @@ def build_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration
 
 
 def export(model: LlavaForConditionalGeneration, directory: Path) -> None:
-    """Write the checkpoint in bf16, in the layout that `LlavaForConditionalGeneration.from_pretrained` loads."""
+    """Write the checkpoint in bf16 with the key names of the `llava-hf` repositories, so that every runtime loads it."""
     tokenizer = build_tokenizer()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.bfloat16).save_pretrained(directory)
     build_processor().save_pretrained(directory)
+    weights = directory / "model.safetensors"
+    # Newer transformers write the tower without the level that the hub's repositories have, and read both.
+    renamed = {
+        name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor for name, tensor in load_file(weights).items()
+    }
+    save_file(renamed, weights, metadata={"format": "pt"})

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from models.embedded.build import EOS, PATCH
-from models.embedded.world import COLORS, SIZE, WHATS, Mark, Question, Scene, draw
+from models.embedded.world import COLORS, FAMILIES, SIZE, WHATS, Mark, Question, Scene, draw
 
 GRID = SIZE // PATCH
 WHAT_CLASSES, COLOR_CLASSES, DETAIL_CLASSES = len(WHATS) + 1, len(COLORS) + 1, 17
@@ -120,19 +120,22 @@ class Packer:
         return {key: np.array(row + [fill[key]] * (mix.rows - len(row))) for key, row in rows.items()}
 
 
-class Batches(IterableDataset):  # type: ignore[type-arg]
-    """Batches `start`, `start + 1`, … of a stage; batch n always holds the same pictures and questions."""
+class Batches(IterableDataset):
+    """The batches `steps` of a stage; batch n always holds the same pictures and questions. `families` are weights."""
 
-    def __init__(self, packer: Packer, mix: Mix | None, size: int, start: int, stop: int, first_scene: int) -> None:
-        self._packer, self._mix, self._size = packer, mix, size
-        self._start, self._stop, self._first_scene = start, stop, first_scene
+    def __init__(
+        self, packer: Packer, mix: Mix | None, size: int, steps: range, first_scene: int, families: tuple[int, ...]
+    ) -> None:
+        self._packer, self._mix, self._size, self._families = packer, mix, size, families
+        self._steps, self._first_scene = steps, first_scene
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for step in range(self._start, self._stop):
+        for step in self._steps:
             yield self._batch(self._first_scene + step * self._size)
 
     def _batch(self, first: int) -> dict[str, torch.Tensor]:
-        scenes = [draw("train", index) for index in range(first, first + self._size)]
+        numbers = range(first, first + self._size)
+        scenes = [draw("train", n, Random(n).choices(FAMILIES, self._families)[0]) for n in numbers]
         batch = {"pixels": torch.from_numpy(np.stack([np.asarray(s.image) for s in scenes]).transpose(0, 3, 1, 2).copy())}
         if self._mix is None:
             batch["patches"] = torch.from_numpy(np.stack([patch_labels(s.marks) for s in scenes]))

@@ -38,13 +38,15 @@ class Stage:
     mix: Mix | None = None
     pool: int = 1
     train_tower: bool = False
+    families: tuple[int, ...] = (1, 1, 1, 1)  # shapes, signs, charts, grids
 
 
 STAGES = (
     Stage("tower", 1500, 32, 1e-3, train_tower=True),
-    Stage("captions", 1400, 32, 1.5e-3, Mix(rows=144, long=1), pool=2),
-    Stage("questions", 2000, 24, 1e-3, Mix(rows=192, long=1, follow_up=0.2), pool=2),
-    Stage("full", 800, 24, 4e-4, Mix(rows=304, long=1, follow_up=0.3), train_tower=True),
+    Stage("captions", 900, 32, 1.5e-3, Mix(rows=144, long=1), pool=2),
+    Stage("tower2", 1500, 32, 1e-3, train_tower=True, families=(4, 5, 1, 1)),
+    Stage("questions", 700, 24, 1e-3, Mix(rows=192, long=1, follow_up=0.2), pool=2),
+    Stage("full", 250, 24, 4e-4, Mix(rows=304, long=1, follow_up=0.3), train_tower=True),
 )
 
 
@@ -75,7 +77,7 @@ class TowerHeads(nn.Module):
 def tower_hidden(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
     mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     normal = (pixels / 255.0 - mean) / std
-    return model.model.vision_tower(normal).last_hidden_state  # type: ignore[no-any-return]
+    return model.model.vision_tower(normal).last_hidden_state
 
 
 def language_loss(
@@ -180,7 +182,7 @@ class Trainer:
             optimizer.load_state_dict(self.optimizer_state)
         packer = Packer(self.tokenizer, (GRID // stage.pool) ** 2)
         first_scene = 10_000_000 * (self.seed * len(STAGES) + self.stage_index)
-        batches = Batches(packer, stage.mix, stage.batch, self.step, stage.steps, first_scene)
+        batches = Batches(packer, stage.mix, stage.batch, range(self.step, stage.steps), first_scene, stage.families)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         saved = logged = time.monotonic()
         with Progress(*columns) as progress:

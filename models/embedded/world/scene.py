@@ -31,6 +31,10 @@ BACKDROPS = ((150, 160, 170), (175, 165, 150), (140, 150, 140), (165, 150, 165),
              (130, 120, 115), (155, 175, 180))  # fmt: skip
 
 T = TypeVar("T")
+LATTICE = 4
+"""Shapes and characters stand on multiples of this many pixels: a patch of 8 then sees few phases of them, not a continuum, and
+a tower of this size learns them from tens of thousands of pictures instead of millions."""
+
 Rgb = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 
@@ -115,8 +119,8 @@ def backdrop(rng: Random) -> Canvas:
         other = tuple((2 * b + o) // 3 for b, o in zip(base, other, strict=True))  # type: ignore[assignment]
         step = rng.randint(8, 20)
         if kind == "stripes":
-            for x in range(0, SIZE, 2 * step):
-                box = (x, 0, x + step, SIZE) if step % 2 else (0, x, SIZE, x + step)
+            for at in range(0, SIZE, 2 * step):
+                box = (at, 0, at + step, SIZE) if step % 2 else (0, at, SIZE, at + step)
                 canvas.rectangle(box, other)
         if kind == "checks":
             for i in range(0, SIZE, step):

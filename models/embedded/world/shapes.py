@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import cos, pi, sin
 from random import Random
 
-from models.embedded.world.scene import COLORS, NUMBERS, SIZE, Canvas, Mark, Rgb, Scene, article, backdrop, paint, unique
+from models.embedded.world.scene import COLORS, LATTICE, NUMBERS, SIZE, Canvas, Mark, Rgb, Scene, article, backdrop, paint, unique
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
@@ -39,10 +39,10 @@ def draw(rng: Random) -> Scene:
     ]
     canvas, marks = backdrop(rng), []
     for thing in things:
-        radius = rng.uniform(10.5, 13) if thing.large else rng.uniform(5, 6.5)
-        slack = SIZE / 6 - radius - 0.5
-        x = (thing.place % 3 + 0.5) * SIZE / 3 + rng.uniform(-slack, slack)
-        y = (thing.place // 3 + 0.5) * SIZE / 3 + rng.uniform(-slack, slack)
+        radius = rng.uniform(10, 12) if thing.large else rng.uniform(5.5, 6.5)
+        slack = 1 if thing.large else 2
+        x = (thing.place % 3 + 0.5) * SIZE / 3 + LATTICE * rng.randint(-slack, slack)
+        y = (thing.place // 3 + 0.5) * SIZE / 3 + LATTICE * rng.randint(-slack, slack)
         _draw_shape(canvas, thing.shape, x, y, radius, paint(rng, thing.color), rng.uniform(-0.2, 0.2))
         marks.append(
             Mark((x - radius, y - radius, x + radius, y + radius), thing.shape, thing.color, 1 + int(thing.large))

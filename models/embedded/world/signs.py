@@ -7,8 +7,10 @@ from random import Random
 
 from PIL import ImageFont
 
-from models.embedded.world.scene import COLORS, NUMBERS, SIZE, SUPERSAMPLE, Mark, Scene, article, backdrop, paint
+from models.embedded.world.scene import COLORS, LATTICE, NUMBERS, SIZE, SUPERSAMPLE, Mark, Scene, article, backdrop, paint
 
+PITCH = 20
+"""Pixels from one character to the next."""
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WHATS = (*CHARACTERS, "plate")
 TYPES = ("read", "count_characters", "sign_color", "first", "last", "has_digit", "describe")
@@ -24,19 +26,18 @@ def draw(rng: Random) -> Scene:
     color = rng.choice(list(COLORS))
     ink = rng.choice(("black", "blue", "red") if color in ("white", "yellow", "orange") else ("white", "yellow"))
     canvas = backdrop(rng)
-    size = rng.randint(26, 30)
-    pitch = rng.uniform(19.5, 21)
-    width, height = len(text) * pitch + rng.uniform(4, 8), size + rng.uniform(6, 14)
-    left = rng.uniform(1, SIZE - 1 - width) if width < SIZE - 2 else (SIZE - width) / 2
-    top = rng.uniform(3, SIZE - 3 - height)
-    plate = (left, top, left + width, top + height)
+    size = rng.choice((26, 30))
+    width, height = len(text) * PITCH + rng.uniform(4, 8), size + rng.uniform(6, 14)
+    first = LATTICE * rng.randint(round(PITCH / 2 / LATTICE + 1), round((SIZE - PITCH * (len(text) - 0.5)) / LATTICE - 1))
+    center = first + PITCH * (len(text) - 1) / 2
+    middle = 2 * LATTICE * rng.randint(3, 9)
+    plate = (center - width / 2, middle - height / 2, center + width / 2, middle + height / 2)
     canvas.rectangle(plate, paint(rng, color), outline=paint(rng, ink), radius=rng.uniform(0, 5))
     marks = [Mark(plate, "plate", color)]
-    middle = top + height / 2
     for i, character in enumerate(text):
-        x = left + width / 2 + (i - (len(text) - 1) / 2) * pitch
+        x = first + i * PITCH
         canvas.text((x, middle), character, paint(rng, ink), _font(size))
-        marks.append(Mark((x - pitch / 2, middle - size / 2, x + pitch / 2, middle + size / 2), character, color, i + 1))
+        marks.append(Mark((x - PITCH / 2, middle - size / 2, x + PITCH / 2, middle + size / 2), character, color, i + 1))
     scene = Scene("signs", canvas.finish(rng), marks)
     _ask(scene, rng, text, color)
     return scene

@@ -1,0 +1,49 @@
+# `make` alone lists the targets. Everything is installed into .venv, at the versions in constraints.txt.
+
+PYTHON ?= python3
+PORT ?= 8000
+ARGS ?=
+TORCH_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help serve test install check
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  PORT=8000       where to serve          PYTHON=python3  makes .venv: 3.11 or later"
+	@echo "  ARGS=...        more arguments for espalier serve or pytest"
+	@echo "  TORCH_ARGS=...  more arguments for 'pip install torch', such as --index-url for another build"
+
+serve: .venv/.installed ## serve the embedded checkpoint on PORT
+	@$(BIN)/espalier serve --port $(PORT) $(ARGS)
+
+test: .venv/.installed-dev ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+install: .venv/.installed ## prepare .venv, nothing else
+
+check: .venv/.installed-dev ## ruff, mypy and the import arrows: what CI runs beside the tests
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+# torch comes first and pinned: a loose range would pull several gigabytes of another build.
+.venv/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) $(TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) not found: install Python 3.11 or later, or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Espalier needs Python 3.11 or later, and $(PYTHON) is %d.%d; say make PYTHON=/path/to/python" % v[:2])'
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu, install python3-venv" >&2; exit 1; }

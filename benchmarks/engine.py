@@ -1,0 +1,175 @@
+"""How fast is the model alone? Random weights at real geometry: the ceiling first, then us and transformers in turn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from benchmarks import ceiling
+from benchmarks.memory import peak_bytes
+from benchmarks.report import finish
+from benchmarks.sides import Questions, Run, answer, draw_questions, generate, share_weights, transformers_only_bytes
+from models.checkpoint import DTYPES
+from models.llava import Llava
+from models.random_llava import geometry_config, random_model
+from models.route import Route
+
+
+def run(
+    geometry: str, routes: Sequence[str] | None, batch: int, new_tokens: int, repeats: int, device: str, dtype: str,
+    quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure and print; the last line is one JSON document, which is also returned.
+
+    TTFT and time per token are those of the whole batch, answered at once. transformers answers one request after
+    another and does not prune, so that its one figure, times the batch, is the baseline of every route. Memory is that
+    of one request on the full route. `new_tokens` is at least 2. Raises ValueError for what cannot be run.
+    """
+    console = Console(stderr=True, quiet=quiet)
+    config, place, precision = geometry_config(geometry), pick_device(device), pick_dtype(dtype)
+    chosen = {name: parse_route(name, config) for name in routes or default_routes(config)}
+    limits = ceiling.measure(place, precision)
+    memory, matrices = limits.bytes_per_s / 1e9, limits.flops_per_s / 1e9
+    console.print(f"{place}, {dtype}: memory {memory:.1f} GB/s, matrices {matrices:,.0f} GFLOP/s")
+    reference = random_model(config, dtype=precision, device=str(place))
+    model = share_weights(reference)
+    questions = draw_questions(model, batch)
+    prompt = questions.ids.shape[1]
+    bounds = {
+        name: {"ttft_s": limits.ttft(model, route, prompt, batch), "tpot_s": limits.tpot(model, route, batch)}
+        for name, route in chosen.items()
+    }
+    for name, bound in bounds.items():
+        console.print(f"ceiling of {name}: first token {bound['ttft_s']:.3g} s, then {bound['tpot_s']:.3g} s each")
+    full = Route.full(config.image_seq_length, model.layers)
+    # Before transformers has run for the first time and left its own buffers.
+    peak = peak_bytes(lambda: answer(model, questions.first(), full, new_tokens), place)
+    ours, theirs = measure(model, reference, questions, chosen, new_tokens, repeats, console)
+    document = {
+        "geometry": geometry,
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
+        "dtype": dtype,
+        "batch": batch,
+        "prompt_tokens": prompt,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "ceiling": {"bytes_per_s": limits.bytes_per_s, "flops_per_s": limits.flops_per_s, "routes": bounds},
+        "routes": {name: compare(runs, theirs, bounds[name], batch) for name, runs in ours.items()},
+        "transformers": summarise(theirs, 1),
+        "peak_bytes": peak,  # vision layers that only transformers runs, counted next, lie in it too
+        "transformers_only_bytes": transformers_only_bytes(reference, model),
+        "weight_bytes": model.weight_bytes,
+        "peak_over_weights": peak / model.weight_bytes,
+    }
+    show(document, console)
+    return finish(document)
+
+
+def pick_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ceiling.PRODUCTS:
+        raise ValueError(f"device {name!r} is not cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}: random weights were never saved in any")
+    return DTYPES[name]
+
+
+def default_routes(config: LlavaConfig) -> list[str]:
+    layers = config.text_config.num_hidden_layers
+    return [f"{config.image_seq_length}x{layers}", f"128x{layers}"]
+
+
+def parse_route(name: str, config: LlavaConfig) -> Route:
+    """`128x20` to the route of 128 visual tokens, spread evenly, and 20 layers; the last but one are left out.
+
+    Raises ValueError, saying what is allowed.
+    """
+    visual, layers = config.image_seq_length, config.text_config.num_hidden_layers
+    match = re.fullmatch("([0-9]+)x([0-9]+)", name)
+    tokens, depth = map(int, match.groups()) if match else (0, 0)
+    if not (1 <= tokens <= visual and 1 <= depth <= layers):
+        raise ValueError(
+            f"route {name!r} is not visual tokens x layers, such as {visual}x{layers}: "
+            f"1 to {visual} tokens and 1 to {layers} layers"
+        )
+    skipped = range(depth - 1, layers - 1)
+    kept = tuple(i * visual // tokens for i in range(tokens))
+    return Route(visual, kept, tuple(layer not in skipped for layer in range(layers)))
+
+
+def measure(
+    model: Llava, reference: LlavaForConditionalGeneration, questions: Questions, routes: dict[str, Route],
+    new_tokens: int, repeats: int, console: Console,
+) -> tuple[dict[str, list[Run]], list[Run]]:  # fmt: skip
+    """Every route and transformers in turn, `repeats` times, so that a machine that slows down slows both sides."""
+    for route in routes.values():
+        answer(model, questions, route, 2)
+    generate(reference, questions.first(), 2)
+    ours: dict[str, list[Run]] = {name: [] for name in routes}
+    theirs = []
+    for _ in track(range(repeats), "measuring", console=console):
+        for name, route in routes.items():
+            ours[name].append(answer(model, questions, route, new_tokens))
+        theirs.append(generate(reference, questions.first(), new_tokens))
+    return ours, theirs
+
+
+def summarise(runs: Sequence[Run], batch: int) -> dict[str, float]:
+    """Medians over the runs; throughput counts whole answers, from picture to last token."""
+    total = median(run.total for run in runs)
+    made = sum(map(len, runs[0].tokens))
+    return {
+        "ttft_s": median(run.ttft for run in runs),
+        "tpot_s": median(run.tpot for run in runs),
+        "tokens_per_s": made / total,
+        "requests_per_s": batch / total,
+    }
+
+
+def compare(ours: Sequence[Run], theirs: Sequence[Run], bound: dict[str, float], batch: int) -> dict[str, float]:
+    """A route's medians, its speedups (medians over pairs of runs) and how many times its ceiling it takes."""
+    pairs = list(zip(ours, theirs, strict=True))
+    own = summarise(ours, batch)
+    return own | {
+        "ttft_speedup": median(batch * b.ttft / a.ttft for a, b in pairs),
+        "tpot_speedup": median(batch * b.tpot / a.tpot for a, b in pairs),
+        "requests_speedup": median(batch * b.total / a.total for a, b in pairs),
+        "ttft_over_ceiling": own["ttft_s"] / bound["ttft_s"],
+        "tpot_over_ceiling": own["tpot_s"] / bound["tpot_s"],
+    }
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    table = Table("route", "first token s", "each next s", "tokens/s", "requests/s", title=document["geometry"])
+    for name, row in (document["routes"] | {"transformers": document["transformers"]}).items():
+        ratios = {key: f" ({value:.2f}×)" for key, value in row.items() if key.endswith("speedup")}
+        table.add_row(
+            name,
+            f"{row['ttft_s']:.4g}{ratios.get('ttft_speedup', '')}",
+            f"{row['tpot_s']:.4g}{ratios.get('tpot_speedup', '')}",
+            f"{row['tokens_per_s']:.4g}",
+            f"{row['requests_per_s']:.4g}{ratios.get('requests_speedup', '')}",
+        )
+    console.print(table)
+    console.print(
+        f"peak {document['peak_bytes'] / 1e9:.2f} GB for one request, {document['peak_over_weights']:.2f}× "
+        f"the weights' {document['weight_bytes'] / 1e9:.2f} GB"
+    )

@@ -1,0 +1,148 @@
+"""The two sides of the comparison, our forward and transformers, on one copy of the weights and the same questions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+from transformers.generation.streamers import BaseStreamer
+
+from models.forward import forward, prompt_work, token_work
+from models.kv_cache import RequestCache
+from models.linear import Linear
+from models.llava import Llava, from_transformers
+from models.route import Route
+
+TEXT_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A picture and some words each: `ids` [batch, prompt], image tokens expanded; `pixels` [batch, 3, size, size]."""
+
+    ids: Tensor
+    pixels: Tensor
+
+    def first(self) -> Questions:
+        return Questions(self.ids[:1], self.pixels[:1])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed run. `ttft`, the median `tpot` of the later tokens and `total` in seconds; `tokens` [request][step]."""
+
+    ttft: float
+    tpot: float
+    total: float
+    tokens: list[list[int]]
+
+    @classmethod
+    def of(cls, start: float, marks: Sequence[float], tokens: list[list[int]]) -> Run:
+        """`marks` are the times when each token was in the caller's hands."""
+        steps = [after - before for before, after in pairwise(marks)]
+        return cls(marks[0] - start, median(steps), marks[-1] - start, tokens)
+
+
+def draw_questions(model: Llava, batch: int) -> Questions:
+    """Random words, and a picture of its own for each request."""
+    config, random = model.config, torch.Generator().manual_seed(0)
+    image, size = config.image_token_id, config.vision_config.image_size
+    text = torch.randint(3, image, (batch, TEXT_TOKENS), generator=random)
+    picture = torch.full((batch, model.visual_tokens_per_image), image)
+    pixels = torch.randn(batch, config.vision_config.num_channels, size, size, generator=random)
+    ids = torch.cat([text[:, :1], picture, text[:, 1:]], dim=1)
+    return Questions(ids.to(model.device), pixels.to(model.device, model.dtype))
+
+
+def share_weights(reference: LlavaForConditionalGeneration) -> Llava:
+    """Fuse the weights of a transformers model for our forward and lend them back: both run on the same single copy.
+
+    The vision layers that LLaVA never reads go back as well, for transformers runs them.
+    """
+    encoder, projector = reference.model.vision_tower.encoder, reference.model.multi_modal_projector
+    layers = list(encoder.layers)
+    model = from_transformers(reference)
+    encoder.layers = nn.ModuleList(layers)
+    for layer, vision in zip(layers, model.vision.blocks, strict=False):
+        lend(vision.qkv, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        lend(vision.out, layer.self_attn.out_proj)
+        lend(vision.up, layer.mlp.fc1)
+        lend(vision.down, layer.mlp.fc2)
+    for layer, block in zip(reference.model.language_model.layers, model.blocks, strict=True):
+        lend(block.qkv, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        lend(block.out, layer.self_attn.o_proj)
+        lend(block.gate_up, layer.mlp.gate_proj, layer.mlp.up_proj)
+        lend(block.down, layer.mlp.down_proj)
+    for matrix, module in zip(model.vision.projector, (projector.linear_1, projector.linear_2), strict=True):
+        lend(matrix, module)
+    lend(model.head, reference.lm_head)
+    return model
+
+
+def lend(fused: Linear, *modules: nn.Linear) -> None:
+    """Undo `models.linear.take` without a copy: rows of a fused [out, in] matrix lie together, and multiply as fast."""
+    sizes = [module.out_features for module in modules]
+    for module, weight in zip(modules, fused.weight.split(sizes), strict=True):
+        module.weight = nn.Parameter(weight, requires_grad=False)
+    if fused.bias is not None:
+        for module, bias in zip(modules, fused.bias.split(sizes), strict=True):
+            module.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def transformers_only_bytes(reference: LlavaForConditionalGeneration, model: Llava) -> int:
+    unused = reference.model.vision_tower.encoder.layers[len(model.vision.blocks) :]
+    return sum(parameter.nbytes for parameter in unused.parameters())
+
+
+@torch.inference_mode()
+def answer(model: Llava, questions: Questions, route: Route, new_tokens: int) -> Run:
+    """All questions at once, greedily: one pass for the pictures, one for the prompts, then one per new token."""
+    start = time.perf_counter()
+    prompt = questions.ids.shape[1]
+    rows = [n + new_tokens - 1 if n else 0 for n in route.rows(prompt)]
+    caches = [RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device) for _ in questions.ids]
+    visual = model.vision(questions.pixels).tokens
+    work = [
+        prompt_work(model, ids, seen, route, cache)
+        for ids, seen, cache in zip(questions.ids, visual, caches, strict=True)
+    ]
+    marks, steps = [], []
+    for position in range(prompt, prompt + new_tokens):
+        tokens = forward(model, work).argmax(-1)
+        steps.append(tokens.tolist())  # waits for the device, as a server must to send the token
+        marks.append(time.perf_counter())
+        work = [
+            token_work(model, token, position, route, cache)
+            for token, cache in zip(tokens.split(1), caches, strict=True)
+        ]
+    return Run.of(start, marks, [list(made) for made in zip(*steps, strict=True)])
+
+
+class Marks(BaseStreamer):
+    """Notes when `generate` hands over each token, by when the device has finished it."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.at.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to note."""
+
+
+def generate(reference: LlavaForConditionalGeneration, question: Questions, new_tokens: int) -> Run:
+    """One question through transformers, greedily, all visual tokens and layers."""
+    marks, start = Marks(), time.perf_counter()
+    out = reference.generate(
+        input_ids=question.ids, attention_mask=torch.ones_like(question.ids), pixel_values=question.pixels,
+        do_sample=False, use_cache=True, max_new_tokens=new_tokens, streamer=marks,
+        eos_token_id=None,  # random weights may say anything, the end included
+    )  # fmt: skip
+    return Run.of(start, marks.at[1:], out[:, question.ids.shape[1] :].tolist())  # the first mark is the prompt's

@@ -1,0 +1,139 @@
+"""The front door: `espalier serve | eval | bench | calibrate | inspect`. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Serve LLaVA checkpoints that prune themselves per request.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+bench = typer.Typer(help="Measure: the model alone, or a running server.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+errors = Console(stderr=True)
+
+CHECKPOINT = Annotated[str, typer.Argument(help="A directory that transformers loads, or `embedded`.")]
+DEVICE = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+DTYPE = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[str | None, typer.Argument(help="A directory that transformers loads, or `embedded`.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = None,
+    default_level: Annotated[str | None, typer.Option(help="Pruning level of requests that name none.")] = None,
+    token_policy: Annotated[str | None, typer.Option(help="cls_diversity, random, uniform or pooling.")] = None,
+) -> None:
+    """Serve a checkpoint over an OpenAI-compatible API. Every option is also an environment variable, ESPALIER_PORT and so on."""
+    from server.run import run
+
+    given = {"checkpoint": checkpoint, "host": host, "port": port, "device": device, "dtype": dtype,
+             "default_level": default_level, "token_policy": token_policy}  # fmt: skip
+    with _plain_errors():
+        run({name: value for name, value in given.items() if value is not None})
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: CHECKPOINT = "embedded",
+    task: Annotated[str, typer.Option(help="What is asked: scenes (the embedded world).")] = "scenes",
+    level: Annotated[str, typer.Option(help="Pruning level.")] = "off",
+    limit: Annotated[int, typer.Option(min=1, help="Questions, one per picture.")] = 4000,
+    split: Annotated[str, typer.Option(help="test to report, validation to tune.")] = "test",
+    token_policy: Annotated[str, typer.Option(help="cls_diversity, random, uniform or pooling.")] = "cls_diversity",
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
+) -> None:
+    """Ask held-out questions and count exact matches, with 95 % intervals."""
+    from evals.scenes import run
+
+    if task != "scenes":
+        raise typer.BadParameter(f"task {task!r} is not known; scenes is", param_hint="--task")
+    with _plain_errors():
+        run(checkpoint, level, limit, split, token_policy, device, dtype, quiet=json)
+
+
+@app.command()
+def calibrate(
+    checkpoint: CHECKPOINT,
+    samples: Annotated[int, typer.Option(min=1, help="Pictures with one question each.")] = 128,
+    seed: Annotated[int, typer.Option(help="Which pictures.")] = 0,
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Measure how much each layer changes the hidden state and store it in the manifest: levels then know what to skip."""
+    from evals.calibration import run
+
+    with _plain_errors():
+        run(checkpoint, samples, seed, device, dtype)
+
+
+@app.command()
+def inspect(checkpoint: CHECKPOINT = "embedded") -> None:
+    """Show what a checkpoint holds: sizes, calibration, levels."""
+    from evals.inspection import run
+
+    with _plain_errors():
+        run(checkpoint)
+
+
+@bench.command("engine")
+def bench_engine(
+    geometry: Annotated[str, typer.Option(help="tinyllava-1.1b, llava-1.5-7b or llava-1.5-13b.")] = "tinyllava-1.1b",
+    route: Annotated[list[str] | None, typer.Option(help="Visual tokens x layers, such as 128x22; may repeat.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens each request makes.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each side, in turn; medians are reported.")] = 3,
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "bfloat16",
+    json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
+) -> None:
+    """Random weights at real geometry: the ceiling first, then us and transformers in the same run."""
+    from benchmarks.engine import run
+
+    with _plain_errors():
+        run(geometry, route, batch, new_tokens, repeats, device, dtype, quiet=json)
+
+
+@bench.command("http")
+def bench_http(
+    url: Annotated[str, typer.Option(help="A running server.")] = "http://127.0.0.1:8000",
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 4,
+    requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 64,
+    levels: Annotated[str, typer.Option(help="Mix of levels, such as off=1,strong=3.")] = "off=1",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
+) -> None:
+    """Load a running server at a given concurrency and mix of levels."""
+    from benchmarks.http import run
+
+    with _plain_errors():
+        run(url, concurrency, requests, levels, max_tokens, quiet=json)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Errors that a user can act on are one line, not a traceback."""
+    from models.checkpoint import CheckpointError
+
+    try:
+        yield
+    except (CheckpointError, ValueError, ConnectionError) as error:
+        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""Intervals for shares."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % Wilson interval of right / n (Wilson 1927)."""
+    if n == 0:
+        return (0.0, 1.0)
+    share, spread = right / n, z * z / n
+    center = (share + spread / 2) / (1 + spread)
+    half = z * sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return (round(max(0.0, center - half), 4), round(min(1.0, center + half), 4))

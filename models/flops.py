@@ -1,0 +1,33 @@
+"""Arithmetic of a prefill, so that a receipt can say what share of the dense one a route runs."""
+
+from __future__ import annotations
+
+from transformers import LlavaConfig
+
+from models.route import Route
+
+
+def prefill_flops(config: LlavaConfig, route: Route, prompt: int) -> int:
+    """Multiply-adds times two of the language model's prefill for `prompt` tokens on a route: matrices, attention, head.
+
+    The vision tower is not in it: it costs the same on every route.
+    """
+    text = config.text_config
+    width, heads, kv_heads = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
+    dim = getattr(text, "head_dim", None) or width // heads
+    qkv = width * dim * (heads + 2 * kv_heads)
+    rest = width * dim * heads + 3 * width * text.intermediate_size
+    total = width * text.vocab_size
+    last = max(layer for layer, runs in enumerate(route.layers) if runs)
+    for layer, rows in enumerate(route.rows(prompt)):
+        # Causal attention reads half of rows x rows, once for the scores and once for the values. In the last layer only one
+        # row goes on after the keys and values are made.
+        asked = min(rows, 1) if layer == last else rows
+        total += rows * qkv + asked * rest + (rows * heads * dim) * (2 if layer == last else rows)
+    return 2 * int(total)
+
+
+def flops_ratio(config: LlavaConfig, route: Route, prompt: int) -> float:
+    """A route's prefill FLOPs over the dense ones, language model only."""
+    dense = Route.full(route.visual_tokens, len(route.layers))
+    return prefill_flops(config, route, prompt) / prefill_flops(config, dense, prompt)

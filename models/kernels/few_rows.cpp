@@ -1,0 +1,187 @@
+// y = x W^T for a few rows of x, in bfloat16 with float32 sums: W dense as torch holds it, or compressed to its non-zeros.
+// Plain C functions, called through ctypes by __init__.py, which checks what it hands over; built without torch.
+//
+// With few rows a product takes as long as W takes to arrive from memory, and two things keep the rest out of its way:
+// - Several output rows are worked on at once: they share the loads of x, and their chains of additions overlap.
+// - Each load asks for what the next such block will read at the same place. So memory is walked in one straight line,
+//   as it likes best, though several rows are read side by side (measured: two such rows without this took longer than one).
+//
+// Every output is one chain of additions in the order of its inputs, in either form and with any number of rows:
+// an answer does not depend on who shares its batch. Subnormal numbers count as zero (vdpbf16ps has no other way).
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics
+#include <immintrin.h>
+
+#include <algorithm>
+
+// Only what is marked uses the wide instructions, so the library loads and answers `supported` on any x86-64.
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi2,popcnt")))
+#define WIDE_INLINE WIDE __attribute__((always_inline)) inline
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int LANES = 32;                    // weights a register holds
+constexpr int ROWS = 8;                      // rows of x a block takes at most: sums must fit the 32 registers
+constexpr int64_t STRIP = 64 << 10;          // bytes of dense W that a thread takes at a time; stays in L2 for further rows
+constexpr int64_t SERIAL = 64 << 10;         // weights below which waking other threads costs more than they save
+
+struct Product {
+  const bf16* x;     // [rows, k]
+  const bf16* bias;  // [n], or null
+  bf16* y;           // [rows, n]
+  int64_t rows, k, n;
+};
+
+struct Dense {
+  const bf16* weights;  // [n, k]
+  int64_t k;
+
+  struct Row {
+    const bf16* at;
+    int64_t ahead;  // bytes to what the next block reads
+
+    WIDE_INLINE __m512i next(__mmask32 lanes) {
+      const __m512i w = _mm512_maskz_loadu_epi16(lanes, at);
+      _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T1);
+      at += LANES;
+      return w;
+    }
+  };
+
+  WIDE_INLINE Row row(int64_t first, int o, int block) const { return {weights + (first + o) * k, block * k * 2}; }
+};
+
+struct Sparse {
+  const bf16* values;      // the non-zeros of each row, one row after another
+  const uint32_t* masks;   // [n, words], bit i of word j for weight 32 j + i; none set beyond k
+  const int64_t* offsets;  // [n + 1], where each row's values start
+  int64_t words;
+
+  struct Row {
+    const bf16* at;
+    const uint32_t* mask;
+    int64_t ahead;
+
+    WIDE_INLINE __m512i next(__mmask32) {
+      const __m512i w = _mm512_maskz_expandloadu_epi16(*mask, at);
+      _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T1);
+      at += __builtin_popcount(*mask++);
+      return w;
+    }
+  };
+
+  WIDE_INLINE Row row(int64_t first, int o, int block) const {
+    return {values + offsets[first + o], masks + (first + o) * words, (offsets[first + block] - offsets[first]) * 2};
+  }
+};
+
+WIDE_INLINE float widen(bf16 value) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(uint32_t(value) << 16))); }
+
+WIDE_INLINE bf16 narrow(float value) { return bf16(_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)))); }
+
+// R rows of x from `row` on, times O rows of W from `first` on.
+template <int R, int O, class W>
+WIDE_INLINE void block(const W& w, const Product& p, int64_t row, int64_t first) {
+  typename W::Row weights[O];
+  __m512 sums[O][R];
+#pragma GCC unroll 8
+  for (int o = 0; o < O; ++o) {
+    weights[o] = w.row(first, o, O);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[o][r] = _mm512_setzero_ps();
+  }
+  const bf16* x = p.x + row * p.k;
+  const auto step = [&](int64_t i, __mmask32 lanes) WIDE __attribute__((always_inline)) {
+    __m512i loaded[O];
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) loaded[o] = weights[o].next(lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m512i inputs = _mm512_maskz_loadu_epi16(lanes, x + r * p.k + i);
+#pragma GCC unroll 8
+      for (int o = 0; o < O; ++o) sums[o][r] = _mm512_dpbf16_ps(sums[o][r], (__m512bh)inputs, (__m512bh)loaded[o]);
+    }
+  };
+  int64_t i = 0;
+  for (; i + LANES <= p.k; i += LANES) step(i, ~0u);
+  if (i < p.k) step(i, (1u << (p.k - i)) - 1);
+#pragma GCC unroll 8
+  for (int o = 0; o < O; ++o) {
+    const float bias = p.bias ? widen(p.bias[first + o]) : 0.0f;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) p.y[(row + r) * p.n + first + o] = narrow(_mm512_reduce_add_ps(sums[o][r]) + bias);
+  }
+}
+
+template <int R, class W>
+WIDE void strip(const W& w, const Product& p, int64_t row, int64_t first, int64_t last) {
+  constexpr int O = R <= 4 ? 4 : 3;
+  for (; first + O <= last; first += O) block<R, O>(w, p, row, first);
+  for (; first < last; ++first) block<R, 1>(w, p, row, first);
+}
+
+template <class W>
+constexpr void (*STRIPS[ROWS])(const W&, const Product&, int64_t, int64_t, int64_t) = {
+    strip<1, W>, strip<2, W>, strip<3, W>, strip<4, W>, strip<5, W>, strip<6, W>, strip<7, W>, strip<8, W>};
+
+// Output rows in a strip: a multiple of 12, so that blocks of 3 and of 4 leave none over.
+int64_t strip_rows(int64_t k) { return 12 * std::max<int64_t>(1, STRIP / (24 * k)); }
+
+// Strips go to whichever thread is free: rows of W may differ in non-zeros, and cores in what else they do.
+template <class W>
+void multiply(const W& w, const Product& p, int threads) {
+  const int64_t step = strip_rows(p.k);
+  if (p.n * p.k < SERIAL) threads = 1;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t first = 0; first < p.n; first += step)
+    for (int64_t row = 0; row < p.rows; row += ROWS)
+      STRIPS<W>[std::min<int64_t>(ROWS, p.rows - row) - 1](w, p, row, first, std::min(first + step, p.n));
+}
+
+WIDE void expand_row(const Sparse& w, int64_t row, int64_t k, bf16* out) {
+  Sparse::Row weights = w.row(row, 0, 1);
+  int64_t i = 0;
+  for (; i + LANES <= k; i += LANES) _mm512_storeu_si512(out + i, weights.next(~0u));
+  if (i < k) _mm512_mask_storeu_epi16(out + i, (1u << (k - i)) - 1, weights.next(~0u));
+}
+
+int64_t words_for(int64_t k) { return (k + LANES - 1) / LANES; }
+
+}  // namespace
+
+extern "C" {
+
+int supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
+}
+
+void dense(const bf16* x, const bf16* weights, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
+  multiply(Dense{weights, k}, Product{x, bias, y, rows, k, n}, threads);
+}
+
+void sparse(const bf16* x, const bf16* values, const uint32_t* masks, const int64_t* offsets, const bf16* bias, bf16* y,
+            int64_t rows, int64_t k, int64_t n, int threads) {
+  multiply(Sparse{values, masks, offsets, words_for(k)}, Product{x, bias, y, rows, k, n}, threads);
+}
+
+// Rows [first, last) of a compressed matrix as dense ones, to out [last - first, k].
+void expand(const bf16* values, const uint32_t* masks, const int64_t* offsets, bf16* out, int64_t k, int64_t first,
+            int64_t last, int threads) {
+  const Sparse w{values, masks, offsets, words_for(k)};
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = first; row < last; ++row) expand_row(w, row, k, out + (row - first) * k);
+}
+}
+
+#else
+
+extern "C" int supported() { return 0; }
+
+#endif

@@ -1,0 +1,67 @@
+"""From a chat and its pictures to token ids and pixels, by the checkpoint's own processor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import LlavaConfig, LlavaProcessor
+
+# Splits a special token's spelling in user text, so that it is read as text; a private-use character nobody types.
+_BREAK = "\ue000"
+
+
+class Preprocessor:
+    def __init__(self, processor: LlavaProcessor, config: LlavaConfig, visual_tokens_per_image: int) -> None:
+        self.tokenizer = processor.tokenizer
+        self.visual_tokens_per_image = visual_tokens_per_image
+        self._processor = processor
+        self._image_id = int(config.image_token_index)
+        # Those that the tokenizer names (beginning, end), and those that it merely turns into one id wherever they stand.
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        self._specials = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """An RGB picture to float32 [3, height, width], resized and normalised."""
+        batch = self._processor.image_processor(image, return_tensors="pt")
+        return batch["pixel_values"][0].float()
+
+    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Render a chat (transformers' message format) and tokenise it; each image becomes its visual tokens.
+
+        A special token spelled out in a message, `<image>` among them, stays text. Raises ValueError if the chat template
+        refuses the messages.
+        """
+        guarded = [{**message, "content": self._guard(message["content"])} for message in messages]
+        try:
+            text = self._processor.apply_chat_template(guarded, add_generation_prompt=True)
+        except Exception as error:  # templates raise jinja2's own errors, with a message meant for the caller
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        return self._expand(self._tokenize(text))
+
+    def _tokenize(self, text: str) -> list[int]:
+        first, *rest = text.split(_BREAK)
+        bos = self.tokenizer.bos_token
+        # Some templates write the beginning-of-sequence token themselves; it must not stand there twice.
+        ids = list(self.tokenizer(first, add_special_tokens=not (bos and first.startswith(bos))).input_ids)
+        for piece in rest:
+            ids += self.tokenizer(piece, add_special_tokens=False).input_ids
+        return ids
+
+    def _guard(self, content: Any) -> Any:
+        if isinstance(content, str):
+            return self._guard_text(content)
+        return [{**part, "text": self._guard_text(part["text"])} if part["type"] == "text" else part for part in content]
+
+    def _guard_text(self, text: str) -> str:
+        text = text.replace(_BREAK, "")
+        for special in self._specials:
+            text = text.replace(special, special[0] + _BREAK + special[1:])
+        return text
+
+    def _expand(self, ids: list[int]) -> list[int]:
+        out: list[int] = []
+        for token in ids:
+            out += [token] * (self.visual_tokens_per_image if token == self._image_id else 1)
+        return out

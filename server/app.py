@@ -1,0 +1,307 @@
+"""The routes. What a question means is in `chat`, what a picture may be in `media`, what can go wrong in `errors`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from http import HTTPStatus
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic.json_schema import models_json_schema
+from starlette.datastructures import Headers, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.chat import Answer, Question, fold, model_names, prepend, read_chat, read_vqa, sse, unknown_model, vqa_reply
+from server.errors import EspalierError, NotReady, PayloadTooLarge
+from server.schemas import ChatRequest, VqaRequest, invalid
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.engine import Engine
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Shape = Callable[[dict[str, Any]], dict[str, Any]]
+
+READERS = 4
+"""Requests read at once: decoding a picture at the pixel limit takes some hundred megabytes for a moment."""
+SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def create_app(engine: Engine, settings: Settings) -> FastAPI:
+    """The HTTP side of an engine, which the caller starts and stops."""
+    app = FastAPI(title="Espalier", version=_version(), description="Ask about pictures; say how much of the model to run.")
+    app.add_middleware(Envelope, max_body_bytes=settings.max_body_bytes)
+    _add_error_handlers(app, engine)
+    _add_questions(app, engine, settings)
+    _add_menu(app, engine)
+    _add_operations(app, engine)
+    _document_bodies(app)
+    return app
+
+
+def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
+    readers = CapacityLimiter(READERS)
+
+    async def answer(request: Request, read: Callable[[], Question], shape: Shape = dict) -> Response:
+        arrived = time.monotonic()
+
+        async def work() -> Response:
+            # Parsing, decoding and tokenising take too long for the event loop.
+            question = await to_thread.run_sync(read, limiter=readers)
+            return await reply(Answer(engine, question, arrived), question, shape)
+
+        return await unless_gone(request, work())
+
+    @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest.__name__))
+    async def chat_completions(request: Request) -> Response:
+        """OpenAI's chat completions. Header `X-Pruning-Level`, field `pruning.level` or model `name@level` set the level."""
+        body, level = await request.body(), request.headers.get("x-pruning-level")
+        return await answer(request, lambda: read_chat(engine, settings, body, level))
+
+    @app.post("/v1/vqa", openapi_extra=_body(VqaRequest.__name__, form=True))
+    async def vqa(request: Request) -> Response:
+        """One question about one or several pictures, as a form with files or as JSON."""
+        is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+        body = await form_fields(request, settings.max_images) if is_form else await request.body()
+        level = request.headers.get("x-pruning-level")
+        return await answer(request, lambda: read_vqa(engine, settings, body, level), vqa_reply)
+
+
+def _add_menu(app: FastAPI, engine: Engine) -> None:
+    def card(name: str, level: str) -> dict[str, Any]:
+        about = {"id": name, "object": "model", "created": engine.created, "owned_by": "espalier"}
+        return {**about, "context_length": engine.context_length, "pruning": {"level": level}}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The served model, by its name and by one alias per level."""
+        return {"object": "list", "data": [card(name, level) for name, level in model_names(engine).items()]}
+
+    @app.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> dict[str, Any]:
+        if model_id not in (names := model_names(engine)):
+            raise unknown_model(engine, model_id)
+        return card(model_id, names[model_id])
+
+    @app.get("/v1/pruning/levels")
+    async def levels() -> dict[str, Any]:
+        """The menu, with what each level was measured to do."""
+        menu = [asdict(level) for level in engine.menu.values()]
+        return {"object": "list", "default": engine.default_level, "data": menu}
+
+
+def _add_operations(app: FastAPI, engine: Engine) -> None:
+    @app.get("/")
+    async def root() -> dict[str, str]:
+        return {"name": "espalier", "model": engine.model_name, "docs": "/docs"}
+
+    @app.get("/live")
+    async def live() -> dict[str, str]:
+        """Restart the server when this is 503: the engine's thread is gone."""
+        if not engine.alive:
+            raise NotReady("The engine has stopped.")
+        return {"status": "live"}
+
+    @app.get("/health")
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        """Send requests elsewhere while this is 503."""
+        if not engine.ready:
+            raise NotReady("The server is starting or shutting down.")
+        return {"status": "ready"}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": app.version, "model": engine.model_name, "fingerprint": engine.fingerprint}
+
+    @app.get("/metrics", response_class=Response)
+    def metrics() -> Response:
+        return Response(generate_latest(engine.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+# ---- a question's answer
+
+
+async def reply(answer: Answer, question: Question, shape: Shape) -> Response:
+    """A stream as soon as its headers are known, or `shape` of the whole reply."""
+    if question.stream:
+        return await _start_stream(answer, question.include_usage)
+    try:
+        return JSONResponse(shape(await fold(answer.chunks())), headers=answer.headers())
+    finally:
+        answer.abort()
+
+
+async def _start_stream(answer: Answer, include_usage: bool) -> Response:
+    chunks = answer.chunks()
+    try:
+        while not (first := await anext(chunks)):
+            pass  # silence before the headers, which nothing can fill
+    except BaseException:
+        answer.abort()
+        raise
+    return EventStream(answer, sse(prepend(first, chunks), include_usage))
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of an answer, which is freed however the stream ends."""
+
+    def __init__(self, answer: Answer, events: Any) -> None:
+        unbuffered = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=answer.headers() | unbuffered, media_type="text/event-stream")
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.abort()
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`; cancel it and raise ClientDisconnect when the client hangs up. The body must have been read."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def form_fields(request: Request, max_images: int) -> dict[str, Any]:
+    """A form as the JSON body would be, its files as bytes."""
+    async with request.form(max_files=max_images) as form:
+        images = [await value.read() if isinstance(value, UploadFile) else value for value in form.getlist("image")]
+        return {**{key: value for key, value in form.items() if isinstance(value, str)}, "image": images}
+
+
+# ---- what every request gets
+
+
+class Envelope:
+    """Around all routes: an id on every reply, a bounded body, and OpenAI's error object when something breaks.
+
+    The body is counted while it is read, so that a chunked one without a length is bounded too. The client's id is an
+    echo, and never names anything inside.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        length, given = headers.get("content-length", ""), headers.get("x-request-id", "")
+        size = int(length) if length.isdecimal() else 0
+        request_id = given if SANE_ID.fullmatch(given) else uuid4().hex
+        read, started = 0, False
+
+        async def bounded_receive() -> Message:
+            nonlocal read
+            if max(size, read) <= self.max_body_bytes:
+                message = await receive()
+                read += len(message.get("body", b""))
+            if max(size, read) > self.max_body_bytes:
+                raise PayloadTooLarge(f"A request body may have at most {self.max_body_bytes:,} bytes.")
+            return message
+
+        async def labelled_send(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, bounded_receive, labelled_send)
+        except Exception:
+            log.exception("request %s to %s failed", request_id, scope["path"])
+            if started:
+                raise
+            error = EspalierError("The server failed to answer; its log has the details.", code="internal_error")
+            await JSONResponse(error.body(), error.status)(scope, receive, labelled_send)
+
+
+def _add_error_handlers(app: FastAPI, engine: Engine) -> None:
+    async def refuse(request: Request, error: Exception) -> Response:
+        refusal = _as_ours(error)
+        # Probes and look-ups are no work refused, and a failure is the engine's to count.
+        if request.method == "POST" and refusal.status != 500:
+            engine.metrics.rejected(refusal.code or refusal.type)
+        theirs = error.headers if isinstance(error, HTTPException) else None
+        return JSONResponse(refusal.body(), refusal.status, headers={**(theirs or {}), **refusal.headers()})
+
+    async def hung_up(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it; the name is nginx's
+
+    for kind in (EspalierError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, refuse)
+    app.add_exception_handler(ClientDisconnect, hung_up)
+
+
+def _as_ours(error: Exception) -> EspalierError:
+    if isinstance(error, EspalierError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return invalid(error.errors())
+    assert isinstance(error, HTTPException)
+    phrase = HTTPStatus(error.status_code).phrase
+    refusal = EspalierError(error.detail, code=phrase.lower().replace(" ", "_"))
+    refusal.status, refusal.type = error.status_code, "invalid_request_error"
+    return refusal
+
+
+# ---- the documentation at /docs
+
+
+def _body(schema: str, *, form: bool = False) -> dict[str, Any]:
+    """A request body for OpenAPI; the routes read it themselves, off the event loop."""
+    reference = {"$ref": f"#/components/schemas/{schema}"}
+    content: dict[str, Any] = {"application/json": {"schema": reference}}
+    if form:
+        file = {"type": "string", "format": "binary"}
+        image = {"type": "array", "items": file}
+        fields = {"image": image, "question": {"type": "string"}, "level": {"type": "string"}}
+        form_schema = {"type": "object", "required": ["image", "question"], "properties": fields}
+        content["multipart/form-data"] = {"schema": form_schema}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _document_bodies(app: FastAPI) -> None:
+    _, definitions = models_json_schema(
+        [(ChatRequest, "validation"), (VqaRequest, "validation")], ref_template="#/components/schemas/{model}"
+    )
+    app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+
+
+def _version() -> str:
+    try:
+        return metadata.version("espalier")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "0"

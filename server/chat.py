@@ -1,0 +1,395 @@
+"""OpenAI's messages in, OpenAI's answers out, and in between the choice of a level."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from server import media
+from server.errors import (
+    ContextTooLong,
+    EngineFailure,
+    EspalierError,
+    InvalidRequest,
+    PayloadTooLarge,
+    UnknownLevel,
+    UnknownModel,
+)
+from server.request import Delta, Event, Failed, Finished, PreparedImage, Receipt, Request, Sampling, Started, TokenLogprob
+from server.schemas import MAX_INT64, ChatRequest, Generation, ImagePart, ImageUrl, Message, VqaRequest, parse
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.engine import Engine
+
+log = logging.getLogger(__name__)
+
+DETAIL_LEVELS = {"low": "strong", "high": "off"}
+CHARS_PER_TOKEN = 64
+"""More characters than this per token of context cannot fit, so they are refused before they are tokenised."""
+MIN_LOGPROB = -9999.0
+"""What OpenAI reports for a token that cannot be drawn; JSON has no -inf."""
+KEEP_ALIVE_S = 15.0
+STAGES = ("queue", "image", "encode", "route", "prefill", "decode")
+
+Chunk = dict[str, Any]
+Turn = dict[str, Any]
+Source = tuple[str, str | bytes]
+"""A picture's place in the body, for error messages, and its data URL or file."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One POST, read and prepared: what its `n` engine requests share. `model` is as the client wrote it."""
+
+    id: str
+    model: str
+    prompt: list[int]
+    images: list[PreparedImage]
+    image_seconds: float
+    level: str
+    reason: str
+    sampling: Sampling
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+
+
+# ---- reading: heavy, so it runs in a worker thread
+
+
+def read_chat(engine: Engine, settings: Settings, body: bytes, header: str | None) -> Question:
+    """A chat body to a question; `header` is X-Pruning-Level. Raises a 4xx of `server.errors` for anything wrong in it."""
+    request = parse(ChatRequest, body)
+    turns, images = conversation(request.messages)
+    question = _ask(
+        engine, settings, request, turns, [(place, image.url) for place, image in images],
+        header=header,
+        body=request.pruning.level if request.pruning else None,
+        detail=hinted_level(engine, [image.detail for _, image in images]),
+    )  # fmt: skip
+    usage = bool(request.stream_options and request.stream_options.include_usage)
+    return replace(question, n=request.n or 1, stream=bool(request.stream), include_usage=usage)
+
+
+def read_vqa(engine: Engine, settings: Settings, body: bytes | Mapping[str, Any], header: str | None) -> Question:
+    """A JSON body or a form's fields to a question; see `read_chat`."""
+    request = parse(VqaRequest, body)
+    if not request.question.strip():
+        raise InvalidRequest("question: must not be empty", param="question")
+    content = [*({"type": "image"} for _ in request.image), {"type": "text", "text": request.question}]
+    sources = [(f"image[{i}]", _data_url(image)) for i, image in enumerate(request.image)]
+    turns = [{"role": "user", "content": content}]
+    return _ask(engine, settings, request, turns, sources, header=header, body=request.level, detail=None)
+
+
+def _ask(
+    engine: Engine, settings: Settings, request: Generation, turns: list[Turn], sources: list[Source],
+    *, header: str | None, body: str | None, detail: str | None,
+) -> Question:  # fmt: skip
+    model, alias = split_model(engine, request.model)
+    level, reason = choose_level(engine, header=header, body=body, alias=alias, detail=detail)
+    sampling = request.sampling(settings.default_max_tokens)
+    start = time.perf_counter()
+    prompt, images = prepare(engine, settings, turns, sources)
+    seconds = time.perf_counter() - start
+    return Question(f"chatcmpl-{uuid4().hex}", model, prompt, images, seconds, level, reason, sampling)
+
+
+def _data_url(image: str | bytes) -> str | bytes:
+    """Bare base64 is allowed here; it holds no colon, and every URL does."""
+    return image if isinstance(image, bytes) or ":" in image else f"data:;base64,{image}"
+
+
+def conversation(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[str, ImageUrl]]]:
+    """Messages in the format of chat templates, and their images in order, each with its place in the body."""
+    turns: list[Turn] = []
+    images: list[tuple[str, ImageUrl]] = []
+    asked = False
+    for i, message in enumerate(messages):
+        content: list[dict[str, str]] = []
+        for j, part in enumerate(message.content):
+            place = f"messages[{i}].content[{j}]"
+            if not isinstance(part, ImagePart):
+                content.append({"type": "text", "text": part.text})
+            elif message.role == "user":
+                content.append({"type": "image"})
+                images.append((f"{place}.image_url.url", part.image_url))
+            else:
+                raise InvalidRequest(f"{place}: only user messages may hold images", param=place)
+        turns.append({"role": "system" if message.role == "developer" else message.role, "content": content})
+        if message.role == "user":
+            asked = asked or any(part["type"] == "image" or part["text"].strip() for part in content)
+    if not asked:
+        raise InvalidRequest("messages: no user message holds text or an image", param="messages")
+    return turns, images
+
+
+def prepare(
+    engine: Engine, settings: Settings, turns: list[Turn], sources: list[Source]
+) -> tuple[list[int], list[PreparedImage]]:
+    """The prompt's tokens and the images' pixels, after every limit has been checked."""
+    if len(sources) > settings.max_images:
+        message = f"A request may hold at most {settings.max_images} images, not {len(sources)}."
+        raise PayloadTooLarge(message, param=sources[settings.max_images][0])
+    chars = sum(len(part.get("text", "")) for turn in turns for part in turn["content"])
+    if chars > CHARS_PER_TOKEN * engine.context_length:
+        message = f"{chars:,} characters cannot fit a context of {engine.context_length:,} tokens."
+        raise ContextTooLong(message, param="messages")
+    images = [_picture(engine, settings, source) for source in sources]
+    try:
+        return engine.preprocessor.prompt(turns), images
+    except ValueError as error:  # the chat template refuses the order of the roles
+        raise InvalidRequest(str(error), param="messages") from error
+
+
+def _picture(engine: Engine, settings: Settings, source: Source) -> PreparedImage:
+    place, data = source
+    try:
+        return media.prepare(data, engine.preprocessor.pixels, settings)
+    except EspalierError as error:
+        error.param = place
+        raise
+
+
+# ---- the level
+
+
+def split_model(engine: Engine, asked: str | None) -> tuple[str, str | None]:
+    """`name@level` to the model's name as the client wrote it and the level in it; no name is the served one's."""
+    if asked is None or asked == engine.model_name:
+        return engine.model_name, None
+    base, _, level = asked.rpartition("@")
+    if base != engine.model_name:
+        raise unknown_model(engine, asked)
+    return asked, level
+
+
+def model_names(engine: Engine) -> dict[str, str]:
+    """Every name that the model answers to, and the level that it means."""
+    aliases = {f"{engine.model_name}@{level}": level for level in engine.menu}
+    return {engine.model_name: engine.default_level, **aliases}
+
+
+def unknown_model(engine: Engine, asked: str) -> UnknownModel:
+    names = ", ".join(model_names(engine))
+    return UnknownModel(f"The model {asked[:100]!r} does not exist. This server has: {names}.", param="model")
+
+
+def hinted_level(engine: Engine, details: Sequence[str]) -> str | None:
+    """What `image_url.detail` asks for; with several images the fullest wins. None when all leave it to the server."""
+    if all(detail == "auto" for detail in details):
+        return None
+    levels = {DETAIL_LEVELS.get(detail, engine.default_level) for detail in details} & engine.menu.keys()
+    return max(levels or {engine.default_level}, key=lambda name: _fullness(engine, name))
+
+
+def _fullness(engine: Engine, name: str) -> tuple[float, int]:
+    level = engine.menu[name]
+    return level.visual_ratio, -level.skipped_layers
+
+
+def choose_level(
+    engine: Engine, *, header: str | None, body: str | None, alias: str | None, detail: str | None
+) -> tuple[str, str]:
+    """The level, and where it came from: header before body before alias before detail before the server's default."""
+    for reason, level in (("header", header), ("body", body), ("alias", alias), ("detail", detail)):
+        if level is None:
+            continue
+        if level not in engine.menu:
+            menu = ", ".join(engine.menu)
+            raise UnknownLevel(f"Unknown pruning level {level[:100]!r}. The menu: {menu}.", param="pruning.level")
+        return level, reason
+    return engine.default_level, "default"
+
+
+# ---- answering
+
+
+class Answer:
+    """The choices of one reply in the making: submitted at birth, to be aborted by whoever leaves it, finished or not.
+
+    `arrived` is a time.monotonic(). `receipt` and `timings` are known once the first chunk is, and final after the last.
+    """
+
+    def __init__(self, engine: Engine, question: Question, arrived: float) -> None:
+        self._engine = engine
+        self._question = question
+        self._arrived = arrived
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._created = int(time.time())
+        self._requests = [self._request(index) for index in range(question.n)]
+        self.receipt: Receipt | None = None
+        self.timings: dict[str, float] = {}
+        try:
+            for request in self._requests:
+                engine.submit(request)
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Free whatever still runs."""
+        for request in self._requests:
+            self._engine.abort(request.id)
+
+    def headers(self) -> dict[str, str]:
+        """What the reply says about its route outside its body."""
+        receipt = self.receipt
+        if receipt is None:
+            return {}
+        timings = (f"{stage};dur={self.timings[stage] * 1000:.2f}" for stage in STAGES if stage in self.timings)
+        return {
+            "X-Pruning-Level": receipt.level,
+            "X-Pruning-Visual-Tokens": f"{receipt.visual_tokens}/{receipt.visual_tokens_total}",
+            "X-Pruning-Layers": f"{receipt.layers}/{receipt.layers_total}",
+            "Server-Timing": ", ".join(timings),
+        }
+
+    async def chunks(self) -> AsyncIterator[Chunk]:
+        """OpenAI's chunks, the usage always last; an empty one in each KEEP_ALIVE_S of silence. Raises EngineFailure."""
+        finished: list[Finished] = []
+        while len(finished) < len(self._requests):
+            try:
+                async with asyncio.timeout(KEEP_ALIVE_S):
+                    index, event = await self._events.get()
+            except TimeoutError:
+                if not self._engine.alive:
+                    raise EngineFailure("The engine has stopped.") from None
+                yield {}
+                continue
+            match event:
+                case Failed():
+                    raise EngineFailure(event.message)
+                case Started():
+                    self.receipt, self.timings = event.receipt, event.timings
+                    yield self._piece(index, {"role": "assistant", "content": ""})
+                case Delta():
+                    yield self._piece(index, {"content": event.text}, logprobs=_logprobs(event.logprobs))
+                case Finished():
+                    self.receipt, self.timings = event.receipt, event.timings
+                    finished.append(event)
+                    yield self._piece(index, {}, finish_reason=event.reason) | {"pruning": asdict(event.receipt)}
+        yield self._chunk([]) | {"usage": _usage(finished)}
+
+    def _request(self, index: int) -> Request:
+        question, loop, events = self._question, asyncio.get_running_loop(), self._events
+        seed = question.sampling.seed
+
+        def emit(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+        return Request(
+            id=f"{question.id}-{index}",
+            prompt=list(question.prompt),
+            images=list(question.images),
+            level=question.level,
+            # Each choice draws its own luck; seeds stay what a 64-bit generator takes.
+            sampling=replace(question.sampling, seed=None if seed is None else (seed + index) & MAX_INT64),
+            emit=emit,
+            reason=question.reason,
+            timings={"image": question.image_seconds},
+            created=self._arrived,
+        )
+
+    def _piece(
+        self, index: int, delta: dict[str, Any], *, logprobs: Any = None, finish_reason: str | None = None
+    ) -> Chunk:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self._chunk([choice])
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> Chunk:
+        return {
+            "id": self._question.id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._question.model,
+            "system_fingerprint": self._engine.fingerprint,
+            "choices": choices,
+        }
+
+
+def _usage(finished: Sequence[Finished]) -> dict[str, Any]:
+    """The prompt counts once, as sent and not as pruned: the choices share it and its route."""
+    last = finished[-1]
+    completion = sum(event.completion_tokens for event in finished)
+    return {
+        "prompt_tokens": last.prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": last.prompt_tokens + completion,
+        "prompt_tokens_details": {
+            "image_tokens": last.receipt.visual_tokens_total,
+            "image_tokens_kept": last.receipt.visual_tokens,
+        },
+    }
+
+
+def _logprobs(tokens: Iterable[TokenLogprob]) -> dict[str, Any] | None:
+    def entry(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(token.encode())}
+
+    content = [{**entry(t.token, t.logprob), "top_logprobs": [entry(*top) for top in t.top]} for t in tokens]
+    return {"content": content} if content else None
+
+
+async def fold(chunks: AsyncIterator[Chunk]) -> dict[str, Any]:
+    """The whole reply that a stream of chunks amounts to."""
+    reply: dict[str, Any] = {}
+    choices: dict[int, dict[str, Any]] = {}
+    async for chunk in chunks:
+        reply |= chunk
+        for piece in chunk.get("choices", ()):
+            _add(choices.setdefault(piece["index"], _empty_choice(piece["index"])), piece)
+    return reply | {"object": "chat.completion", "choices": [choices[index] for index in sorted(choices)]}
+
+
+def _empty_choice(index: int) -> dict[str, Any]:
+    return {"index": index, "message": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+
+
+def _add(choice: dict[str, Any], piece: dict[str, Any]) -> None:
+    choice["message"]["content"] += piece["delta"].get("content", "")
+    choice["finish_reason"] = piece["finish_reason"]
+    if piece["logprobs"]:
+        before = choice["logprobs"]["content"] if choice["logprobs"] else []
+        choice["logprobs"] = {"content": before + piece["logprobs"]["content"]}
+
+
+def vqa_reply(reply: dict[str, Any]) -> dict[str, Any]:
+    """The short form: the answer, what was run for it, and what it cost."""
+    answer = reply["choices"][0]["message"]["content"]
+    return {"answer": answer, **{key: reply[key] for key in ("pruning", "usage", "model", "id")}}
+
+
+async def sse(chunks: AsyncIterator[Chunk], include_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events: each chunk, comments that keep proxies awake, an error if it comes to that, and [DONE]."""
+    try:
+        async for chunk in chunks:
+            if not chunk:
+                yield ": still here\n\n"
+            elif chunk["choices"] or include_usage:
+                yield _event({"usage": None, **chunk} if include_usage else chunk)
+    except EspalierError as error:
+        yield _event(error.body())
+    except Exception:
+        log.exception("a stream broke")
+        yield _event(EngineFailure("The server failed to finish this answer.").body())
+    yield "data: [DONE]\n\n"
+
+
+def _event(data: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+async def prepend(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    yield first
+    async for chunk in rest:
+        yield chunk

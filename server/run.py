@@ -1,0 +1,61 @@
+"""Start a server: settings, weights, engine thread, HTTP; and stop it without cutting answers short."""
+
+from __future__ import annotations
+
+import logging
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from models.checkpoint import load
+from server.app import create_app
+from server.engine import Engine, Limits
+from server.settings import Settings
+
+log = logging.getLogger("espalier")
+
+
+class DrainingServer(uvicorn.Server):
+    """Turns `/ready` to 503 at the signal, so that traffic goes elsewhere while running answers end."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._engine.drain()
+        super().handle_exit(sig, frame)
+
+
+def run(given: dict[str, Any]) -> None:
+    """Serve until SIGTERM or Ctrl-C. `given` are settings from the command line; the rest come from the environment."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = Settings(**given)
+    engine = build_engine(settings)
+    engine.start()
+    app = create_app(engine, settings)
+    log.info("serving %s on http://%s:%d, levels %s", engine.model_name, settings.host, settings.port, ", ".join(engine.menu))
+    grace = settings.shutdown_grace_s
+    config = uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=grace)
+    server = DrainingServer(config, engine)
+    try:
+        server.run()
+    finally:
+        engine.stop(grace)
+
+
+def build_engine(settings: Settings) -> Engine:
+    checkpoint = load(settings.checkpoint, settings.device, settings.dtype)
+    limits = Limits(
+        max_running=settings.max_batch, max_waiting=settings.max_queue,
+        kv_rows=settings.kv_tokens * checkpoint.model.layers,
+    )  # fmt: skip
+    log.info(
+        "loaded %s (%.1f MB of weights, %s, %s)", checkpoint.directory, checkpoint.model.weight_bytes / 1e6,
+        checkpoint.model.dtype, checkpoint.model.device,
+    )  # fmt: skip
+    return Engine(
+        checkpoint, limits, default_level=settings.default_level, token_policy=settings.token_policy,
+        name=settings.served_model_name,
+    )  # fmt: skip

@@ -1,0 +1,96 @@
+"""Who runs next: continuous batching with admission instead of preemption. Pure Python, no tensors.
+
+First come, first served. A request's rows of keys and values are reserved whole when it is admitted, so nothing that runs is
+ever pushed out, and nobody behind the head of the queue overtakes it: every request that could ever fit runs and ends.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from dataclasses import dataclass
+
+
+class NeverFits(Exception):
+    """The request is larger than the whole budget; waiting would not help."""
+
+
+class QueueFull(Exception):
+    """Not now; `retry_after` seconds is when a place should be free."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after:.0f} s")
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the scheduler needs to know: `rows` of cache in all (tokens times layers), `prompt` rows that prefill will run."""
+
+    id: str
+    rows: int
+    prompt: int
+
+
+class Scheduler:
+    def __init__(self, budget: int, max_running: int, max_waiting: int, max_prefill: int) -> None:
+        self.budget = budget
+        self.max_running = max_running
+        self.max_waiting = max_waiting
+        self.max_prefill = max_prefill
+        self.waiting: deque[Job] = deque()
+        self.running: dict[str, Job] = {}
+        self.used = 0
+        self._last_finish: float | None = None
+        self._pace = 1.0  # seconds between finished requests, smoothed
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Raises NeverFits, or QueueFull when `max_waiting` jobs wait already and there is no place for one more."""
+        if job.rows > self.budget:
+            raise NeverFits(f"it needs {job.rows} rows of KV cache and the server has {self.budget}")
+        if len(self.waiting) >= self.max_waiting and not self._has_place(job):
+            raise QueueFull(max(1.0, math.ceil(self._pace * len(self.waiting) / 2)))
+        self.waiting.append(job)
+
+    def _has_place(self, job: Job) -> bool:
+        """Whether all who wait and this one may run now, so that it will not really wait."""
+        rows = self.used + sum(waiting.rows for waiting in self.waiting) + job.rows
+        return len(self.running) + len(self.waiting) < self.max_running and rows <= self.budget
+
+    def admit(self) -> list[Job]:
+        """Move the jobs that run from now on out of the queue: as many as places, cache and this step's prefill allow."""
+        admitted: list[Job] = []
+        prefill = 0
+        while self.waiting and len(self.running) < self.max_running:
+            job = self.waiting[0]
+            if self.used + job.rows > self.budget or (admitted and prefill + job.prompt > self.max_prefill):
+                break
+            self.waiting.popleft()
+            self.running[job.id] = job
+            self.used += job.rows
+            prefill += job.prompt
+            admitted.append(job)
+        return admitted
+
+    def finish(self, job_id: str) -> bool:
+        """Give back all that a job holds, wherever it is; False if it is unknown (it ended already)."""
+        job = self.running.pop(job_id, None)
+        if job is not None:
+            self.used -= job.rows
+            self._note_finish(time.monotonic())
+            return True
+        for waiting in self.waiting:
+            if waiting.id == job_id:
+                self.waiting.remove(waiting)
+                return True
+        return False
+
+    def _note_finish(self, now: float) -> None:
+        if self._last_finish is not None:
+            self._pace += 0.2 * (min(now - self._last_finish, 60.0) - self._pace)
+        self._last_finish = now
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running

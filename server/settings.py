@@ -1,0 +1,56 @@
+"""Every knob of the server: from `ESPALIER_*` environment variables or the caller, checked once, never changed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pruning.dynamic.policies import TokenPolicy
+
+PREFIX = "ESPALIER_"
+PILLOW_MAX_PIXELS = 89_478_485  # above it Pillow warns of a decompression bomb by itself
+
+
+class Settings(BaseSettings):
+    """`Settings(port=1234)` → port 1234; without arguments, what the environment says; then these defaults."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 lets other machines in.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    shutdown_grace_s: int = Field(30, ge=0, description="Seconds that running requests may take to end on SIGTERM.")
+
+    checkpoint: str = Field("embedded", description="A directory that transformers loads, or `embedded` for our own.")
+    served_model_name: str | None = Field(None, min_length=1, description="The model's name; by default the checkpoint's.")
+    device: str = Field("cpu", description="Where to run: cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto takes the checkpoint's.")
+
+    default_level: str = Field("off", description="Pruning level of requests that name none.")
+    token_policy: TokenPolicy = Field("cls_diversity", description="How levels choose the visual tokens to keep.")
+
+    max_batch: int = Field(8, ge=1, description="Requests that run at once.")
+    max_queue: int = Field(64, ge=0, description="Requests that may wait for a place; more are answered 429.")
+    kv_tokens: int = Field(0, ge=0, description="Tokens that the KV cache holds; 0 fits it to the memory.")
+
+    default_max_tokens: int = Field(256, ge=1, description="Length limit of an answer whose request sets none.")
+    max_body_bytes: int = Field(32 * 2**20, ge=1, description="Size limit of a request body, counted while it is read.")
+    max_images: int = Field(16, ge=1, description="Pictures that one request may hold.")
+    max_image_bytes: int = Field(10 * 2**20, ge=1, description="Size limit of one picture's file.")
+    max_image_pixels: int = Field(
+        7680 * 4320, ge=1, le=PILLOW_MAX_PIXELS, description="Pixels one picture may have; its header is checked first."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_strays(cls, values: Any) -> Any:
+        """A mistyped variable would otherwise be silence: pydantic-settings reads only the names it knows."""
+        known = [PREFIX + name.upper() for name in cls.model_fields]
+        strays = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+        if strays:
+            # Kubernetes makes such variables for a Service named espalier.
+            hint = "; in Kubernetes, set enableServiceLinks: false" if PREFIX + "SERVICE_HOST" in strays else ""
+            raise ValueError(f"unknown environment variables {', '.join(strays)}{hint}. Known: {', '.join(known)}")
+        return values

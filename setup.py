@@ -1,0 +1,16 @@
+"""The native CPU kernels; pyproject.toml says all the rest (its own key for extensions is still experimental).
+
+They are loaded through ctypes, so neither torch nor Python's headers take part, and without a compiler the install goes on.
+"""
+
+from setuptools import Extension, setup
+
+few_rows = Extension(
+    "models.kernels.few_rows",
+    ["models/kernels/few_rows.cpp"],
+    language="c++",
+    extra_compile_args=["-O3", "-std=c++17", "-fopenmp"],
+    extra_link_args=["-fopenmp"],
+    optional=True,
+)
+setup(ext_modules=[few_rows])

@@ -1,0 +1,153 @@
+"""An engine without a model: it answers from a script, on threads of its own, as the real one would."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+
+from pruning.dynamic.levels import build_menu
+from server.errors import ContextTooLong
+from server.metrics import Metrics
+from server.request import Delta, Event, Failed, Finished, Receipt, Request, Started, TokenLogprob
+
+VISUAL_TOKENS = 12
+LAYERS = 16
+WORDS = ("A", " red", " star", ".")
+
+
+class FakePreprocessor:
+    """A token per word, VISUAL_TOKENS per image; refuses to let the assistant speak first."""
+
+    visual_tokens_per_image = VISUAL_TOKENS
+
+    def __init__(self) -> None:
+        self.busy = threading.Event()
+        self.may_finish = threading.Event()
+        self.may_finish.set()
+        self.seen: list[Image.Image] = []
+        self.turns: list[dict[str, Any]] = []
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        self.seen.append(image)
+        self.busy.set()
+        self.may_finish.wait(30)
+        return torch.zeros(3, 2, 2)
+
+    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        self.turns = messages
+        if messages[0]["role"] == "assistant":
+            raise ValueError("the chat template refuses these messages: the user speaks first")
+        parts = [part for message in messages for part in message["content"]]
+        return [1] * sum(VISUAL_TOKENS if part["type"] == "image" else len(part["text"].split()) for part in parts)
+
+
+class FakeEngine:
+    """What a test may set: `refusals` of the next submits (None lets one pass), `hold_after` how many events a request
+    waits for `release`, and `failure` of a reply's first choice after `fail_after` events.
+    """
+
+    model_name = "fake-llava"
+    default_level = "off"
+    context_length = 2000
+    fingerprint = "fp_fake"
+    created = 1_700_000_000
+
+    def __init__(self) -> None:
+        self.preprocessor = FakePreprocessor()
+        self.metrics = Metrics()
+        self.menu = build_menu([0.1] * LAYERS, LAYERS, {"off": {"accuracy": 0.97}})
+        self.ready = self.alive = True
+        self.words: tuple[str, ...] = WORDS
+        self.failure: Failed | None = None
+        self.fail_after = 0
+        self.refusals: list[Exception | None] = []
+        self.hold_after: int | None = None
+        self.release = threading.Event()
+        self.submitted: list[Request] = []
+        self.has_submitted = threading.Event()
+        self.aborted: list[str] = []
+        self.all_aborted = threading.Event()
+        self._running: set[str] = set()
+
+    def submit(self, request: Request) -> None:
+        if self.refusals and (refusal := self.refusals.pop(0)):
+            raise refusal
+        if len(request.prompt) >= self.context_length:
+            raise ContextTooLong(f"the prompt has {len(request.prompt)} tokens", param="messages")
+        self._running.add(request.id)
+        self.submitted.append(request)
+        self.has_submitted.set()
+        threading.Thread(target=self._answer, args=(request,), daemon=True).start()
+
+    def abort(self, request_id: str) -> None:
+        """As in the real engine, an id that has ended or never was is nothing to abort."""
+        if request_id in self._running:
+            self._running.discard(request_id)
+            self.aborted.append(request_id)
+            if not self._running:
+                self.all_aborted.set()
+
+    def _answer(self, request: Request) -> None:
+        for count, event in enumerate(self._script(request)):
+            if count == self.hold_after:
+                self.release.wait(30)
+            if request.id not in self._running:
+                return
+            if isinstance(event, Finished | Failed):
+                self._running.discard(request.id)
+            request.emit(event)
+
+    def _script(self, request: Request) -> Iterator[Event]:
+        level = self.menu[request.level]
+        total = VISUAL_TOKENS * len(request.images)
+        kept = level.kept(VISUAL_TOKENS) * len(request.images)
+        layers = LAYERS - level.skipped_layers
+        receipt = Receipt(level.name, request.reason, kept, total, layers, LAYERS, 0.5, self.fingerprint)
+        timings = {**request.timings, "queue": time.monotonic() - request.created, "encode": 0.002, "route": 0.001}
+        timings["prefill"] = 0.004
+        words = self.words if request.sampling.temperature == 0 else (f"seed {request.sampling.seed}",)
+        said = words[: request.sampling.max_tokens]
+        events: list[Event] = [Started(receipt, dict(timings))]
+        events += [Delta(word, _logprobs(word, request.sampling.logprobs)) for word in said]
+        if self.failure and request.id.endswith("-0"):
+            yield from [*events[: self.fail_after], self.failure]
+            return
+        reason = "stop" if len(said) == len(words) else "length"
+        yield from events
+        yield Finished(reason, len(request.prompt), len(said), receipt, timings | {"decode": 0.008})
+
+
+def _logprobs(token: str, alternatives: int | None) -> tuple[TokenLogprob, ...]:
+    if alternatives is None:
+        return ()
+    top = [(token, -0.25), ("\N{SNOWMAN}", float("-inf"))]
+    return (TokenLogprob(token, -0.25, tuple(top[:alternatives])),)
+
+
+def picture(kind: str = "PNG", size: tuple[int, int] = (4, 4), mode: str = "RGB", color: Any = "red", **save: Any) -> bytes:
+    """An image file."""
+    file = BytesIO()
+    Image.new(mode, size, color).save(file, kind, **save)
+    return file.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that announces its size and ends there."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")

@@ -1,0 +1,138 @@
+"""Text as it grows: whole characters, nothing lost, and never a stop string or what stands behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from server.detokenize import Detokenizer
+from tests.server.tiny import processor
+
+TOKENIZER = processor().tokenizer
+ALPHABET = "abAB 0.\n\u00e9\u4e2d\U0001f60e"
+texts = st.text(ALPHABET, max_size=30)
+any_tokens = st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=40)
+stops = st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3)
+
+
+def encode(text: str) -> list[int]:
+    return TOKENIZER(text, add_special_tokens=False).input_ids
+
+
+def decode(ids: Sequence[int]) -> str:
+    return TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+def stream(ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], Detokenizer]:
+    """The pieces as the engine asks for them: one per token until it stops, then what is left."""
+    text = Detokenizer(TOKENIZER, stop)
+    pieces = []
+    for token in ids:
+        pieces.append(text.push(token))
+        if text.stopped:
+            break
+    return [*pieces, text.finish()], text
+
+
+@given(ids=any_tokens)
+@example(ids=[*encode("\U0001f60e")[:2], *encode("a")])
+def test_pieces_make_the_whole_text_whatever_the_model_says(ids):
+    assert "".join(stream(ids)[0]) == decode(ids).lstrip()
+
+
+@given(text=texts)
+def test_characters_of_several_bytes_are_never_split(text):
+    assume("\ufffd" not in text)
+    pieces, _ = stream(encode(text))
+    assert "".join(pieces) == text.lstrip()
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_character_comes_out_with_its_last_byte():
+    ids = encode("\U0001f60e")
+    assert len(ids) == 4
+    assert stream(ids)[0] == ["", "", "", "\U0001f60e", ""]
+
+
+def test_an_unfinished_character_at_the_end_is_shown_as_such():
+    pieces, _ = stream(encode("a\u4e2d")[:-1])
+    assert pieces[0] == "a"
+    assert set(pieces[-1]) == {"\ufffd"}
+
+
+@given(text=texts, stop=stops)
+@example(text="aaab", stop=["aab"])
+@example(text="abab", stop=["abb", "ba"])
+@example(text=" a", stop=["a"])
+def test_nothing_of_a_stop_string_or_behind_it_is_ever_seen(text, stop):
+    ids = encode(text)
+    pieces, detokenizer = stream(ids, stop)
+    seen = "".join(pieces)
+    whole = decode(ids).lstrip()
+    assert not any(s in seen for s in stop)
+    assert whole.startswith(seen)
+    if detokenizer.stopped:
+        assert any(whole[len(seen) :].startswith(s) for s in stop), "cut exactly where a stop string begins"
+    else:
+        assert seen == whole
+        assert not any(s in whole for s in stop)
+
+
+@given(ids=any_tokens, stop=st.lists(st.text("ab \ufffd", min_size=1, max_size=3), min_size=1, max_size=2))
+def test_stop_strings_hold_for_broken_bytes_too(ids, stop):
+    pieces, detokenizer = stream(ids, stop)
+    seen = "".join(pieces)
+    assert not any(s in seen for s in stop)
+    assert detokenizer.stopped or seen == decode(ids).lstrip()
+
+
+@given(text=texts, stop=stops)
+def test_what_is_out_is_final(text, stop):
+    """No piece is taken back: after each token, what was shown is how the answer will begin."""
+    pieces, _ = stream(encode(text), stop)
+    shown = ""
+    for piece in pieces:
+        shown += piece
+        assert "".join(pieces).startswith(shown)
+
+
+def test_a_half_seen_stop_string_is_held_and_let_go():
+    text = Detokenizer(TOKENIZER, ["QX"])
+    assert [text.push(token) for token in encode("AQ")] == ["A", ""]
+    assert text.push(encode("R")[0]) == "QR"
+    assert not text.stopped
+    assert text.finish() == ""
+
+
+def test_a_held_piece_comes_out_at_the_end():
+    text = Detokenizer(TOKENIZER, ["QX"])
+    assert [text.push(token) for token in encode("AQ")] == ["A", ""]
+    assert text.finish() == "Q"
+
+
+def test_an_empty_stop_string_stops_nothing():
+    assert "".join(stream(encode("A B"), [""])[0]) == "A B"
+
+
+def test_special_tokens_have_no_text():
+    ids = [*encode("A"), TOKENIZER.pad_token_id, TOKENIZER.convert_tokens_to_ids("<image>"), *encode("B")]
+    assert "".join(stream(ids)[0]) == "AB"
+
+
+@pytest.mark.parametrize("count", [50, 400])
+def test_the_cost_of_a_token_does_not_grow_with_the_answer(count):
+    class Counting:
+        longest = 0
+
+        def decode(self, ids: list[int], **options: object) -> str:
+            self.longest = max(self.longest, len(ids))
+            return TOKENIZER.decode(ids, **options)
+
+    counting = Counting()
+    text = Detokenizer(counting)
+    for token in encode("A B " * count):
+        text.push(token)
+    assert counting.longest < 8

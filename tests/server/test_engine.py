@@ -1,0 +1,634 @@
+"""The engine on a tiny checkpoint with the real tokenizer and processor: who is answered what, and what is left behind."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from itertools import cycle, islice
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlavaForConditionalGeneration
+
+import server.engine
+from models.checkpoint import Checkpoint
+from models.flops import flops_ratio
+from models.forward import Work, forward, prompt_work, token_work
+from models.kv_cache import RequestCache
+from pruning.dynamic.levels import make_route
+from server.engine import Engine
+from server.errors import ContextTooLong, Overloaded, ShuttingDown
+from server.request import Delta, Failed, Started
+from server.run import build_engine
+from server.settings import Settings
+from tests.server.tiny import LAYERS, VISUAL, Reader, answer, ask, assert_clean, drain, new_engine, submit, write
+from tests.server.tiny import tiny_checkpoint as tiny_checkpoint  # a fixture
+
+LEVELS = ("off", "light", "balanced", "strong", "thin")
+
+
+@pytest.fixture
+def engine(tiny: Checkpoint) -> Engine:
+    return new_engine(tiny)
+
+
+def value(engine: Engine, name: str, **labels: str) -> float:
+    """A number as Prometheus would scrape it; 0 for one that never changed."""
+    return engine.metrics.registry.get_sample_value(f"espalier_{name}", labels) or 0.0
+
+
+def total(engine: Engine, name: str, **labels: str) -> float:
+    """The sum over a metric's other labels."""
+    return sum(
+        sample.value
+        for metric in engine.metrics.registry.collect()
+        for sample in metric.samples
+        if sample.name == f"espalier_{name}" and labels.items() <= sample.labels.items()
+    )
+
+
+def same(got: Reader, expected: Reader) -> None:
+    """The same tokens: the text may hide bytes that are no characters, so log-probabilities are compared too."""
+    assert got.answer == expected.answer
+    assert [one.token for one in got.logprobs] == [one.token for one in expected.logprobs]
+    ours, theirs = ([one.logprob for one in reader.logprobs] for reader in (got, expected))
+    assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+# ---- answers
+
+
+def test_the_tiny_model_sees_pictures_questions_and_levels(engine):
+    """Else the tests below would compare nothing."""
+    texts = {answer(engine, picture, level=level).text for picture in (0, 1) for level in LEVELS}
+    assert len(texts) == 2 * len(LEVELS)
+    assert answer(engine, 0, text="Read the sign.").text != answer(engine, 0).text
+
+
+CASES = st.fixed_dictionaries(
+    {
+        "pictures": st.sampled_from([(0,), (1,), (2, 0), ()]),
+        "text": st.sampled_from(["What color is the star?", "Describe the picture."]),
+        "level": st.sampled_from(LEVELS),
+        "max_tokens": st.integers(1, 10),
+    }
+)
+
+
+@settings(max_examples=15)
+@given(arrivals=st.lists(st.tuples(st.integers(0, 3), CASES), min_size=2, max_size=6), places=st.integers(1, 5))
+def test_a_mixed_batch_that_is_joined_and_left_answers_as_each_alone(tiny, arrivals, places):
+    engine, lone = new_engine(tiny, max_running=places), new_engine(tiny)
+    readers = []
+    for steps, case in arrivals:
+        for _ in range(steps):
+            engine.step()
+        request = ask(engine, **case, logprobs=0)
+        engine.submit(request)
+        readers.append(request.emit)
+    drain(engine)
+    for reader, (_, case) in zip(readers, arrivals, strict=True):
+        alone = ask(lone, **case, logprobs=0)
+        lone.submit(alone)
+        drain(lone)
+        same(reader, alone.emit)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_answer_is_what_the_model_says_on_the_route(engine, tiny, level):
+    """Against a loop of its own: the prompt, then each token at the position it has in the undropped sequence."""
+    request, reader = submit(engine, 0, level=level, logprobs=0)
+    drain(engine)
+    model = tiny.model
+    route, visual = make_route(
+        engine.menu[level], [model.vision(image.pixels[None]) for image in request.images], LAYERS,
+        tiny.manifest.calibration.layer_change, "cls_diversity", seed=0,
+    )  # fmt: skip
+    rows = [n + 8 if n else 0 for n in route.rows(len(request.prompt))]
+    cache = RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device)
+    work = prompt_work(model, torch.tensor(request.prompt), visual, route, cache)
+    expected, made = [], []
+    for place in range(8):
+        logprobs = forward(model, [work])[0].log_softmax(-1)
+        made.append(int(logprobs.argmax()))
+        expected.append(float(logprobs.max()))
+        work = token_work(model, torch.tensor(made[-1:]), len(request.prompt) + place, route, cache)
+    assert reader.text == tiny.preprocessor.tokenizer.decode(made, skip_special_tokens=True).lstrip()
+    assert [one.logprob for one in reader.logprobs] == pytest.approx(expected, abs=1e-3)
+
+
+def test_at_off_an_answer_is_transformers_own(engine, tiny):
+    reference = LlavaForConditionalGeneration.from_pretrained(tiny.directory, dtype=torch.float32)
+    for pictures in ((0,), (1, 2)):
+        request = ask(engine, pictures)
+        engine.submit(request)
+        drain(engine)
+        pixels = torch.stack([image.pixels for image in request.images])
+        prompt = torch.tensor([request.prompt])
+        made = reference.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), pixel_values=pixels, max_new_tokens=8, do_sample=False
+        )[0, len(request.prompt) :]
+        assert request.emit.text == tiny.preprocessor.tokenizer.decode(made, skip_special_tokens=True).lstrip()
+
+
+def test_a_full_batch_of_all_levels_runs_together(engine):
+    alone = {level: answer(engine, 0, level=level, logprobs=0) for level in LEVELS}
+    readers = {level: submit(engine, 0, level=level, logprobs=0)[1] for level in LEVELS}
+    engine.step()
+    assert len(engine.scheduler.running) == len(LEVELS)
+    assert all(len(reader.logprobs) == 1 for reader in readers.values()), "all prompts in one step"
+    drain(engine)
+    for level in LEVELS:
+        same(readers[level], alone[level])
+
+
+def test_a_prompt_without_a_picture_is_answered(engine):
+    request = ask(engine, (), level="strong")
+    engine.submit(request)
+    drain(engine)
+    receipt = request.emit.finished.receipt
+    assert (receipt.visual_tokens, receipt.visual_tokens_total, receipt.layers) == (0, 0, LAYERS)
+
+
+def test_the_same_picture_and_level_give_the_same_receipt_and_answer(engine):
+    first, second = (answer(engine, 1, level="balanced", logprobs=1) for _ in range(2))
+    assert first.finished.receipt == second.finished.receipt
+    same(first, second)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_receipt_is_the_route_and_the_memory_is_what_the_route_needs(engine, tiny, level):
+    request, reader = submit(engine, 0, 2, level=level, max_tokens=5)
+    engine.step()
+    features = [tiny.model.vision(image.pixels[None]) for image in request.images]
+    change = tiny.manifest.calibration.layer_change
+    route, _ = make_route(engine.menu[level], features, LAYERS, change, "cls_diversity", seed=0)
+    receipt = reader.started.receipt
+    assert (receipt.visual_tokens, receipt.visual_tokens_total) == (len(route.kept), 2 * VISUAL)
+    assert (receipt.layers, receipt.layers_total) == (sum(route.layers), LAYERS)
+    assert receipt.flops_ratio == pytest.approx(flops_ratio(tiny.model.config, route, len(request.prompt)), abs=1e-4)
+    assert (receipt.flops_ratio == 1) == (level == "off")
+    assert (receipt.level, receipt.reason, receipt.checkpoint) == (level, "body", tiny.fingerprint)
+    assert engine.kv.used == engine.scheduler.used == sum(route.rows(len(request.prompt))) + 5 * sum(route.layers)
+    drain(engine)
+    assert reader.finished.receipt == receipt
+    assert reader.finished.prompt_tokens == len(request.prompt)
+
+
+@pytest.mark.parametrize("policy", ["random", "uniform", "pooling"])
+def test_every_token_policy_answers_and_repeats_itself(tiny, policy):
+    engine = Engine(tiny, token_policy=policy)
+    first, second = (answer(engine, 0, level="strong", logprobs=0) for _ in range(2))
+    same(first, second)
+    assert 1 <= first.finished.receipt.visual_tokens <= 24
+
+
+def test_events_come_in_order(engine):
+    reader = answer(engine, max_tokens=6)
+    kinds = [type(event).__name__ for event in reader.events]
+    assert kinds[0] == "Started"
+    assert kinds[-1] == "Finished"
+    assert set(kinds[1:-1]) == {"Delta"}
+    assert reader.started.timings.keys() >= {"queue", "encode", "route", "prefill"}
+    assert reader.finished.timings.keys() >= {"queue", "encode", "route", "prefill", "decode"}
+    assert all(seconds >= 0 for seconds in reader.finished.timings.values())
+
+
+# ---- how an answer ends
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_max_tokens_ends_with_length(engine, count):
+    reader = answer(engine, max_tokens=count, logprobs=0)
+    assert reader.finished.reason == "length"
+    assert reader.finished.completion_tokens == len(reader.logprobs) == count
+
+
+def test_an_end_token_ends_with_stop(engine):
+    whole = answer(engine, 0, level="thin", logprobs=0)
+    spelled = [one.token for one in whole.logprobs]
+    place = next(at for at, token in enumerate(spelled) if at > 1 and token.isascii() and token not in spelled[:at])
+    vocabulary = range(len(engine.preprocessor.tokenizer))
+    ends = frozenset(t for t in vocabulary if engine.preprocessor.tokenizer.decode([t]) == spelled[place])
+    reader = answer(new_engine(replace(engine.checkpoint, eos=ends)), 0, level="thin", logprobs=0)
+    assert (reader.finished.reason, reader.finished.completion_tokens) == ("stop", place + 1)
+    assert whole.text.startswith(reader.text)
+    assert spelled[place] not in reader.text
+    assert len(reader.logprobs) == place + 1
+
+
+def test_a_stop_string_ends_the_answer_before_it(engine):
+    whole = answer(engine, 0, level="thin", max_tokens=12).text
+    stop = whole[8:11]
+    reader = answer(engine, 0, level="thin", max_tokens=12, stop=("never seen", stop))
+    assert reader.text == whole[: whole.index(stop)]
+    assert reader.finished.reason == "stop"
+    assert reader.finished.completion_tokens < 12
+
+
+def test_the_context_bounds_the_answer(engine):
+    text = " ".join(["star"] * 850)
+    request, reader = submit(engine, 0, text=text, max_tokens=10_000)
+    room = engine.context_length - len(request.prompt)
+    assert 0 < room < 200
+    drain(engine)
+    assert (reader.finished.reason, reader.finished.completion_tokens) == ("length", room)
+
+
+# ---- how tokens are drawn
+
+
+def test_a_seed_repeats_an_answer_alone_and_in_company(engine):
+    luck = {"temperature": 1.0, "top_p": 0.95, "logprobs": 0}
+    first = answer(engine, 0, seed=5, **luck)
+    _, again = submit(engine, 0, seed=5, **luck)
+    _, other = submit(engine, 0, seed=6, **luck)
+    submit(engine, 1, seed=5, **luck)
+    drain(engine)
+    same(again, first)
+    assert other.text != first.text
+
+
+def test_logprobs_tell_what_was_likely(engine):
+    reader = answer(engine, 0, max_tokens=6, logprobs=3)
+    assert len(reader.logprobs) == 6
+    for one in reader.logprobs:
+        assert one.logprob <= 0
+        assert len(one.top) == 3
+        assert [value for _, value in one.top] == sorted((value for _, value in one.top), reverse=True)
+        assert (one.token, one.logprob) == one.top[0], "greedy takes the likeliest"
+    assert not answer(engine, 0).logprobs
+    assert all(not one.top for one in answer(engine, 0, logprobs=0).logprobs)
+
+
+def test_a_penalty_changes_a_repeating_answer(engine):
+    plain, varied = answer(engine, 0), answer(engine, 0, frequency_penalty=2.0, presence_penalty=2.0)
+    assert plain.text != varied.text
+
+
+# ---- refusals
+
+
+def test_a_full_queue_says_when_to_come_back(tiny):
+    engine = new_engine(tiny, max_running=1, max_waiting=2)
+    readers = [submit(engine)[1] for _ in range(2)]
+    with pytest.raises(Overloaded) as refusal:
+        submit(engine)
+    assert refusal.value.retry_after >= 1
+    engine.step()  # one runs, one waits: there is a place to wait again
+    readers.append(submit(engine)[1])
+    drain(engine)
+    assert all(reader.finished for reader in readers)
+
+
+def test_without_a_queue_a_free_place_is_still_a_place(tiny):
+    engine = new_engine(tiny, max_running=1, max_waiting=0)
+    assert answer(engine).finished
+    submit(engine)
+    with pytest.raises(Overloaded):
+        submit(engine)
+    drain(engine)
+
+
+def test_what_never_fits_is_refused_at_once(tiny):
+    engine = new_engine(tiny, kv_rows=LAYERS * 200)
+    with pytest.raises(ContextTooLong, match="KV cache") as refusal:
+        submit(engine, max_tokens=200)
+    assert refusal.value.param == "max_tokens"
+    assert answer(engine, max_tokens=8).finished
+    assert answer(engine, max_tokens=100, level="strong").finished, "a level that keeps less may still fit"
+
+
+def test_a_prompt_longer_than_the_context_is_refused(engine):
+    with pytest.raises(ContextTooLong, match="1024") as refusal:
+        submit(engine, *range(8))
+    assert refusal.value.param == "messages"
+    assert_clean(engine)
+
+
+def test_an_id_is_used_once_at_a_time(engine):
+    request, reader = submit(engine)
+    with pytest.raises(ValueError, match="in use"):
+        engine.submit(request)
+    drain(engine)
+    engine.submit(replace(request, emit=Reader()))
+    drain(engine)
+    assert reader.finished
+
+
+def test_an_unknown_default_level_is_an_error_at_the_start(tiny):
+    with pytest.raises(ValueError, match="'most' is not one of off, light"):
+        Engine(tiny, default_level="most")
+
+
+# ---- giving up
+
+
+def test_aborting_a_waiting_and_a_running_request_frees_everything(tiny):
+    engine = new_engine(tiny, max_running=2)
+    (stays, kept), (runs, gone), (waits, unseen) = (submit(engine, picture) for picture in (0, 1, 2))
+    engine.step()
+    engine.step()
+    assert {*engine.scheduler.running} == {stays.id, runs.id}
+    before = list(gone.events)
+    engine.abort(runs.id)
+    engine.abort(waits.id)
+    engine.abort(waits.id)
+    engine.abort("nobody")
+    engine.step()
+    engine.kv.check_integrity()
+    assert {*engine.scheduler.running} == {stays.id}
+    assert not engine.scheduler.waiting
+    drain(engine)
+    assert (gone.events, unseen.events) == (before, [])
+    same(kept, answer(new_engine(tiny), 0))
+    assert value(engine, "requests_total", level="off", outcome="abort") == 2
+
+
+def test_an_abort_of_a_request_that_just_ended_does_not_hit_the_next_of_its_name(engine):
+    """The reader gives up while it is handed its last event."""
+
+    class Leaver(Reader):
+        def __call__(self, event: Any) -> None:
+            super().__call__(event)
+            engine.abort(request.id)
+
+    request = replace(ask(engine, max_tokens=1), emit=Leaver())
+    engine.submit(request)
+    engine.step()
+    assert_clean(engine)
+    again = replace(request, emit=Reader())
+    engine.submit(again)
+    drain(engine)
+    assert again.emit.finished
+
+
+def test_a_reader_that_breaks_is_forgotten_and_others_go_on(engine):
+    def broken(event: Any) -> None:
+        raise RuntimeError("the loop is closed")
+
+    engine.submit(replace(ask(engine, (0,)), emit=broken))
+    _, reader = submit(engine, 1, logprobs=0)
+    engine.step()
+    engine.step()
+    assert len(engine.scheduler.running) == 1
+    drain(engine)
+    same(reader, answer(engine, 1, logprobs=0))
+
+
+# ---- failures
+
+
+def spoil(request: Any, pixels: torch.Tensor) -> Any:
+    return replace(request, images=[replace(request.images[0], pixels=pixels, digest="bad0bad0")])
+
+
+@pytest.mark.parametrize(
+    ("pixels", "level", "cause"),
+    [
+        (torch.zeros(3, 8, 8), "off", RuntimeError),
+        (torch.full((3, 96, 96), torch.nan), "off", ArithmeticError),
+        (torch.full((3, 96, 96), torch.nan), "strong", ValueError),
+    ],
+    ids=["an encoder that raises", "logits that are not numbers", "a route that cannot be made"],
+)
+def test_a_picture_that_breaks_the_model_fails_its_request_alone(engine, caplog, pixels, level, cause):
+    readers = [submit(engine, 0, logprobs=0)[1]]
+    engine.step()
+    bad = spoil(ask(engine, (1,), level=level), pixels)
+    engine.submit(bad)
+    readers.append(submit(engine, 2, level="strong", logprobs=0)[1])
+    drain(engine)
+    assert isinstance(bad.emit.end, Failed)
+    assert len(bad.emit.events) == 1
+    same(readers[0], answer(engine, 0, logprobs=0))
+    same(readers[1], answer(engine, 2, level="strong", logprobs=0))
+    assert value(engine, "requests_total", level=level, outcome="error") == 1
+    (record,) = caplog.records
+    assert bad.id in record.message, "the log says which request failed"
+    assert record.exc_info[0] is cause, "and why"
+
+
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_a_pass_that_raises_for_one_request_fails_it_alone(engine, monkeypatch, caplog, when):
+    """In its prefill or while it decodes, and after the pass has written everybody's keys and values."""
+    expected = {level: answer(engine, 0, level=level, logprobs=0) for level in LEVELS}
+    victim = engine.menu["balanced"].kept(VISUAL)
+
+    def flaky(model: Any, batch: list[Work], *rest: Any) -> torch.Tensor:
+        logits = forward(model, batch, *rest)
+        if any(len(work.route.kept) == victim and max(work.cache.lengths) > reach for work in batch):
+            raise RuntimeError("a broken pass")
+        return logits
+
+    requests = {level: submit(engine, 0, level=level, logprobs=0) for level in LEVELS}
+    reach = len(requests["balanced"][0].prompt) - (VISUAL - victim) + when - 1
+    monkeypatch.setattr(server.engine, "forward", flaky)
+    drain(engine)
+    for level, (_, reader) in requests.items():
+        if level == "balanced":
+            assert isinstance(reader.end, Failed)
+            assert len(reader.logprobs) == when
+        else:
+            same(reader, expected[level])
+
+
+def test_an_id_outside_the_vocabulary_fails_its_request_alone(engine, caplog):
+    request = ask(engine)
+    bad = replace(request, prompt=[*request.prompt, 10**6])
+    engine.submit(bad)
+    _, reader = submit(engine)
+    drain(engine)
+    assert isinstance(bad.emit.end, Failed)
+    assert reader.finished
+
+
+def test_a_failure_while_a_token_is_handed_out_fails_its_request_alone(engine, monkeypatch, caplog):
+    def broken(*given: Any) -> int:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(server.engine, "sample", broken)
+    _, unlucky = submit(engine, 0, temperature=1.0)
+    _, reader = submit(engine, 1)
+    drain(engine)
+    assert isinstance(unlucky.end, Failed)
+    assert reader.finished
+
+
+# ---- what is remembered and counted
+
+
+def test_a_picture_is_encoded_once_whatever_the_level(engine, monkeypatch):
+    encoded = []
+    vision = engine.model.vision
+    monkeypatch.setattr(engine.model, "vision", lambda pixels: encoded.append(len(pixels)) or vision(pixels))
+    for level in LEVELS:
+        answer(engine, 0, level=level)
+    answer(engine, 1)
+    answer(engine, 1, 1)
+    assert encoded == [1, 1]
+    assert value(engine, "cache_hits_total", cache="image") == len(LEVELS) - 1 + 2
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_forgotten_pictures_are_encoded_again_to_the_same_answer(tiny, size):
+    engine = new_engine(tiny, cached_images=size)
+    first = answer(engine, 0, 1, 2, logprobs=0)
+    same(answer(engine, 0, 1, 2, logprobs=0), first)
+    assert value(engine, "cache_hits_total", cache="image") == 0
+
+
+def test_the_counters_add_up(engine, caplog):
+    requests = [submit(engine, picture, level=level) for picture, level in zip(islice(cycle((0, 1)), 5), LEVELS, strict=True)]
+    failed = spoil(ask(engine, (1,)), torch.zeros(3, 8, 8))
+    engine.submit(failed)
+    waiting, _ = submit(engine, 2)
+    engine.abort(waiting.id)
+    drain(engine)
+    done = [reader.finished for _, reader in requests]
+    receipts = [one.receipt for one in done]
+    assert total(engine, "requests_total") == len(requests) + 2
+    assert total(engine, "requests_total", outcome="length") == len(requests)
+    assert total(engine, "request_seconds_count") == total(engine, "time_to_first_token_seconds_count") == len(requests)
+    assert total(engine, "generated_tokens_total") == sum(one.completion_tokens for one in done)
+    assert total(engine, "inter_token_seconds_count") == sum(one.completion_tokens - 1 for one in done)
+    assert total(engine, "prompt_tokens_total") == sum(one.prompt_tokens for one in done)
+    for receipt in receipts:
+        kept, dropped = (value(engine, "visual_tokens_total", level=receipt.level, outcome=o) for o in ("kept", "dropped"))
+        assert (kept, kept + dropped) == (receipt.visual_tokens, receipt.visual_tokens_total)
+        run, skipped = (value(engine, "layers_total", level=receipt.level, outcome=o) for o in ("run", "skipped"))
+        assert (run, run + skipped) == (receipt.layers, receipt.layers_total)
+        assert value(engine, "flops_ratio_sum", level=receipt.level) == pytest.approx(receipt.flops_ratio)
+    for stage in ("prefill", "decode"):
+        assert value(engine, "stage_seconds_count", stage=stage) == len(requests)
+
+
+def test_the_gauges_show_the_load(tiny):
+    engine = new_engine(tiny, max_running=2, kv_rows=10_000)
+    assert value(engine, "weight_bytes", form="dense") == tiny.model.weight_bytes > 0
+    for _ in range(5):
+        submit(engine)
+    engine.step()
+    assert (value(engine, "requests_running"), value(engine, "requests_waiting")) == (2, 3)
+    assert value(engine, "kv_cache_usage_ratio") == engine.kv.used / 10_000 > 0
+    drain(engine)
+    names = ("requests_running", "requests_waiting", "kv_cache_usage_ratio")
+    assert [value(engine, name) for name in names] == [0, 0, 0]
+
+
+# ---- the thread
+
+
+def test_submissions_from_many_threads_all_end_with_the_right_answer(tiny):
+    lone, engine = new_engine(tiny), new_engine(tiny, max_running=4)
+    expected = {(p, level): answer(lone, p, level=level, logprobs=0) for p in (0, 1) for level in LEVELS}
+    results: list[tuple[tuple[int, str], Reader]] = []
+    engine.start()
+
+    def client(picture: int) -> None:
+        for level in LEVELS:
+            dropped, _ = submit(engine, 2, max_tokens=400)
+            results.append(((picture, level), submit(engine, picture, level=level, logprobs=0)[1]))
+            engine.abort(dropped.id)
+
+    threads = [threading.Thread(target=client, args=(number % 2,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _, reader in results:
+        reader.wait()
+    assert len(results) == 4 * len(LEVELS)
+    assert engine.stop()
+    for key, reader in results:
+        same(reader, expected[key])
+    assert_clean(engine)
+    assert total(engine, "requests_total", outcome="abort") == 4 * len(LEVELS)
+
+
+def test_stop_drains_and_refuses(tiny):
+    engine = new_engine(tiny, max_running=2)
+    assert not engine.alive
+    assert not engine.ready
+    readers = [submit(engine, max_tokens=20)[1] for _ in range(6)]
+    engine.start()
+    assert engine.ready
+    assert engine.stop()
+    assert all(reader.finished.completion_tokens == 20 for reader in readers)
+    assert not engine.alive
+    assert not engine.ready
+    with pytest.raises(ShuttingDown):
+        submit(engine)
+    assert_clean(engine)
+
+
+def test_answers_that_outlast_the_grace_are_told_so(tiny):
+    """Nobody is left to wait for ever: neither who runs nor who waits."""
+    engine = new_engine(tiny, max_running=1)
+    step_seen, go_on = threading.Event(), threading.Event()
+
+    class Slow(Reader):
+        def __call__(self, event: Any) -> None:
+            super().__call__(event)
+            if isinstance(event, Started):
+                step_seen.set()
+                go_on.wait(60)
+
+    slow = replace(ask(engine, max_tokens=500), emit=Slow())
+    engine.submit(slow)
+    _, waiting = submit(engine)
+    engine.start()
+    assert step_seen.wait(60)
+    assert not engine.stop(grace=0)
+    go_on.set()
+    for reader in (slow.emit, waiting):
+        reader.wait()
+        assert isinstance(reader.end, Failed)
+    assert any(isinstance(event, Delta) for event in slow.emit.events)
+    assert_clean(engine)
+    assert value(engine, "requests_total", level="off", outcome="error") == 2
+
+
+def test_an_aborted_request_leaves_even_when_nothing_else_happens(tiny):
+    """The thread wakes up for an abort alone."""
+    engine = new_engine(tiny)
+    gone = threading.Event()
+
+    class Leaver(Reader):
+        def __call__(self, event: Any) -> None:
+            super().__call__(event)
+            engine.abort(request.id)
+            gone.set()
+
+    request = replace(ask(engine, max_tokens=500), emit=Leaver())
+    engine.start()
+    engine.submit(request)
+    assert gone.wait(60)
+    assert engine.stop()
+    assert request.emit.end is None
+    assert_clean(engine)
+
+
+# ---- building one
+
+
+def test_an_engine_from_settings_holds_what_they_say(tmp_path):
+    directory = write(tmp_path / "tiny-sixteen", layers=16)
+    settings = Settings(
+        checkpoint=str(directory), kv_tokens=400, max_batch=3, max_queue=5, default_level="strong", token_policy="pooling"
+    )
+    engine = build_engine(settings)
+    assert engine.kv.budget == 400 * 16
+    assert (engine.scheduler.max_running, engine.scheduler.max_waiting) == (3, 5)
+    assert (engine.default_level, engine.token_policy, engine.model_name) == ("strong", "pooling", "tiny-sixteen")
+    receipt = answer(engine, level="strong").finished.receipt
+    assert (receipt.layers, receipt.layers_total) == (15, 16), "the menu's own layer skipping, from the calibration"
+
+
+def test_the_cache_takes_a_share_of_free_memory_by_default(tiny):
+    engine = Engine(tiny)
+    assert 0 < engine.kv.budget <= 8 * engine.context_length * LAYERS
+    assert answer(engine).finished

@@ -1,0 +1,677 @@
+"""The HTTP contract, over an engine without a model: in process for behaviour, over a socket for clients and disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from anyio import to_thread
+
+from server import chat
+from server.app import create_app
+from server.errors import Overloaded, ShuttingDown
+from server.request import Failed
+from server.settings import Settings
+from tests.server.fake_engine import LAYERS, VISUAL_TOKENS, FakeEngine, data_url, picture, png_header
+
+pytestmark = pytest.mark.anyio
+
+PICTURE = data_url(picture())
+QUESTION = "What color is the star?"
+MENU = ["off", "light", "balanced", "strong"]
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+async def client(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
+    async with connect(engine) as client:
+        yield client
+
+
+def connect(engine: FakeEngine, **settings: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(create_app(engine, Settings(**settings)))
+    return httpx.AsyncClient(transport=transport, base_url="http://espalier")
+
+
+def image_part(url: str = PICTURE, **more: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+def body(*images: dict[str, Any], text: str = QUESTION, **fields: Any) -> dict[str, Any]:
+    content = [*images, {"type": "text", "text": text}]
+    return {"model": "fake-llava", "messages": [{"role": "user", "content": content}], **fields}
+
+
+async def ask(client: httpx.AsyncClient, payload: Any = None, **more: Any) -> httpx.Response:
+    return await client.post("/v1/chat/completions", json=body(image_part()) if payload is None else payload, **more)
+
+
+def check_error(response: httpx.Response, status: int) -> dict[str, Any]:
+    """OpenAI's error object, and nothing else."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert isinstance(error["type"], str)
+    assert response.headers["x-request-id"]
+    return error
+
+
+def events(text: str) -> list[Any]:
+    """The data of a stream, which ends with [DONE]."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+# ---- answers
+
+
+async def test_a_chat_is_answered(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    response = await ask(client, body(image_part(), image_part(), pruning={"level": "strong"}))
+    reply = response.json()
+    assert response.status_code == 200
+    assert reply["object"] == "chat.completion"
+    assert (reply["model"], reply["system_fingerprint"]) == ("fake-llava", "fp_fake")
+    assert reply["id"].startswith("chatcmpl-")
+    message = {"role": "assistant", "content": "A red star."}
+    assert reply["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
+    assert reply["pruning"] == {
+        "level": "strong", "reason": "body", "visual_tokens": 4, "visual_tokens_total": 24, "layers": 15,
+        "layers_total": 16, "flops_ratio": 0.5, "checkpoint": "fp_fake",
+    }  # fmt: skip
+    prompt = 2 * VISUAL_TOKENS + 5
+    assert reply["usage"] == {
+        "prompt_tokens": prompt, "completion_tokens": 4, "total_tokens": prompt + 4,
+        "prompt_tokens_details": {"image_tokens": 24, "image_tokens_kept": 4},
+    }  # fmt: skip
+    assert response.headers["x-pruning-level"] == "strong"
+    assert response.headers["x-pruning-visual-tokens"] == "4/24"
+    assert response.headers["x-pruning-layers"] == f"15/{LAYERS}"
+    stages = response.headers["server-timing"].split(", ")
+    assert [stage.split(";dur=")[0] for stage in stages] == ["queue", "image", "encode", "route", "prefill", "decode"]
+    assert stages[-1] == "decode;dur=8.00"
+    assert not engine.aborted
+
+
+async def test_a_question_without_a_picture_is_answered(client: httpx.AsyncClient) -> None:
+    reply = (await ask(client, {"messages": [{"role": "user", "content": "Hello there"}]})).json()
+    assert reply["usage"]["prompt_tokens_details"] == {"image_tokens": 0, "image_tokens_kept": 0}
+
+
+async def test_several_turns_reach_the_template(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, *body(image_part())["messages"]]
+    turns += [{"role": "assistant", "content": "Red."}, {"role": "user", "content": "And its <image> shape?"}]
+    assert (await ask(client, {"messages": turns})).status_code == 200
+    assert [turn["role"] for turn in engine.preprocessor.turns] == ["system", "user", "assistant", "user"]
+    assert engine.preprocessor.turns[-1]["content"] == [{"type": "text", "text": "And its <image> shape?"}]
+
+
+async def test_a_stream_holds_what_the_whole_reply_does(client: httpx.AsyncClient) -> None:
+    fields: dict[str, Any] = {"n": 2, "temperature": 1, "seed": 7, "logprobs": True, "top_logprobs": 2}
+    whole = (await ask(client, body(image_part(), **fields))).json()
+    fields |= {"stream": True, "stream_options": {"include_usage": True}}
+    response = await ask(client, body(image_part(), **fields))
+    chunks = events(response.text)
+
+    async def replay() -> AsyncIterator[dict[str, Any]]:
+        for chunk in chunks:
+            yield chunk
+
+    folded = await chat.fold(replay())
+    same = ("object", "model", "system_fingerprint", "choices", "pruning", "usage")
+    assert {key: folded[key] for key in same} == {key: whole[key] for key in same}
+
+
+async def test_a_stream_has_openais_shape(client: httpx.AsyncClient) -> None:
+    response = await ask(client, body(image_part(), stream=True), headers={"X-Pruning-Level": "light"})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["x-pruning-level"] == "light"
+    assert response.headers["x-pruning-visual-tokens"] == "8/12"
+    stages = response.headers["server-timing"].split(", ")
+    assert [stage.split(";")[0] for stage in stages] == ["queue", "image", "encode", "route", "prefill"]
+    chunks = events(response.text)
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "A red star."
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 5 + ["stop"]
+    assert chunks[-1]["pruning"]["reason"] == "header"
+    assert not any("usage" in chunk for chunk in chunks)
+
+
+async def test_the_usage_comes_last_when_asked_for(client: httpx.AsyncClient) -> None:
+    fields = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    *chunks, last = events((await ask(client, body(image_part(), **fields))).text)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 4
+    assert all(chunk["usage"] is None for chunk in chunks)
+
+
+async def test_silence_in_a_stream_is_filled(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "KEEP_ALIVE_S", 0.01)
+    engine.hold_after = 1
+    asyncio.get_running_loop().call_later(0.1, engine.release.set)
+    response = await ask(client, body(image_part(), stream=True))
+    assert ": still here\n\n" in response.text
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in events(response.text)) == "A red star."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stopped_engine_ends_the_wait(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(chat, "KEEP_ALIVE_S", 0.01)
+    engine.hold_after, engine.alive = 0, False
+    check_error(await ask(client, body(image_part(), stream=stream)), 500)
+    engine.release.set()
+
+
+async def test_choices_are_requests_with_seeds_of_their_own(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    reply = (await ask(client, body(image_part(), n=3, temperature=1, seed=2**63 - 2))).json()
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2]
+    seeds = [2**63 - 2, 2**63 - 1, 0]
+    assert [choice["message"]["content"] for choice in reply["choices"]] == [f"seed {seed}" for seed in seeds]
+    assert [request.id for request in engine.submitted] == [f"{reply['id']}-{i}" for i in range(3)]
+    assert reply["usage"]["completion_tokens"] == 3
+    assert reply["usage"]["prompt_tokens"] == VISUAL_TOKENS + 5
+
+
+async def test_logprobs_are_finite_json(client: httpx.AsyncClient) -> None:
+    reply = (await ask(client, body(image_part(), logprobs=True, top_logprobs=2))).json()
+    content = reply["choices"][0]["logprobs"]["content"]
+    own = {"token": "A", "logprob": -0.25, "bytes": [65]}
+    never = {"token": "\N{SNOWMAN}", "logprob": -9999.0, "bytes": [226, 152, 131]}
+    assert content[0] == {**own, "top_logprobs": [own, never]}
+    assert [entry["token"] for entry in content] == ["A", " red", " star", "."]
+
+
+async def test_the_length_limit_has_a_default(engine: FakeEngine) -> None:
+    async with connect(engine, default_max_tokens=2) as client:
+        reply = (await ask(client)).json()
+        assert reply["choices"][0]["finish_reason"] == "length"
+        await ask(client, body(image_part(), max_tokens=3))
+        await ask(client, body(image_part(), max_tokens=3, max_completion_tokens=4))
+    assert [request.sampling.max_tokens for request in engine.submitted] == [2, 3, 4]
+
+
+# ---- levels
+
+
+async def test_header_body_alias_and_detail_make_the_same_request(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    ways: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+        "header": (body(image_part()), {"X-Pruning-Level": "strong"}),
+        "body": (body(image_part(), pruning={"level": "strong"}), {}),
+        "alias": (body(image_part(), model="fake-llava@strong"), {}),
+        "detail": (body(image_part(detail="low")), {}),
+    }
+    answers = [(await ask(client, payload, headers=headers)).json() for payload, headers in ways.values()]
+    assert [answer["pruning"]["reason"] for answer in answers] == list(ways)
+    assert answers[2]["model"] == "fake-llava@strong"
+    requests = [
+        (r.prompt, [image.digest for image in r.images], r.level, r.sampling, set(r.timings)) for r in engine.submitted
+    ]
+    assert all(request == requests[0] for request in requests)
+    assert engine.submitted[0].level == "strong"
+
+
+@pytest.mark.parametrize(
+    "way", [{"headers": {"X-Pruning-Level": "x"}}, {"pruning": {"level": "x"}}, {"model": "fake-llava@x"}]
+)
+async def test_an_unknown_level_is_refused_with_the_menu(client: httpx.AsyncClient, way: dict[str, Any]) -> None:
+    headers = way.pop("headers", {})
+    error = check_error(await ask(client, body(image_part(), **way), headers=headers), 400)
+    assert error["code"] == "unknown_pruning_level"
+    assert all(level in error["message"] for level in MENU)
+
+
+async def test_models_and_menu(client: httpx.AsyncClient) -> None:
+    models = (await client.get("/v1/models")).json()
+    names = [model["id"] for model in models["data"]]
+    assert names == ["fake-llava", *(f"fake-llava@{level}" for level in MENU)]
+    for model in models["data"]:
+        assert (await client.get(f"/v1/models/{model['id']}")).json() == model
+    check_error(await client.get("/v1/models/fake-llava@x"), 404)
+    levels = (await client.get("/v1/pruning/levels")).json()
+    assert [level["name"] for level in levels["data"]] == MENU
+    assert levels["default"] == "off"
+    assert levels["data"][0]["card"] == {"accuracy": 0.97}
+
+
+# ---- /v1/vqa
+
+
+async def test_a_form_with_files(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    files = [("image", ("a.png", picture(), "image/png")), ("image", ("b", picture("WEBP"), "text/plain"))]
+    data = {"question": QUESTION, "level": "light", "max_tokens": "3", "temperature": "0.5", "seed": "4"}
+    response = await client.post("/v1/vqa", files=files, data=data)
+    reply = response.json()
+    assert response.status_code == 200
+    assert set(reply) == {"answer", "pruning", "usage", "model", "id"}
+    assert (reply["answer"], reply["pruning"]["level"], reply["pruning"]["reason"]) == ("seed 4", "light", "body")
+    assert response.headers["x-pruning-visual-tokens"] == "16/24"
+    assert engine.submitted[0].sampling.max_tokens == 3
+    kinds = [part["type"] for part in engine.preprocessor.turns[0]["content"]]
+    assert kinds == ["image", "image", "text"]
+
+
+@pytest.mark.parametrize("image", [PICTURE, PICTURE.partition(",")[2], [PICTURE, PICTURE]])
+async def test_json_with_data_urls_or_base64(client: httpx.AsyncClient, image: str | list[str]) -> None:
+    payload = {"image": image, "question": QUESTION, "model": "fake-llava@strong"}
+    reply = (await client.post("/v1/vqa", json=payload)).json()
+    assert reply["answer"] == "A red star."
+    assert reply["pruning"]["reason"] == "alias"
+
+
+async def test_a_form_and_json_make_the_same_request(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await client.post("/v1/vqa", files={"image": picture()}, data={"question": QUESTION})
+    await client.post("/v1/vqa", json={"image": PICTURE, "question": QUESTION})
+    await ask(client)
+    requests = [(r.prompt, r.images[0].digest, r.level, r.sampling) for r in engine.submitted]
+    assert requests[0] == requests[1] == requests[2]
+
+
+@pytest.mark.parametrize(
+    ("payload", "param"),
+    [
+        ({"question": QUESTION}, "image"),
+        ({"image": [], "question": QUESTION}, "image"),
+        ({"image": None, "question": QUESTION}, "image"),
+        ({"image": PICTURE}, "question"),
+        ({"image": PICTURE, "question": " "}, "question"),
+        ({"image": PICTURE, "question": QUESTION, "max_tokens": "5"}, "max_tokens"),
+        ({"image": [PICTURE, "no base64!"], "question": QUESTION}, "image[1]"),
+        ({"image": "https://example.com/a.png", "question": QUESTION}, "image[0]"),
+    ],
+)
+async def test_vqa_names_what_is_wrong(client: httpx.AsyncClient, payload: dict[str, Any], param: str) -> None:
+    assert check_error(await client.post("/v1/vqa", json=payload), 400)["param"] == param
+
+
+async def test_forms_that_are_wrong(client: httpx.AsyncClient) -> None:
+    fine = {"question": QUESTION}
+    many = [("image", picture())] * 17
+    check_error(await client.post("/v1/vqa", data=fine), 400)  # urlencoded, so no JSON
+    check_error(await client.post("/v1/vqa", files={"picture": b""}, data=fine), 400)
+    check_error(await client.post("/v1/vqa", files={"image": picture()}, data=fine | {"max_tokens": "x"}), 400)
+    check_error(await client.post("/v1/vqa", files=many, data=fine), 400)
+    check_error(await client.post("/v1/vqa", files={"image": picture("GIF")}, data=fine), 415)
+    headers = {"content-type": "multipart/form-data"}
+    check_error(await client.post("/v1/vqa", content=b"no boundary", headers=headers), 400)
+    assert (await client.post("/v1/vqa", files={"image": picture()}, data=fine)).status_code == 200
+
+
+# ---- bad input: a clear 4xx, and the next request works
+
+TRUNCATED = data_url(picture("JPEG", (16, 16))[:-200])
+TEXT_PART = {"type": "text", "text": QUESTION}
+BAD: dict[str, tuple[Any, int, str | None]] = {
+    "no JSON": (b"{", 400, None),
+    "no object": (b"[1]", 400, None),
+    "no UTF-8": (b'{"model": "\xff"}', 400, None),
+    "nesting": (b"[" * 100_000, 400, None),
+    "no messages": ({"model": "fake-llava"}, 400, "messages"),
+    "empty messages": ({"messages": []}, 400, "messages"),
+    "empty text": (body(text=" "), 400, "messages"),
+    "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role"),
+    "refused roles": ({"messages": [{"role": "assistant", "content": "x"}, *body()["messages"]]}, 400, "messages"),
+    "picture by the assistant": (
+        {"messages": [*body()["messages"], {"role": "assistant", "content": [image_part()]}]}, 400, "messages[1].content[0]",
+    ),
+    "broken picture": (body(image_part(TRUNCATED)), 400, "messages[0].content[0].image_url.url"),
+    "no picture": (body(image_part(data_url(b"hello"))), 415, "messages[0].content[0].image_url.url"),
+    "huge header": (body(image_part(data_url(png_header(20_000, 20_000)))), 413, "messages[0].content[0].image_url.url"),
+    "GIF": (body(image_part(data_url(picture("GIF")))), 415, "messages[0].content[0].image_url.url"),
+    "no base64": (body(image_part("data:image/png;base64,?")), 400, "messages[0].content[0].image_url.url"),
+    "web address": (body(image_part("http://example.com/a.png")), 400, "messages[0].content[0].image_url.url"),
+    "file": (body(image_part("file:///etc/passwd")), 400, "messages[0].content[0].image_url.url"),
+    "1,000 pictures": (body(*[image_part()] * 1000), 413, "messages[0].content[16].image_url.url"),
+    "long prompt": (body(text="word " * 3000), 400, "messages"),
+    "longer prompt": (body(text="word " * 300_000), 400, "messages"),
+    "NaN": (body(temperature=float("nan")), 400, "temperature"),
+    "infinity": (json.dumps(body()).replace('"model"', '"top_p": 1e999, "model"').encode(), 400, "top_p"),
+    "text for a number": (body(max_tokens="many"), 400, "max_tokens"),
+    "top_logprobs alone": (body(top_logprobs=3), 400, "top_logprobs"),
+    "unknown level": (body(pruning={"level": "x"}), 400, "pruning.level"),
+    "unknown model": (body(model="gpt-4o"), 404, "model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", BAD)
+async def test_bad_input(client: httpx.AsyncClient, engine: FakeEngine, name: str, stream: bool) -> None:
+    payload, status, param = BAD[name]
+    if isinstance(payload, dict):
+        payload = json.dumps(payload | {"stream": stream}).encode()
+    response = await client.post("/v1/chat/completions", content=payload)
+    error = check_error(response, status)
+    assert error["param"] == param
+    assert len(error["message"]) < 500
+    assert not engine.submitted
+    reason = {"reason": error["code"] or error["type"]}
+    assert engine.metrics.registry.get_sample_value("espalier_rejections_total", reason) == 1
+    assert (await ask(client)).status_code == 200
+
+
+async def test_a_picture_of_one_pixel_is_a_picture(client: httpx.AsyncClient) -> None:
+    assert (await ask(client, body(image_part(data_url(picture(size=(1, 1))))))).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/vqa"])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_is_bounded(engine: FakeEngine, path: str, chunked: bool) -> None:
+    sent = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 100
+            yield b" " * 100
+
+    async with connect(engine, max_body_bytes=1000) as client:
+        content = chunks() if chunked else b" " * 1001
+        check_error(await client.post(path, content=content), 413)
+        assert sent <= 1200
+        files = {"image": ("a.png", b"\0" * 2000, "image/png")}
+        check_error(await client.post("/v1/vqa", files=files, data={"question": QUESTION}), 413)
+        assert (await ask(client)).status_code == 200
+
+
+async def test_large_files_of_a_refused_form_are_closed(engine: FakeEngine) -> None:
+    async with connect(engine, max_body_bytes=3 * 2**20) as client:
+        files = [("image", ("a.png", b"\0" * (2 * 2**20), "image/png"))] * 2
+        check_error(await client.post("/v1/vqa", files=files, data={"question": QUESTION}), 413)
+
+
+# ---- refusals and failures
+
+
+async def test_overload_says_when_to_come_back(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.refusals = [Overloaded("The queue is full.", 2.2), Overloaded("The queue is full.", 0.03)]
+    response = await ask(client)
+    assert check_error(response, 429)["type"] == "rate_limit_error"
+    assert (response.headers["retry-after"], response.headers["retry-after-ms"]) == ("3", "2200")
+    response = await ask(client)
+    assert (response.headers["retry-after"], response.headers["retry-after-ms"]) == ("1", "30")
+    assert engine.metrics.registry.get_sample_value("espalier_rejections_total", {"reason": "overloaded"}) == 2
+
+
+async def test_draining_is_a_503(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.refusals = [ShuttingDown("The server is shutting down.")]
+    response = await ask(client)
+    assert check_error(response, 503)["code"] == "shutting_down"
+    assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_a_refused_choice_frees_the_others(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.hold_after = 0
+    engine.refusals = [None, None, Overloaded("The queue is full.", 1)]
+    check_error(await ask(client, body(image_part(), n=4)), 429)
+    assert engine.aborted == [request.id for request in engine.submitted]
+    assert len(engine.aborted) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_failure_before_the_first_token_is_a_500(
+    client: httpx.AsyncClient, engine: FakeEngine, stream: bool
+) -> None:
+    engine.failure = Failed("This request failed.")
+    error = check_error(await ask(client, body(image_part(), stream=stream)), 500)
+    assert (error["message"], error["code"]) == ("This request failed.", "engine_failure")
+    engine.failure = None
+    assert (await ask(client)).status_code == 200
+
+
+async def test_a_failure_in_the_middle(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.failure, engine.fail_after = Failed("This request failed."), 3
+    check_error(await ask(client), 500)
+    *chunks, error = events((await ask(client, body(image_part(), stream=True))).text)
+    assert len(chunks) == 3
+    assert error["error"]["message"] == "This request failed."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_failed_choice_frees_the_others(client: httpx.AsyncClient, engine: FakeEngine, stream: bool) -> None:
+    engine.failure, engine.fail_after, engine.hold_after = Failed("This request failed."), 1, 3
+    response = await ask(client, body(image_part(), n=3, stream=stream))
+    assert response.status_code == (200 if stream else 500)
+    assert "This request failed." in response.text
+    assert engine.aborted == [request.id for request in engine.submitted[1:]]
+
+
+async def test_a_bug_is_logged_and_told_without_details(
+    client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.refusals = [ZeroDivisionError("secret")]
+    response = await ask(client, headers={"X-Request-Id": "my-id"})
+    assert check_error(response, 500)["type"] == "server_error"
+    assert response.headers["x-request-id"] == "my-id"
+    assert "secret" not in response.text
+    assert "ZeroDivisionError: secret" in caplog.text
+    assert "my-id" in caplog.text
+
+
+async def test_routes_and_methods_that_do_not_exist(client: httpx.AsyncClient) -> None:
+    assert check_error(await client.get("/v1/nothing"), 404)["code"] == "not_found"
+    response = await client.get("/v1/chat/completions")
+    assert check_error(response, 405)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == "POST"
+
+
+# ---- ids, probes, documentation
+
+
+@pytest.mark.parametrize("given", ["a.B-c_9", "x" * 128])
+async def test_a_sane_request_id_is_echoed(client: httpx.AsyncClient, given: str) -> None:
+    response = await ask(client, headers={"X-Request-Id": given})
+    assert response.headers.get_list("x-request-id") == [given]
+    assert given not in response.json()["id"]
+
+
+@pytest.mark.parametrize("given", ["", "x" * 129, "a b", "a\tb", "<script>"])
+async def test_any_other_request_id_is_replaced(client: httpx.AsyncClient, given: str) -> None:
+    first, second = [(await client.get("/live", headers={"X-Request-Id": given})).headers["x-request-id"] for _ in "ab"]
+    assert given not in (first, second)
+    assert first != second
+
+
+async def test_probes(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    for path in ("/live", "/ready", "/health"):
+        assert (await client.get(path)).status_code == 200
+    engine.ready = False
+    for path in ("/ready", "/health"):
+        response = await client.get(path)
+        assert check_error(response, 503)["code"] == "not_ready"
+        assert response.headers["retry-after"] == "1"
+    assert (await client.get("/live")).status_code == 200
+    engine.alive = False
+    check_error(await client.get("/live"), 503)
+
+
+async def test_the_loop_is_free_while_a_picture_is_read(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.preprocessor.may_finish.clear()
+    asking = asyncio.create_task(ask(client))
+    assert await to_thread.run_sync(engine.preprocessor.busy.wait, 30)
+    assert (await client.get("/live")).status_code == 200
+    engine.preprocessor.may_finish.set()
+    assert (await asking).status_code == 200
+
+
+async def test_metrics_and_the_rest(client: httpx.AsyncClient) -> None:
+    await ask(client, body(model="gpt-4o"))
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    assert 'espalier_rejections_total{reason="model_not_found"} 1.0' in response.text
+    assert (await client.get("/")).json()["docs"] == "/docs"
+    assert (await client.get("/version")).json()["model"] == "fake-llava"
+    assert (await client.get("/docs")).status_code == 200
+
+
+async def test_every_reference_in_the_api_description_resolves(client: httpx.AsyncClient) -> None:
+    description = (await client.get("/openapi.json")).json()
+
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from ([node["$ref"]] if isinstance(node.get("$ref"), str) else [])
+            node = list(node.values())
+        if isinstance(node, list):
+            for child in node:
+                yield from references(child)
+
+    found = set(references(description))
+    assert "#/components/schemas/ChatRequest" in found
+    assert {name.rpartition("/")[2] for name in found} <= description["components"]["schemas"].keys()
+
+
+# ---- settings
+
+
+def test_stray_environment_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_MAX_BATCH", "3")
+    assert Settings().max_batch == 3
+    monkeypatch.setenv("ESPALIER_MAX_BATCHES", "3")
+    with pytest.raises(ValueError, match=r"ESPALIER_MAX_BATCHES.*Known: .*ESPALIER_MAX_BATCH,"):
+        Settings()
+
+
+def test_a_kubernetes_service_of_our_name_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("ESPALIER_PORT", "tcp://10.0.0.1:8000")
+    with pytest.raises(ValueError, match="enableServiceLinks: false"):
+        Settings()
+
+
+def test_settings_are_typed_and_frozen() -> None:
+    with pytest.raises(ValueError, match="max_batch"):
+        Settings(max_batch=0)
+    with pytest.raises(ValueError, match="typo"):
+        Settings(typo=1)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().port = 1
+
+
+# ---- over a socket
+
+
+@pytest.fixture
+def address(engine: FakeEngine) -> Iterator[tuple[str, int]]:
+    """A real server for the engine."""
+    server = uvicorn.Server(uvicorn.Config(create_app(engine, Settings()), log_level="warning"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        yield listener.getsockname()
+        server.should_exit = True
+        engine.release.set()
+        thread.join()
+
+
+@pytest.fixture
+def sdk(address: tuple[str, int]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://{address[0]}:{address[1]}/v1", api_key="none", max_retries=1) as client:
+        yield client
+
+
+def said(sdk: openai.OpenAI, **more: Any) -> Any:
+    payload = body(image_part())
+    return sdk.chat.completions.create(**(payload | more))
+
+
+def test_openais_client_chooses_a_level_in_three_ways(sdk: openai.OpenAI) -> None:
+    ways = [{"extra_headers": {"X-Pruning-Level": "strong"}}, {"extra_body": {"pruning": {"level": "strong"}}}]
+    for way in [*ways, {"model": "fake-llava@strong"}]:
+        reply = said(sdk, **way)
+        assert reply.choices[0].message.content == "A red star."
+        assert reply.pruning["level"] == "strong"
+        assert reply.usage.prompt_tokens_details.image_tokens_kept == 2
+    raw = sdk.chat.completions.with_raw_response.create(**body(image_part(detail="low")))
+    assert raw.headers["x-pruning-level"] == "strong"
+    assert "fake-llava@strong" in [model.id for model in sdk.models.list()]
+    assert sdk.models.retrieve("fake-llava@strong").id == "fake-llava@strong"
+
+
+def test_openais_client_reads_the_stream(sdk: openai.OpenAI) -> None:
+    chunks = list(said(sdk, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "A red star."
+    assert chunks[-2].pruning["level"] == "off"
+    assert chunks[-1].usage.completion_tokens == 4
+
+
+def test_openais_client_reads_logprobs(sdk: openai.OpenAI) -> None:
+    content = said(sdk, logprobs=True, top_logprobs=1).choices[0].logprobs.content
+    assert content[0].top_logprobs[0].token == "A"
+
+
+def test_openais_client_knows_the_errors(sdk: openai.OpenAI, engine: FakeEngine) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        said(sdk, extra_body={"pruning": {"level": "x"}})
+    assert (refusal.value.code, refusal.value.param) == ("unknown_pruning_level", "pruning.level")
+    with pytest.raises(openai.NotFoundError):
+        said(sdk, model="gpt-4o")
+    engine.failure, engine.fail_after = Failed("This request failed."), 3
+    with pytest.raises(openai.APIError, match="This request failed"):
+        list(said(sdk, stream=True))
+
+
+def test_openais_client_comes_back_after_an_overload(sdk: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.refusals = [Overloaded("The queue is full.", 0.01)]
+    assert said(sdk).choices[0].message.content == "A red star."
+    assert not engine.refusals
+    engine.refusals = [Overloaded("The queue is full.", 0.01)] * 2
+    with pytest.raises(openai.RateLimitError):
+        said(sdk)
+
+
+@pytest.mark.parametrize(("stream", "hold_after"), [(False, 0), (False, 2), (True, 0), (True, 2)])
+def test_hanging_up_frees_every_choice(
+    address: tuple[str, int], engine: FakeEngine, stream: bool, hold_after: int
+) -> None:
+    engine.hold_after = hold_after
+    payload = json.dumps(body(image_part(), stream=stream, n=2)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
+    with socket.create_connection(address) as line:
+        line.sendall(head + payload)
+        assert engine.has_submitted.wait(30)
+        if stream and hold_after:
+            assert line.recv(100).startswith(b"HTTP/1.1 200")
+    assert engine.all_aborted.wait(30)
+    assert engine.aborted == [request.id for request in engine.submitted]
+
+
+def test_hanging_up_in_the_middle_of_a_body_is_no_error(
+    address: tuple[str, int], engine: FakeEngine, sdk: openai.OpenAI, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection(address) as line:
+        line.sendall(b"POST /v1/vqa HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    assert said(sdk).choices
+    assert not engine.aborted
+    assert not caplog.records
+
+
+def test_an_oversized_upload_is_answered_before_it_is_sent(address: tuple[str, int]) -> None:
+    with socket.create_connection(address) as line:
+        line.sendall(b"POST /v1/vqa HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+        assert line.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_a_form_over_a_socket(address: tuple[str, int]) -> None:
+    url = f"http://{address[0]}:{address[1]}/v1/vqa"
+    reply = httpx.post(url, files={"image": ("p.png", picture())}, data={"question": QUESTION}).json()
+    assert reply["answer"] == "A red star."
