@@ -37,6 +37,10 @@ def port() -> Iterator[int]:
         assert server.wait(timeout=60) == 0  # SIGTERM is a clean end
 
 
+def run(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
@@ -45,17 +49,14 @@ def test_curl_answers_right_with_a_receipt(port: int) -> None:
     block = next(b for b in blocks("sh") if "curl" in b)
     expected = ["four", "9e", "purple", "yellow"]
     for command, answer in zip(block.strip().splitlines(), expected, strict=True):
-        out = subprocess.run(
-            ["bash", "-c", command.replace("localhost:8000", f"127.0.0.1:{port}")], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        assert f'"answer":"{answer}"' in out.stdout.replace('": "', '":"').lower(), command
-        assert '"visual_tokens_total"' in out.stdout
+        out = run("bash", "-c", command.replace("localhost:8000", f"127.0.0.1:{port}"))
+        assert f'"answer":"{answer}"' in out.lower(), command
+        assert '"visual_tokens_total"' in out
 
 
 def test_the_openai_client_example_runs_and_three_ways_agree(port: int) -> None:
     code = blocks("python")[0].replace("localhost:8000", f"127.0.0.1:{port}")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    first, *others = out.stdout.strip().splitlines()
+    first, *others = run(sys.executable, "-c", code).strip().splitlines()
     assert first.startswith("The picture shows four objects")
     assert len(others) == 3
     assert len(set(others)) == 1

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from models.checkpoint import Manifest, sha256, write_manifest
 from models.embedded.world import SIZE, draw
 
 PATCH = 8
@@ -130,3 +131,4 @@ def export(model: LlavaForConditionalGeneration, directory: Path) -> None:
         name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor for name, tensor in load_file(weights).items()
     }
     save_file(renamed, weights, metadata={"format": "pt"})
+    write_manifest(directory, Manifest(base_model="espalier-embedded", files={weights.name: sha256(weights)}))

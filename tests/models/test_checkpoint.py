@@ -112,7 +112,7 @@ def test_dtype_is_the_saved_one_unless_asked_otherwise(saved, asked, got):
 
 
 def test_an_unknown_dtype_is_refused(saved):
-    with pytest.raises(CheckpointError, match="float8.*float32, bfloat16, float16"):
+    with pytest.raises(CheckpointError, match=r"float8.*float32, bfloat16, float16"):
         load(saved, dtype="float8")
 
 

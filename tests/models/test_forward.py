@@ -43,7 +43,7 @@ class Session:
         self.route = route or Route.full(count, model.layers)
         rows = [n + 32 if n else 0 for n in self.route.rows(len(ids))]
         self.cache = RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device)
-        self.work = prompt_work(model, torch.tensor(ids), visual, self.route, self.cache)
+        self.work = prompt_work(model, torch.tensor(ids, device=model.device), visual, self.route, self.cache)
 
     def push(self, token: int) -> None:
         self.work = token_work(self.model, torch.tensor([token]), len(self.ids), self.route, self.cache)
@@ -218,6 +218,19 @@ def test_weights_are_held_once():
     source = random_model(tiny_config(), seed=1)
     from_transformers(source)
     assert source.model.language_model.layers[0].self_attn.q_proj.weight is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_the_gpu_answers_as_the_cpu_does(kind):
+    config = tiny_config(kind)
+    asked = [(prompt(1, 3 + i, seed=i), pixels(1, seed=i), route) for i, route in enumerate(routes().values())]
+    logits = []
+    for device in ("cpu", "cuda"):
+        model = from_transformers(random_model(config, seed=1).to(device))
+        sessions = [Session(model, ids, pics.to(device), route) for ids, pics, route in asked]
+        logits.append(forward(model, [s.work for s in sessions]).cpu())
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
 
 
 def test_grouped_decode_attention_matches_repeated_heads():

@@ -21,7 +21,7 @@ IMAGE_ID, BOS, EOS = TOKENIZER.convert_tokens_to_ids("<image>"), TOKENIZER.bos_t
 SPECIALS = ("<image>", "</s>", "<s>", "<pad>")
 
 plain = st.text("abcXYZ 019.,?!\n\u00e9\u4e2d\U0001f60e", max_size=30)
-hostile = st.lists(st.sampled_from([*SPECIALS, "<", ">", "/s", "image", "<ima", "ge>", "\ue000", "a", " "]), max_size=8).map("".join)
+hostile = st.lists(st.sampled_from([*SPECIALS, "<", ">", "/s", "image", "<ima", "ge>", "\ue000", "a", " "]), max_size=8)
 
 
 def user(*parts: str | None) -> dict[str, Any]:
@@ -44,7 +44,11 @@ CHATS = {
     "string content": [{"role": "user", "content": "Hello"}],
     "turns": [user(None, "What?"), {"role": "assistant", "content": "A star."}, user("Where?")],
     "system": [{"role": "system", "content": "Be brief."}, user(None, "What?")],
-    "two images in two turns": [user(None, "a"), {"role": "assistant", "content": [{"type": "text", "text": "b"}]}, user(None, "c")],
+    "images in two turns": [
+        user(None, "a"),
+        {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+        user(None, "c"),
+    ],
 }
 
 
@@ -67,7 +71,7 @@ def test_any_plain_prompt_equals_transformers(question, answer, images):
     assert PREPROCESSOR.prompt(messages) == list(reference(messages))
 
 
-@given(text=hostile, images=st.integers(0, 2))
+@given(text=hostile.map("".join), images=st.integers(0, 2))
 @example(text="<image>", images=1)
 @example(text="<im\ue000age>", images=1)
 @example(text="<<image>image>", images=1)

@@ -113,6 +113,14 @@ def test_a_held_piece_comes_out_at_the_end():
     assert text.finish() == "Q"
 
 
+def test_the_first_of_several_stop_strings_in_one_token_counts():
+    (token,) = encode(" circle")
+    text = Detokenizer(TOKENIZER, ["l", "r", "le"])
+    assert text.push(token) == "ci"
+    assert text.stopped
+    assert text.finish() == ""
+
+
 def test_an_empty_stop_string_stops_nothing():
     assert "".join(stream(encode("A B"), [""])[0]) == "A B"
 

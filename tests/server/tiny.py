@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
 
 from models.checkpoint import Calibration, Checkpoint, Manifest, load, write_manifest
@@ -51,8 +53,11 @@ def config(layers: int = LAYERS) -> LlavaConfig:
 
 def write(directory: Path, *, layers: int = LAYERS, **options: Any) -> Path:
     """Save a whole checkpoint in float32, calibration included; `options` go to transformers' save_pretrained."""
-    model = random_model(config(layers), seed=7)
-    model.generation_config.eos_token_id = processor().tokenizer.eos_token_id
+    tokenizer, model = processor().tokenizer, random_model(config(layers), seed=7)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    # Only words are likely: no answer ends by chance, and none hides its tokens behind bytes that are no characters.
+    words = [re.fullmatch(" ?[A-Za-z0-9]+", tokenizer.decode([token])) is not None for token in range(len(tokenizer))]
+    model.lm_head.weight.data *= torch.tensor(words)[:, None]
     model.save_pretrained(directory, **options)
     processor().save_pretrained(directory)
     change = [0.5, *[0.1] * (layers - 2), 1.0]
