@@ -135,6 +135,6 @@ def _ask(scene: Scene, rng: Random, things: list[Thing]) -> None:
 
     ask(rng, "list", ("List the objects.", "Which objects are there?", "List the objects in the picture.",
                       "What objects can you see?"), ", ".join(names))  # fmt: skip
-    parts = "; ".join(f"{article(f'{t.size} {t.name}')}, {PLACES[t.place]}" for t in things)
+    parts = "; ".join(f"{PLACES[t.place]}, {article(f'{t.size} {t.name}')}" for t in things)
     ask(rng, "describe", ("Describe the picture.", "What is in the picture?", "Describe this image.",
                           "Tell me what you see."), f"The picture shows {NUMBERS[len(things)]} objects: {parts}.")  # fmt: skip
