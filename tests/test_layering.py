@@ -130,7 +130,7 @@ def is_type_checking(node: ast.AST) -> bool:
 
 def test_pyproject_lists_what_there_is() -> None:
     files = sources()
-    assert sorted(SETUPTOOLS["py-modules"]) == [path.stem for path in files if path.parent == ROOT]
+    assert sorted(SETUPTOOLS["py-modules"]) == [p.stem for p in files if p.parent == ROOT and p.stem != "setup"]
     directories = {path.parent for path in files} - {ROOT}
     assert sorted(SETUPTOOLS["packages"]) == sorted(".".join(path.relative_to(ROOT).parts) for path in directories)
     assert not [path for path in directories if not (path / "__init__.py").exists()]

@@ -115,15 +115,22 @@ def learning_rate(step: int, stage: Stage) -> float:
 
 
 class Trainer:
-    def __init__(self, work: Path, seed: int, device: str, scale: float) -> None:
+    def __init__(
+        self, work: Path, seed: int, device: str, scale: float, init: Path | None = None, stage: str = STAGES[0].name
+    ) -> None:
         self.work, self.device = work, torch.device(device)
         self.stages = [Stage(**{**vars(s), "steps": max(1, round(s.steps * scale))}) for s in STAGES]
         self.tokenizer = build_tokenizer()
         self.model = build_model(build_config(self.tokenizer), seed).to(self.device)
+        if init:
+            self.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(init, dtype=torch.float32).state_dict())
         self._compile()
         self.heads = TowerHeads(self.model.config.vision_config.hidden_size).to(self.device)
         self.seed = seed
-        self.stage_index, self.step = 0, 0
+        names = [s.name for s in STAGES]
+        if stage not in names:
+            raise ValueError(f"stage {stage!r} is not one of {', '.join(names)}")
+        self.stage_index, self.step = names.index(stage), 0
         self.optimizer_state: dict[str, Any] | None = None
         self._restore()
 
@@ -229,8 +236,10 @@ def main(
     seed: Annotated[int, typer.Option(help="Weights and pictures.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     scale: Annotated[float, typer.Option(help="Multiplies the steps of every stage.")] = 1.0,
+    init: Annotated[Path | None, typer.Option(help="Start from this checkpoint's weights, to train it further.")] = None,
+    stage: Annotated[str, typer.Option(help="First stage to run.")] = STAGES[0].name,
 ) -> None:
-    trainer = Trainer(work, seed, device, scale)
+    trainer = Trainer(work, seed, device, scale, init, stage)
     trainer.run()
     export(trainer.model, out)
 
