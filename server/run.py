@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -39,8 +41,11 @@ def run(given: dict[str, Any]) -> None:
     grace = settings.shutdown_grace_s
     config = uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=grace)
     server = DrainingServer(config, engine)
+    # uvicorn raises the signal again once it has drained; the engine has yet to stop, and a clean end is exit status 0.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        server.run()
+        with suppress(KeyboardInterrupt):
+            server.run()
     finally:
         engine.stop(grace)
 

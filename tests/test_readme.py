@@ -59,7 +59,8 @@ def test_the_openai_client_example_runs_and_three_ways_agree(port: int) -> None:
     first, *others = run(sys.executable, "-c", code).strip().splitlines()
     assert first.startswith("The picture shows four objects")
     assert len(others) == 3
-    assert len(set(others)) == 1
+    # The same answer by the same route; only the reason tells which way the level was chosen.
+    assert len({re.sub("'reason': '[a-z]+'", "", line) for line in others}) == 1
 
 
 def test_it_is_short() -> None:

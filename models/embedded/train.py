@@ -42,12 +42,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("tower", 1500, 32, 1e-3, train_tower=True),
-    Stage("captions", 900, 32, 1.5e-3, Mix(rows=144, long=1), pool=2),
-    Stage("tower2", 1500, 32, 1e-3, train_tower=True, families=(4, 5, 1, 1)),
-    Stage("questions", 960, 24, 1e-3, Mix(rows=208, long=2, follow_up=0.2), pool=2, families=(6, 3, 1, 1)),
-    Stage("short", 280, 24, 8e-4, Mix(rows=192, long=0, follow_up=0.2), pool=2, families=(5, 1, 2, 2)),
-    Stage("full", 200, 24, 5e-4, Mix(rows=304, long=1, follow_up=0.3), train_tower=True, families=(4, 2, 2, 2)),
+    Stage("tower", 3000, 32, 1e-3, train_tower=True, families=(4, 5, 1, 1)),
+    Stage("captions", 1500, 32, 1e-3, Mix(rows=176, long=2), pool=2, families=(4, 3, 1, 1)),
+    Stage("questions", 3500, 24, 1e-3, Mix(rows=208, long=1, follow_up=0.2), pool=2, families=(4, 2, 2, 2)),
+    Stage("full", 1500, 24, 5e-4, Mix(rows=304, long=1, follow_up=0.3), train_tower=True, families=(4, 2, 2, 2)),
 )
 
 
