@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from models.embedded.build import EOS, PATCH
-from models.embedded.world import COLORS, FAMILIES, SIZE, WHATS, Mark, Question, Scene, draw
+from models.embedded.world import COLORS, FAMILIES, SIZE, WHATS, Drill, Mark, Question, Scene, draw
 
 GRID = SIZE // PATCH
 WHAT_CLASSES, COLOR_CLASSES, DETAIL_CLASSES = len(WHATS) + 1, len(COLORS) + 1, 17
@@ -50,22 +50,24 @@ def presence_labels(marks: list[Mark]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Mix:
-    """What a picture is asked: so many long answers first, then short ones while the sequence has room.
+    """What a picture is asked: so many long answers and drills first, then short answers while the sequence has room.
 
     `follow_up` is the chance that a question joins the talk before it as its next turn.
     """
 
     rows: int
     long: int
+    drills: int = 0
     follow_up: float = 0.0
 
 
-def questions(scene: Scene, mix: Mix, rng: Random) -> list[Question]:
+def questions(scene: Scene, mix: Mix, rng: Random) -> list[Question | Drill]:
     long = [q for q in scene.questions if q.type in LONG_TYPES]
     short = [q for q in scene.questions if q.type not in LONG_TYPES]
     rng.shuffle(long)
     rng.shuffle(short)
-    return long[: mix.long] + short + long[mix.long :]
+    drills = rng.sample(scene.drills, min(mix.drills, len(scene.drills)))
+    return [*long[: mix.long], *drills, *short, *long[mix.long :]]
 
 
 class Packer:
@@ -88,7 +90,22 @@ class Packer:
                 self._cache[text] = ids
         return ids
 
-    def rows(self, asked: list[Question], mix: Mix, rng: Random) -> dict[str, np.ndarray]:
+    def _turn(self, asked: Question | Drill, follows: bool) -> tuple[list[int], list[int]]:
+        """The ids of one turn, and its labels: of an answer all of it, of a drill what is found."""
+        if isinstance(asked, Question):
+            prompt = self._encode(("USER: " if follows else "") + asked.text + " ASSISTANT:")
+            answer = self._encode(f" {asked.answer}{EOS}")
+            return prompt + answer, [IGNORE] * len(prompt) + answer
+        ids = [*self._encode(f"{asked.type} ASSISTANT:")]
+        labels = [IGNORE] * len(ids)
+        for wanted, found in asked.pairs:
+            # Nothing stands between the two: what is found must be there at the last token of what is looked up, one hop away.
+            key, value = self._encode(f" {wanted}"), self._encode(f" {found}")
+            ids += key + value
+            labels += [IGNORE] * len(key) + value
+        return ids, labels
+
+    def rows(self, asked: list[Question | Drill], mix: Mix, rng: Random) -> dict[str, np.ndarray]:
         """One sequence of at most `mix.rows`; questions that do not fit are left out.
 
         Text starts at the position where it would without pooling.
@@ -102,19 +119,19 @@ class Packer:
         segments, labels = [0] * len(ids), [IGNORE] * len(ids)
         turn, position, talk = 0, after, 0
         for question in asked:
-            follows = 0 < turn < 3 and rng.random() < mix.follow_up
-            prompt = self._encode(("USER: " if follows else "") + question.text + " ASSISTANT:")
-            answer = self._encode(f" {question.answer}{EOS}")
-            count = len(prompt) + len(answer)
+            follows = isinstance(question, Question) and 0 < turn < 3 and rng.random() < mix.follow_up
+            turn_ids, turn_labels = self._turn(question, follows)
+            count = len(turn_ids)
             if len(ids) + count > mix.rows:
                 continue
             if not follows:
                 turn, position, talk = 0, after, talk + 1
-            ids += prompt + answer
-            labels += [IGNORE] * len(prompt) + answer
+            ids += turn_ids
+            labels += turn_labels
             positions += range(position, position + count)
             segments += [talk] * count
-            turn, position = turn + 1, position + count
+            # No turn follows a drill, which has no end.
+            turn, position = turn + 1 if isinstance(question, Question) else 0, position + count
         rows = {"ids": ids, "positions": positions, "segments": segments, "labels": labels}
         fill = {"ids": 0, "positions": 0, "segments": -1, "labels": IGNORE}
         return {key: np.array(row + [fill[key]] * (mix.rows - len(row))) for key, row in rows.items()}
@@ -137,8 +154,8 @@ class Batches(IterableDataset):
         numbers = range(first, first + self._size)
         scenes = [draw("train", n, Random(n).choices(FAMILIES, self._families)[0]) for n in numbers]
         batch = {"pixels": torch.from_numpy(np.stack([np.asarray(s.image) for s in scenes]).transpose(0, 3, 1, 2).copy())}
+        batch["patches"] = torch.from_numpy(np.stack([patch_labels(s.marks) for s in scenes]))
         if self._mix is None:
-            batch["patches"] = torch.from_numpy(np.stack([patch_labels(s.marks) for s in scenes]))
             batch["presence"] = torch.from_numpy(np.stack([presence_labels(s.marks) for s in scenes]))
             return batch
         rows = []

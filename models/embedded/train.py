@@ -1,8 +1,9 @@
 """Train the embedded checkpoint: `python -m models.embedded.train --work runs/embedded --out models/embedded/weights`.
 
 Four stages, because what is asked matters more than how long: the tower on what was drawn, then dense captions of every family
-(which teach the binding of colour to shape), then questions with captions kept in the mix, then all visual tokens and an unfrozen
-tower. Until the last stage the visual tokens are pooled two by two. Seeded; killed at any point, it goes on from the last save.
+(which teach the binding of color to shape), then questions with captions and drills in the mix, then all visual tokens and an
+unfrozen tower. Beside them a few heads are shown where to look (grounding.py). Until the last stage the visual tokens are pooled
+two by two. Seeded; killed at any point, it goes on from the last save.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from transformers import LlavaForConditionalGeneration
 
 from models.embedded.build import MEAN, STD, build_config, build_model, build_tokenizer, export
 from models.embedded.data import COLOR_CLASSES, DETAIL_CLASSES, GRID, IGNORE, WHAT_CLASSES, Batches, Mix, Packer
+from models.embedded.grounding import Words, pointing_loss
 
 SAVE_EVERY_S = 120
+POINTING = 0.3
+"""Weight of the loss that points words at the picture."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Stage:
 STAGES = (
     Stage("tower", 3000, 32, 1e-3, train_tower=True, families=(4, 5, 1, 1)),
     Stage("captions", 1500, 32, 1e-3, Mix(rows=176, long=2), pool=2, families=(4, 3, 1, 1)),
-    Stage("questions", 3500, 24, 1e-3, Mix(rows=208, long=1, follow_up=0.2), pool=2, families=(4, 2, 2, 2)),
-    Stage("full", 1500, 24, 5e-4, Mix(rows=304, long=1, follow_up=0.3), train_tower=True, families=(4, 2, 2, 2)),
+    Stage("questions", 3500, 24, 1e-3, Mix(rows=256, long=1, drills=3, follow_up=0.2), pool=2, families=(4, 2, 2, 2)),
+    Stage("full", 1500, 24, 5e-4, Mix(rows=352, long=1, drills=2, follow_up=0.3), train_tower=True, families=(4, 2, 2, 2)),
 )
 
 
@@ -80,9 +84,9 @@ def tower_hidden(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor
 
 
 def language_loss(
-    model: LlavaForConditionalGeneration, batch: dict[str, Tensor], stage: Stage, first_visual: int
-) -> tuple[Tensor, float]:
-    """Cross entropy on the answers, and the share of answer tokens that are right."""
+    model: LlavaForConditionalGeneration, batch: dict[str, Tensor], stage: Stage, first_visual: int, words: Words
+) -> tuple[Tensor, Tensor, float]:
+    """Cross entropy on the answers, the loss of pointing, and the share of answer tokens that are right."""
     with torch.set_grad_enabled(stage.train_tower):
         hidden = tower_hidden(model, batch["pixels"])
     features = model.model.multi_modal_projector(hidden[:, 1:])
@@ -97,14 +101,17 @@ def language_loss(
     same = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
     visible = (same & (order[:, None] >= order[None, :]))[:, None]
     mask = torch.where(visible, 0.0, -1e4).to(torch.bfloat16)
-    out = model.model.language_model(
-        inputs_embeds=embeds, position_ids=batch["positions"], attention_mask=mask, use_cache=False
-    ).last_hidden_state
+    text = model.model.language_model
+    rope = text.rotary_emb(embeds, batch["positions"])
+    states = [embeds]
+    for layer in text.layers:
+        states.append(layer(states[-1], attention_mask=mask, position_ids=batch["positions"], position_embeddings=rope))
     labels = batch["labels"][:, 1:]
     answered = labels != IGNORE
-    logits = model.lm_head(out[:, :-1][answered]).float()
+    logits = model.lm_head(text.norm(states[-1])[:, :-1][answered]).float()
     wanted = labels[answered]
-    return F.cross_entropy(logits, wanted), (logits.argmax(-1) == wanted).float().mean().item()
+    pointing = pointing_loss(text, states, batch, words, mask, rope, visual, stage.pool)
+    return F.cross_entropy(logits, wanted), pointing, (logits.argmax(-1) == wanted).float().mean().item()
 
 
 def learning_rate(step: int, stage: Stage) -> float:
@@ -124,6 +131,7 @@ class Trainer:
             self.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(init, dtype=torch.float32).state_dict())
         self._compile()
         self.heads = TowerHeads(self.model.config.vision_config.hidden_size).to(self.device)
+        self.words = Words(self.tokenizer).to(self.device)
         self.seed = seed
         names = [s.name for s in STAGES]
         if stage not in names:
@@ -220,7 +228,8 @@ class Trainer:
             if stage.mix is None:
                 loss, right = self.heads.loss(tower_hidden(self.model, batch["pixels"]), batch)
             else:
-                loss, right = language_loss(self.model, batch, stage, first_visual)
+                answers, pointing, right = language_loss(self.model, batch, stage, first_visual, self.words)
+                loss = answers + POINTING * pointing
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

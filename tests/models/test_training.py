@@ -20,8 +20,9 @@ from models.checkpoint import load
 from models.embedded import train
 from models.embedded.build import EOS
 from models.embedded.data import GRID, IGNORE, LONG_TYPES, Batches, Mix, Packer, patch_labels, presence_labels, questions
+from models.embedded.grounding import POINTERS, Words, pointing_loss
 from models.embedded.train import STAGES, Stage, Trainer, language_loss, learning_rate
-from models.embedded.world import FAMILIES, WHATS, Mark, draw
+from models.embedded.world import FAMILIES, WHATS, Mark, Question, draw
 from models.preprocess import Preprocessor
 from models.random_llava import random_model
 from tests.server.tiny import VISUAL, answer, config, new_engine, processor
@@ -99,15 +100,16 @@ def test_pooled_pictures_leave_text_at_the_position_it_will_have():
 
 def test_conversations_side_by_side_cost_what_each_costs_alone():
     """The packed loss, with its mask, is the mean over what transformers computes for one conversation at a time."""
-    model = random_model(config(), seed=3)
+    model = random_model(config(layers=LAYERS), seed=3)
     model.set_attn_implementation("eager")
     scene, packer = draw("train", 1), Packer(TOKENIZER, VISUAL)
     rows = packer.rows(scene.questions[:4], replace(ALL, rows=400, follow_up=0.5), Random(1))
     assert len(talks(rows)) > 1
     pixels = torch.from_numpy(np.asarray(scene.image).transpose(2, 0, 1).copy())[None]
     batch = {"pixels": pixels} | {key: torch.from_numpy(row)[None] for key, row in rows.items()}
+    batch["patches"] = torch.from_numpy(patch_labels(scene.marks))[None]
     with torch.no_grad():
-        loss, right = language_loss(model, batch, STAGES[-1], packer.first_visual)
+        loss, _, right = language_loss(model, batch, STAGES[-1], packer.first_visual, Words(TOKENIZER))
         expected = [_alone(model, talk, scene) for talk in talks(rows)]
     losses, hits = (torch.cat(parts) for parts in zip(*expected, strict=True))
     assert loss.item() == pytest.approx(losses.mean().item(), rel=1e-3)
@@ -121,6 +123,62 @@ def _alone(model: LlavaForConditionalGeneration, talk: dict[str, np.ndarray], sc
     answered = wanted != IGNORE
     logits, wanted = logits[answered], wanted[answered]
     return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
+
+
+# ---- drills and pointing
+
+
+def test_a_drill_is_scored_on_what_is_found_alone():
+    scene = next(s for s in (draw("train", i, "charts") for i in range(9)) if s.drills)
+    drill = next(d for d in scene.drills if d.type == "height")
+    (talk,) = talks(Packer(TOKENIZER, VISUAL).rows([drill], ALL, Random(0)))
+    assert TOKENIZER.decode(talk["labels"][talk["labels"] != IGNORE]) == "".join(f" {found}" for _, found in drill.pairs)
+    assert "".join(f" {wanted} {found}" for wanted, found in drill.pairs) in TOKENIZER.decode(talk["ids"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drills_agree_with_the_questions(family):
+    """What a drill says of a color, a shape or a pair is what the question of its type answers, where the two meet."""
+    met = 0
+    for index in range(60):
+        scene = draw("train", index, family)
+        for drill, question in ((d, q) for d in scene.drills for q in scene.questions if d.type == q.type):
+            for wanted, found in drill.pairs:
+                words = wanted.split()
+                if len(words) <= 2 and all(f" {word} " in question.text.replace("?", " ").replace(".", " ") for word in words):
+                    if family == "shapes" and question.type in ("left_right", "above_below", "larger"):
+                        continue
+                    if question.type != "taller":
+                        assert found == question.answer, (question, drill)
+                        met += 1
+    assert met > 10 or family == "signs"
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+def test_a_word_is_to_look_at_what_it_names(pool, monkeypatch):
+    """All attention on the first token costs nothing for a thing that is not there, and all there is for one that is."""
+    mark = Mark((32, 32, 48, 48), "star", "red")
+    packer = Packer(TOKENIZER, (GRID // pool) ** 2)
+    visual = slice(packer.first_visual, packer.first_visual + packer.visual_tokens)
+
+    def loss(question: str, on: int) -> float:
+        rows = packer.rows([Question("any", question, "yes")], ALL, Random(0))
+        batch = {key: torch.from_numpy(row)[None] for key, row in rows.items()}
+        batch["patches"] = torch.from_numpy(patch_labels([mark]))[None]
+
+        def looking(model: Any, pointer: Any, hidden: Any, rope: Any, row: torch.Tensor, at: torch.Tensor, mask: Any) -> Any:
+            return F.one_hot(torch.full((len(at),), on), len(rows["ids"])).float()
+
+        monkeypatch.setattr("models.embedded.grounding._attention", looking)
+        states: Any = [None] * LAYERS
+        nothing: Any = None
+        return float(pointing_loss(nothing, states, batch, Words(TOKENIZER), nothing, nothing, visual, pool))
+
+    inside = visual.start + 4 // pool * (GRID // pool) + 4 // pool
+    assert loss("Is there a red star?", inside) == pytest.approx(0)
+    assert loss("Is there a red star?", 0) > 10
+    assert loss("Is there a blue cross?", 0) == pytest.approx(0)
+    assert loss("Is there a blue star?", 0) == pytest.approx(loss("Is there a red cross?", 0)), "one word of three is there"
 
 
 # ---- labels and batches
@@ -176,6 +234,7 @@ def test_the_learning_rate_warms_up_and_cools_down():
 # ---- runs
 
 SCALE = 0.002
+LAYERS = 1 + max(pointer.layer for pointer in POINTERS)
 
 
 @pytest.fixture
@@ -183,7 +242,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
     """The recipe with a tiny model, two pictures a batch and two steps a stage; each step is saved."""
     monkeypatch.setattr(train, "STAGES", tuple(replace(stage, batch=2, steps=1000) for stage in STAGES))
     monkeypatch.setattr(train, "SAVE_EVERY_S", -1)
-    monkeypatch.setattr(train, "build_config", lambda tokenizer: config())
+    monkeypatch.setattr(train, "build_config", lambda tokenizer: config(layers=LAYERS))
     monkeypatch.setattr(train, "DataLoader", lambda batches, **options: batches)  # no processes for two pictures
     monkeypatch.setattr(Trainer, "_compile", lambda self: self.model.set_attn_implementation("eager"))
     return lambda work, seed=0: Trainer(work, seed, "cpu", scale=SCALE)

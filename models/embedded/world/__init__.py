@@ -8,9 +8,9 @@ from __future__ import annotations
 from random import Random
 
 from models.embedded.world import charts, grids, shapes, signs
-from models.embedded.world.scene import COLORS, SIZE, Mark, Question, Scene
+from models.embedded.world.scene import COLORS, SIZE, Drill, Mark, Question, Scene
 
-__all__ = ["COLORS", "FAMILIES", "SIZE", "SPLITS", "Mark", "Question", "Scene", "draw", "question_types"]
+__all__ = ["COLORS", "FAMILIES", "SIZE", "SPLITS", "Drill", "Mark", "Question", "Scene", "draw", "question_types"]
 
 _DRAW = {"shapes": shapes, "signs": signs, "charts": charts, "grids": grids}
 FAMILIES = tuple(_DRAW)

@@ -12,9 +12,7 @@ TYPES = ("tallest", "shortest", "height", "count_bars", "exists", "taller", "lis
 
 
 def draw(rng: Random) -> Scene:
-    bars = list(
-        zip(rng.sample(list(COLORS), n := rng.randint(2, 5)), rng.sample(range(1, TALLEST + 1), n), strict=True)
-    )
+    bars = list(zip(rng.sample(list(COLORS), n := rng.randint(2, 5)), rng.sample(range(1, TALLEST + 1), n), strict=True))
     canvas = backdrop(rng)
     left, right, floor = 8.0, SIZE - 4.0, SIZE - 6.0
     unit = 10.0
@@ -32,6 +30,7 @@ def draw(rng: Random) -> Scene:
     canvas.line([(left, floor - TALLEST * unit - 2), (left, floor), (right, floor)], (40, 40, 40))
     scene = Scene("charts", canvas.finish(rng), marks)
     _ask(scene, rng, bars)
+    _drill(scene, rng, bars)
     return scene
 
 
@@ -58,3 +57,11 @@ def _ask(scene: Scene, rng: Random, bars: list[tuple[str, int]]) -> None:
     parts = "; ".join(f"{article(c)} bar of height {NUMBERS[h]}" for c, h in bars)
     ask(rng, "describe", ("Describe the picture.", "What is in the picture?", "Describe this image.",
                           "Tell me what you see."), f"The chart shows {NUMBERS[len(bars)]} bars: {parts}.")  # fmt: skip
+
+
+def _drill(scene: Scene, rng: Random, bars: list[tuple[str, int]]) -> None:
+    heights = dict(bars)
+    scene.drill(rng, "height", [(c, NUMBERS[h]) for c, h in bars])
+    scene.drill(rng, "exists", [(c, "yes" if c in heights else "no") for c in COLORS])
+    pairs = [(f"{a} {b}", "yes" if heights[a] > heights[b] else "no") for a in heights for b in heights if a != b]
+    scene.drill(rng, "taller", pairs)

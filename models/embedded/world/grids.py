@@ -34,6 +34,7 @@ def draw(rng: Random) -> Scene:
             canvas.line(line, (60, 60, 60))
     scene = Scene("grids", canvas.finish(rng), marks)
     _ask(scene, rng, board, palette)
+    _drill(scene, rng, board)
     return scene
 
 
@@ -65,3 +66,11 @@ def _ask(scene: Scene, rng: Random, board: list[list[str | None]], palette: list
     rows = "; ".join(", ".join(cell or "nothing" for cell in row) for row in board)
     ask(rng, "describe", ("Describe the picture.", "What is in the picture?", "Describe this image.",
                           "Tell me what you see."), f"The board has {NUMBERS[n]} rows: {rows}.")  # fmt: skip
+
+
+def _drill(scene: Scene, rng: Random, board: list[list[str | None]]) -> None:
+    cells = [cell for row in board for cell in row]
+    scene.drill(rng, "cell", [(f"row {r + 1}, column {c + 1}", cell or "nothing")
+                              for r, row in enumerate(board) for c, cell in enumerate(row)])  # fmt: skip
+    scene.drill(rng, "count_color", [(c, NUMBERS[cells.count(c)]) for c in COLORS])
+    scene.drill(rng, "exists", [(c, "yes" if c in cells else "no") for c in COLORS])

@@ -47,6 +47,18 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Drill:
+    """Look-ups of one type in a row, asked in training alone: (what is looked up, what is found there).
+
+    A look-up by name or color is the last thing a small model learns, and a question holds one of them in fifteen tokens;
+    a drill holds one in four or five.
+    """
+
+    type: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Mark:
     """Where a thing stands and what it is; what the vision tower is pretrained to tell, patch by patch.
 
@@ -61,15 +73,21 @@ class Mark:
 
 @dataclass
 class Scene:
-    """A picture, the things in it, and one question of every type that fits it."""
+    """A picture, the things in it, one question of every type that fits it, and its drills."""
 
     family: str
     image: Image.Image
     marks: list[Mark]
     questions: list[Question] = field(default_factory=list)
+    drills: list[Drill] = field(default_factory=list)
 
     def ask(self, rng: Random, type_: str, templates: Sequence[str], answer: str, **slots: object) -> None:
         self.questions.append(Question(type_, rng.choice(templates).format(**slots), answer))
+
+    def drill(self, rng: Random, type_: str, pairs: Sequence[tuple[str, str]], limit: int = 8) -> None:
+        """Keep `limit` of the pairs, in any order; no pairs, no drill."""
+        if pairs:
+            self.drills.append(Drill(type_, tuple(rng.sample(pairs, min(limit, len(pairs))))))
 
 
 class Canvas:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi, sin
 from random import Random
@@ -44,11 +45,10 @@ def draw(rng: Random) -> Scene:
         x = (thing.place % 3 + 0.5) * SIZE / 3 + LATTICE * rng.randint(-slack, slack)
         y = (thing.place // 3 + 0.5) * SIZE / 3 + LATTICE * rng.randint(-slack, slack)
         _draw_shape(canvas, thing.shape, x, y, radius, paint(rng, thing.color), rng.uniform(-0.2, 0.2))
-        marks.append(
-            Mark((x - radius, y - radius, x + radius, y + radius), thing.shape, thing.color, 1 + int(thing.large))
-        )
+        marks.append(Mark((x - radius, y - radius, x + radius, y + radius), thing.shape, thing.color, 1 + int(thing.large)))
     scene = Scene("shapes", canvas.finish(rng), marks)
     _ask(scene, rng, things)
+    _drill(scene, rng, things)
     return scene
 
 
@@ -138,3 +138,28 @@ def _ask(scene: Scene, rng: Random, things: list[Thing]) -> None:
     parts = "; ".join(f"{PLACES[t.place]}, {article(f'{t.size} {t.name}')}" for t in things)
     ask(rng, "describe", ("Describe the picture.", "What is in the picture?", "Describe this image.",
                           "Tell me what you see."), f"The picture shows {NUMBERS[len(things)]} objects: {parts}.")  # fmt: skip
+
+
+def _drill(scene: Scene, rng: Random, things: list[Thing]) -> None:
+    drill = scene.drill
+    colors, shapes, names = ([getattr(t, what) for t in things] for what in ("color", "shape", "name"))
+    drill(rng, "color", [(t.shape, t.color) for t in unique(things, lambda t: t.shape)])
+    drill(rng, "shape", [(t.color, t.shape) for t in unique(things, lambda t: t.color)])
+    drill(rng, "count_shape", [(s, NUMBERS[shapes.count(s)]) for s in SHAPES])
+    drill(rng, "count_color", [(c, NUMBERS[colors.count(c)]) for c in COLORS])
+    mixed = {f"{c} {s}" for c in colors for s in SHAPES} | {f"{c} {s}" for c in COLORS for s in shapes}
+    absent = sorted(mixed - set(names))
+    present = sorted(set(names))
+    drill(rng, "exists", [(n, "yes") for n in present] + [(n, "no") for n in rng.sample(absent, len(present))])
+    lone = unique(things, lambda t: t.name)
+    drill(rng, "where", [(t.name, PLACES[t.place]) for t in lone])
+    drill(rng, "size", [(t.name, t.size) for t in lone])
+    pairs = [(a, b) for a in lone for b in lone if a is not b]
+
+    def compare(type_: str, less: str, more: str, key: Callable[[Thing], int]) -> None:
+        found = [(f"{a.name} {b.name}", less if key(a) < key(b) else more) for a, b in pairs if key(a) != key(b)]
+        drill(rng, type_, found, limit=4)
+
+    compare("left_right", "left", "right", lambda t: t.place % 3)
+    compare("above_below", "above", "below", lambda t: t.place // 3)
+    drill(rng, "larger", [(f"{a.name} {b.name}", (a if a.large else b).name) for a, b in pairs if a.large != b.large], limit=3)
