@@ -1,9 +1,10 @@
-"""The front door: `espalier serve | eval | bench | calibrate | inspect`. Each command imports what it needs when it runs."""
+"""The front door: `espalier serve | prune | eval | bench | calibrate | inspect`. A command imports what it needs when it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -77,12 +78,64 @@ def calibrate(
 
 
 @app.command()
-def inspect(checkpoint: CHECKPOINT = "embedded") -> None:
-    """Show what a checkpoint holds: sizes, calibration, levels."""
+def prune(
+    checkpoint: CHECKPOINT,
+    out: Annotated[Path, typer.Option(help="The directory to make.")],
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file of the options below; flags win over it.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="magnitude, wanda or obs (default).")] = None,
+    pattern: Annotated[str | None, typer.Option(help="unstructured (default), n:m such as 2:4, or structured.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="What goes of the language model's matrices; 0.5 by default.")] = None,
+    vision_sparsity: Annotated[float | None, typer.Option(help="The same of the vision tower; 0 by default.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="uniform (default), ecoflap, owl or search.")] = None,
+    score: Annotated[str | None, typer.Option(help="ecoflap: zo (default), zeroth order, or fo, first order.")] = None,
+    maximum: Annotated[float | None, typer.Option(help="ecoflap: most that a block may lose; sparsity + 0.1 by default.")] = None,
+    average: Annotated[bool | None, typer.Option(help="ecoflap: divide a block's score by its size.")] = None,
+    shared_budget: Annotated[bool | None, typer.Option(help="ecoflap and owl: one budget over both towers.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples; 64 by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which samples, and every random choice; 0 by default.")] = None,
+    data: Annotated[str | None, typer.Option(help="world (default), or a JSONL file, see docs/pruning.md.")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Sample these families of the world alone; may repeat.")] = None,
+    visual_weight: Annotated[float | None, typer.Option(help="What a visual row counts beside a text row; 1 by default.")] = None,
+    damping: Annotated[float | None, typer.Option(help="obs: share of the mean diagonal added; 0.01 by default.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="obs: columns between updates; 128 by default.")] = None,
+    uniform_width: Annotated[bool | None, typer.Option(help="structured: the same widths in every layer.")] = None,
+    levels: Annotated[int | None, typer.Option(help="search: levels on either side of the target; 4 by default.")] = None,
+    generations: Annotated[int | None, typer.Option(help="search: generations in all; 60 by default.")] = None,
+    offspring: Annotated[int | None, typer.Option(help="search: policies tried in a generation; 16 by default.")] = None,
+    eta: Annotated[float | None, typer.Option(help="search: weight of the structural-risk term; 0.2 by default.")] = None,
+    projector: Annotated[bool | None, typer.Option(help="search: tune the projector in turns with it, as is the default.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="search: turns of search and projector; 3 by default.")] = None,
+    reconstruct: Annotated[int | None, typer.Option(help="Steps of block-wise reconstruction; none by default.")] = None,
+    ray: Annotated[str | None, typer.Option(help="search: spread evaluations over this Ray cluster, `auto` or an address.")] = None,
+    device: DEVICE = "cpu",
+) -> None:
+    """Prune a checkpoint's weights. A run that was stopped goes on when it is started again with the same recipe."""
+    from evals.calibration import run as calibrate
+    from pruning.static.pipeline import run
+    from pruning.static.recipe import read
+
+    given = {"criterion": criterion, "pattern": pattern, "sparsity": sparsity, "vision_sparsity": vision_sparsity,
+             "allocation": allocation, "score": score, "maximum": maximum, "average": average, "shared_budget": shared_budget,
+             "samples": samples, "seed": seed, "data": data, "families": family, "visual_weight": visual_weight,
+             "damping": damping, "block_size": block_size, "uniform_width": uniform_width, "levels": levels,
+             "generations": generations, "offspring": offspring, "eta": eta, "projector": projector, "rounds": rounds,
+             "reconstruct": reconstruct}  # fmt: skip
+    with _plain_errors():
+        run(read(recipe, {name: value for name, value in given.items() if value is not None}), checkpoint, out, device, ray)
+        calibrate(str(out), 128, 0, device, "auto")
+        Console().print(f"pruned into {out}; look at it with `espalier inspect {out}`", highlight=False)
+
+
+@app.command()
+def inspect(
+    checkpoint: CHECKPOINT = "embedded",
+    picture: Annotated[Path | None, typer.Option(help="Draw sparsity, search and accuracy to this file.")] = None,
+) -> None:
+    """Show what a checkpoint holds: sizes, what was pruned and how, calibration, levels."""
     from evals.inspection import run
 
     with _plain_errors():
-        run(checkpoint)
+        run(checkpoint, picture)
 
 
 @bench.command("engine")
@@ -94,13 +147,15 @@ def bench_engine(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each side, in turn; medians are reported.")] = 3,
     device: DEVICE = "cpu",
     dtype: DTYPE = "bfloat16",
+    sparsity: Annotated[float | None, typer.Option(help="Measure pruned weights too, with this share of zeros.")] = None,
+    pattern: Annotated[str, typer.Option(help="Where the zeros lie: unstructured or 2:4.")] = "unstructured",
     json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
 ) -> None:
     """Random weights at real geometry: the ceiling first, then us and transformers in the same run."""
     from benchmarks.engine import run
 
     with _plain_errors():
-        run(geometry, route, batch, new_tokens, repeats, device, dtype, quiet=json)
+        run(geometry, route, batch, new_tokens, repeats, device, dtype, quiet=json, sparsity=sparsity, pattern=pattern)
 
 
 @bench.command("http")
@@ -126,7 +181,7 @@ def _plain_errors() -> Iterator[None]:
 
     try:
         yield
-    except (CheckpointError, ValueError, ConnectionError) as error:
+    except (CheckpointError, ValueError, OSError) as error:
         errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 

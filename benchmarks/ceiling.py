@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import LlavaConfig
 
 from models.flops import prefill_flops
+from models.linear import Matrix
 from models.llava import Llava
 from models.route import Route
 from models.vision import feature_layers
@@ -34,16 +35,19 @@ class Ceiling:
         return max(flops / self.flops_per_s, nbytes / self.bytes_per_s)
 
     def ttft(self, model: Llava, route: Route, prompt: int, batch: int) -> float:
-        """First tokens of `batch` requests, each of one image in a prompt of `prompt` tokens; weights are read once."""
+        """First tokens of `batch` requests, each of one image in a prompt of `prompt` tokens; weights are read once.
+
+        The arithmetic is that of dense weights, in which every form meets so many rows.
+        """
         config = model.config
         flops = batch * (vision_flops(config) + prefill_flops(config, route, prompt))
         seeing = [matrix for name, matrix in model.linears().items() if name.startswith(("vision.", "projector."))]
         return self.seconds(flops, decode_bytes(model, route) + sum(matrix.bytes for matrix in seeing))
 
     def tpot(self, model: Llava, route: Route, batch: int) -> float:
-        """One more token of each of `batch` requests; weights are read once."""
-        nbytes = decode_bytes(model, route)
-        return self.seconds(batch * 2 * nbytes / model.dtype.itemsize, nbytes)
+        """One more token of each of `batch` requests; weights are read once, and zeros that are not held are not multiplied."""
+        flops = 2 * batch * sum(matrix.nonzeros for matrix in decode_matrices(model, route))
+        return self.seconds(flops, decode_bytes(model, route))
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Ceiling:
@@ -76,10 +80,14 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def decode_bytes(model: Llava, route: Route) -> int:
-    """Bytes of weights that one decode step reads: the layers that run, and the head."""
+def decode_matrices(model: Llava, route: Route) -> list[Matrix]:
+    """What one decode step multiplies by: the layers that run, and the head."""
     running = [block for block, runs in zip(model.blocks, route.layers, strict=True) if runs]
-    return model.head.bytes + sum(matrix.bytes for block in running for matrix in block.linears().values())
+    return [model.head, *(matrix for block in running for matrix in block.linears().values())]
+
+
+def decode_bytes(model: Llava, route: Route) -> int:
+    return sum(matrix.bytes for matrix in decode_matrices(model, route))
 
 
 def vision_flops(config: LlavaConfig) -> int:

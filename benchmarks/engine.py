@@ -16,7 +16,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from benchmarks import ceiling
 from benchmarks.memory import peak_bytes
 from benchmarks.report import finish
-from benchmarks.sides import Questions, Run, answer, draw_questions, generate, share_weights, transformers_only_bytes
+from benchmarks.sides import Questions, Run, answer, draw_questions, generate, prune, share_weights, transformers_only_bytes
 from models.checkpoint import DTYPES
 from models.llava import Llava
 from models.random_llava import geometry_config, random_model
@@ -25,17 +25,19 @@ from models.route import Route
 
 def run(
     geometry: str, routes: Sequence[str] | None, batch: int, new_tokens: int, repeats: int, device: str, dtype: str,
-    quiet: bool,
+    quiet: bool, sparsity: float | None = None, pattern: str = "unstructured",
 ) -> dict[str, Any]:  # fmt: skip
     """Measure and print; the last line is one JSON document, which is also returned.
 
     TTFT and time per token are those of the whole batch, answered at once. transformers answers one request after
     another and does not prune, so that its one figure, times the batch, is the baseline of every route. Memory is that
-    of one request on the full route. `new_tokens` is at least 2. Raises ValueError for what cannot be run.
+    of one request on the full route. With a `sparsity` every route runs twice, on the dense weights and, as `... sparse`, on
+    pruned ones. `new_tokens` is at least 2. Raises ValueError for what cannot be run.
     """
     console = Console(stderr=True, quiet=quiet)
     config, place, precision = geometry_config(geometry), pick_device(device), pick_dtype(dtype)
     chosen = {name: parse_route(name, config) for name in routes or default_routes(config)}
+    check_sparsity(sparsity, pattern)
     limits = ceiling.measure(place, precision)
     memory, matrices = limits.bytes_per_s / 1e9, limits.flops_per_s / 1e9
     console.print(f"{place}, {dtype}: memory {memory:.1f} GB/s, matrices {matrices:,.0f} GFLOP/s")
@@ -43,16 +45,22 @@ def run(
     model = share_weights(reference)
     questions = draw_questions(model, batch)
     prompt = questions.ids.shape[1]
+    full = Route.full(config.image_seq_length, model.layers)
+    # Before transformers has run for the first time and left its own buffers, and before there are pruned weights.
+    peak = peak_bytes(lambda: answer(model, questions.first(), full, new_tokens), place)
+    sides = {name: (model, route) for name, route in chosen.items()}
+    sparse: dict[str, Any] = {}
+    if sparsity is not None:
+        pruned = prune(model, sparsity, pattern)
+        sides |= {f"{name} sparse": (pruned, route) for name, route in chosen.items()}
+        sparse = {"sparsity": sparsity, "pattern": pattern, **describe(pruned, model, full)}
     bounds = {
-        name: {"ttft_s": limits.ttft(model, route, prompt, batch), "tpot_s": limits.tpot(model, route, batch)}
-        for name, route in chosen.items()
+        name: {"ttft_s": limits.ttft(side, route, prompt, batch), "tpot_s": limits.tpot(side, route, batch)}
+        for name, (side, route) in sides.items()
     }
     for name, bound in bounds.items():
         console.print(f"ceiling of {name}: first token {bound['ttft_s']:.3g} s, then {bound['tpot_s']:.3g} s each")
-    full = Route.full(config.image_seq_length, model.layers)
-    # Before transformers has run for the first time and left its own buffers.
-    peak = peak_bytes(lambda: answer(model, questions.first(), full, new_tokens), place)
-    ours, theirs = measure(model, reference, questions, chosen, new_tokens, repeats, console)
+    ours, theirs = measure(sides, reference, questions, new_tokens, repeats, console)
     document = {
         "geometry": geometry,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
@@ -64,6 +72,7 @@ def run(
         "threads": torch.get_num_threads(),
         "ceiling": {"bytes_per_s": limits.bytes_per_s, "flops_per_s": limits.flops_per_s, "routes": bounds},
         "routes": {name: compare(runs, theirs, bounds[name], batch) for name, runs in ours.items()},
+        "sparse": sparse | {"over_dense": {name: gain(ours[f"{name} sparse"], ours[name]) for name in chosen}} if sparse else None,
         "transformers": summarise(theirs, 1),
         "peak_bytes": peak,  # vision layers that only transformers runs, counted next, lie in it too
         "transformers_only_bytes": transformers_only_bytes(reference, model),
@@ -92,6 +101,15 @@ def pick_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def check_sparsity(sparsity: float | None, pattern: str) -> None:
+    if pattern not in ("unstructured", "2:4"):
+        raise ValueError(f"pattern {pattern!r} is not unstructured or 2:4")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is not in [0, 1)")
+    if pattern == "2:4" and sparsity != 0.5:
+        raise ValueError(f"pattern 2:4 is a sparsity of 0.5, not {sparsity}")
+
+
 def default_routes(config: LlavaConfig) -> list[str]:
     layers = config.text_config.num_hidden_layers
     return [f"{config.image_seq_length}x{layers}", f"128x{layers}"]
@@ -116,17 +134,17 @@ def parse_route(name: str, config: LlavaConfig) -> Route:
 
 
 def measure(
-    model: Llava, reference: LlavaForConditionalGeneration, questions: Questions, routes: dict[str, Route],
+    sides: dict[str, tuple[Llava, Route]], reference: LlavaForConditionalGeneration, questions: Questions,
     new_tokens: int, repeats: int, console: Console,
 ) -> tuple[dict[str, list[Run]], list[Run]]:  # fmt: skip
-    """Every route and transformers in turn, `repeats` times, so that a machine that slows down slows both sides."""
-    for route in routes.values():
+    """Every model on its route and transformers in turn, `repeats` times, so that a machine that slows down slows all."""
+    for model, route in sides.values():
         answer(model, questions, route, 2)
     generate(reference, questions.first(), 2)
-    ours: dict[str, list[Run]] = {name: [] for name in routes}
+    ours: dict[str, list[Run]] = {name: [] for name in sides}
     theirs = []
     for _ in track(range(repeats), "measuring", console=console):
-        for name, route in routes.items():
+        for name, (model, route) in sides.items():
             ours[name].append(answer(model, questions, route, new_tokens))
         theirs.append(generate(reference, questions.first(), new_tokens))
     return ours, theirs
@@ -157,6 +175,25 @@ def compare(ours: Sequence[Run], theirs: Sequence[Run], bound: dict[str, float],
     }
 
 
+def describe(pruned: Llava, model: Llava, full: Route) -> dict[str, Any]:
+    """What pruning left of the language layers: zeros, bytes by form, and resident bytes over the dense ones."""
+    head = model.head.bytes
+    return {
+        "zeros": pruned.sparsity()["language"],
+        "weight_bytes": pruned.bytes_by_form(),
+        "matrix_bytes_ratio": (ceiling.decode_bytes(pruned, full) - head) / (ceiling.decode_bytes(model, full) - head),
+    }
+
+
+def gain(sparse: Sequence[Run], dense: Sequence[Run]) -> dict[str, float]:
+    """How many times as fast the sparse weights are as our own dense ones, medians over pairs of runs."""
+    pairs = list(zip(sparse, dense, strict=True))
+    return {
+        "ttft_speedup": median(b.ttft / a.ttft for a, b in pairs),
+        "tpot_speedup": median(b.tpot / a.tpot for a, b in pairs),
+    }
+
+
 def show(document: dict[str, Any], console: Console) -> None:
     table = Table("route", "first token s", "each next s", "tokens/s", "requests/s", title=document["geometry"])
     for name, row in (document["routes"] | {"transformers": document["transformers"]}).items():
@@ -169,6 +206,12 @@ def show(document: dict[str, Any], console: Console) -> None:
             f"{row['requests_per_s']:.4g}{ratios.get('requests_speedup', '')}",
         )
     console.print(table)
+    if sparse := document["sparse"]:
+        speed = ", ".join(f"{name} {row['tpot_speedup']:.2f}×" for name, row in sparse["over_dense"].items())
+        console.print(
+            f"{sparse['zeros']:.1%} zeros ({sparse['pattern']}): language matrices take {sparse['matrix_bytes_ratio']:.3f} of the "
+            f"dense bytes; each next token against our dense weights: {speed}"
+        )
     console.print(
         f"peak {document['peak_bytes'] / 1e9:.2f} GB for one request, {document['peak_over_weights']:.2f}× "
         f"the weights' {document['weight_bytes'] / 1e9:.2f} GB"

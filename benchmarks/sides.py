@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
+from models.forms import choose
 from models.forward import forward, prompt_work, token_work
 from models.kv_cache import RequestCache
-from models.linear import Linear
+from models.linear import Linear, Matrix
 from models.llava import Llava, from_transformers
 from models.route import Route
 
@@ -85,14 +86,41 @@ def share_weights(reference: LlavaForConditionalGeneration) -> Llava:
     return model
 
 
-def lend(fused: Linear, *modules: nn.Linear) -> None:
+def lend(fused: Matrix, *modules: nn.Linear) -> None:
     """Undo `models.linear.take` without a copy: rows of a fused [out, in] matrix lie together, and multiply as fast."""
+    assert isinstance(fused, Linear), "random weights have no zeros, for which loading would compress them"
     sizes = [module.out_features for module in modules]
     for module, weight in zip(modules, fused.weight.split(sizes), strict=True):
         module.weight = nn.Parameter(weight, requires_grad=False)
     if fused.bias is not None:
         for module, bias in zip(modules, fused.bias.split(sizes), strict=True):
             module.bias = nn.Parameter(bias, requires_grad=False)
+
+
+PAIRS = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool)
+"""The ways to keep two of four weights."""
+
+
+def prune(model: Llava, sparsity: float, pattern: str) -> Llava:
+    """The same model with random weights of its language layers set to zero, and each matrix in the form that loading chooses.
+
+    What is not pruned is shared. `pattern` is `unstructured`, or `2:4`, which is a sparsity of one half.
+    """
+    random = torch.Generator().manual_seed(0)
+
+    def kept(shape: Size) -> Tensor:
+        if pattern == "2:4":
+            return PAIRS[torch.randint(len(PAIRS), (shape[0], shape[1] // 4), generator=random)].view(shape)
+        return torch.rand(shape, generator=random) >= sparsity
+
+    def pruned(matrix: Matrix) -> Matrix:
+        assert isinstance(matrix, Linear), "dense before it is pruned"
+        return choose(Linear(matrix.weight * kept(matrix.weight.shape).to(matrix.weight.device), matrix.bias))
+
+    blocks = [
+        replace(b, qkv=pruned(b.qkv), out=pruned(b.out), gate_up=pruned(b.gate_up), down=pruned(b.down)) for b in model.blocks
+    ]
+    return replace(model, blocks=blocks)
 
 
 def transformers_only_bytes(reference: LlavaForConditionalGeneration, model: Llava) -> int:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
-from models.checkpoint import load
-from pruning.dynamic.levels import build_menu
+from models.checkpoint import Checkpoint, Pruning, load
+from pruning.dynamic.levels import Level, build_menu
+
+console = Console(highlight=False)
 
 
-def run(name: str) -> None:
+def run(name: str, picture: Path | None = None) -> None:
+    """Print tables; write a picture of what was pruned to `picture`, if there is anything to see."""
     checkpoint = load(name)
     model, manifest = checkpoint.model, checkpoint.manifest
-    console = Console()
     console.print(
         f"[b]{checkpoint.name}[/b] ({checkpoint.fingerprint}): {model.layers} layers, "
         f"{model.visual_tokens_per_image} visual tokens an image, context {model.context_length}, "
-        f"{model.weight_bytes / 1e6:.1f} MB in {str(model.dtype).removeprefix('torch.')}",
-        highlight=False,
+        f"{model.weight_bytes / 1e6:.1f} MB in {str(model.dtype).removeprefix('torch.')}"
     )
+    if manifest.pruning:
+        _show_pruning(manifest.pruning)
+    _show_forms(checkpoint)
     change = manifest.calibration.layer_change if manifest.calibration else None
     if change:
         table = Table("layer", "change", title="How much each layer changes the hidden state (1 - cosine)")
@@ -26,9 +33,91 @@ def run(name: str) -> None:
             table.add_row(str(layer), f"{value:.4f}")
         console.print(table)
     else:
-        console.print("no calibration: levels skip no layers; run `espalier calibrate`", highlight=False)
-    table = Table("level", "visual tokens", "layers", "what", title="Levels")
-    for level in build_menu(change, model.layers, manifest.cards).values():
-        tokens = level.kept(model.visual_tokens_per_image)
-        table.add_row(level.name, str(tokens), str(model.layers - level.skipped_layers), level.description)
+        console.print("no calibration: levels skip no layers; run `espalier calibrate`")
+    menu = build_menu(change, model.layers, manifest.cards)
+    _show_levels(checkpoint, menu)
+    if picture and manifest.pruning:
+        draw(manifest.pruning, {name: level.card for name, level in menu.items() if level.card}, picture)
+        console.print(f"picture: {picture}")
+
+
+def _show_pruning(pruning: Pruning) -> None:
+    asked = pruning.recipe
+    console.print(
+        f"pruned from {pruning.source}: {asked['criterion']}, {asked['pattern']}, sparsity {asked['sparsity']:g}, "
+        f"allocation {asked['allocation']}, {asked['samples']} samples, seed {asked['seed']}"
+    )
+    layers, matrices = by_layer(pruning)
+    table = Table("layer", *matrices, title="Share of zeros or of weights removed")
+    for layer, found in layers.items():
+        table.add_row(layer, *(f"{found[matrix]:.1%}" if matrix in found else "" for matrix in matrices))
     console.print(table)
+    for name, damping in pruning.damping.items():
+        console.print(f"{name}: its Hessian needed a damping of {damping:g}")
+    for turn in pruning.projector:
+        console.print(
+            f"projector tuned after generation {turn['generation']}: held-out divergence {turn['before']:.4f} to "
+            f"{turn['after']:.4f}, {'kept' if turn['accepted'] else 'put back'}"
+        )
+
+
+def by_layer(pruning: Pruning) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Sparsity as layers and their matrices: ({"language.3": {"q_proj": 0.5}}, ["q_proj"])."""
+    layers: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, sparsity in pruning.sparsity.items():
+        tower, index, *_, matrix = name.split(".")
+        layers[f"{tower}.{index}"][matrix] = sparsity
+    return dict(layers), list(dict.fromkeys(matrix for found in layers.values() for matrix in found))
+
+
+def _show_forms(checkpoint: Checkpoint) -> None:
+    held: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for linear in checkpoint.model.linears().values():
+        held[linear.form][0] += 1
+        held[linear.form][1] += linear.bytes
+    console.print("held as " + ", ".join(f"{form}: {count} matrices, {size / 1e6:.1f} MB" for form, (count, size) in held.items()))
+
+
+def _show_levels(checkpoint: Checkpoint, menu: dict[str, Level]) -> None:
+    model = checkpoint.model
+    table = Table("level", "visual tokens", "layers", "accuracy", "what", title="Levels")
+    for level in menu.values():
+        tokens = level.kept(model.visual_tokens_per_image)
+        card = level.card or {}
+        accuracy = f"{card['accuracy']:.1%}" if "accuracy" in card else ""
+        table.add_row(level.name, str(tokens), str(model.layers - level.skipped_layers), accuracy, level.description)
+    console.print(table)
+
+
+def draw(pruning: Pruning, cards: dict[str, dict[str, float]], path: Path) -> None:
+    """Sparsity by layer and matrix, the search's course and each level's accuracy, as far as they are there."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("the picture needs matplotlib; install it with `pip install 'espalier[plot]'`") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measured = {name: card["accuracy"] for name, card in cards.items() if "accuracy" in card}
+    count = 1 + bool(pruning.search) + bool(measured)
+    figure, axes = pyplot.subplots(1, count, figsize=(6 * count, 4), squeeze=False)
+    layers, matrices = by_layer(pruning)
+    values = [[found.get(matrix, float("nan")) for matrix in matrices] for found in layers.values()]
+    first, *rest = axes[0]
+    shown = first.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+    first.set_xticks(range(len(matrices)), matrices, rotation=45, ha="right")
+    first.set_yticks(range(len(layers)), list(layers))
+    first.set_title("sparsity")
+    figure.colorbar(shown, ax=first)
+    if pruning.search:
+        chart = rest.pop(0)
+        chart.plot([entry["divergence"] for entry in pruning.search], label="divergence")
+        for turn in pruning.projector:
+            chart.axvline(turn["generation"], color="gray", linestyle=":" if turn["accepted"] else "--", linewidth=0.8)
+        chart.set(title="search: best policy (lines: projector tuned)", xlabel="generation", ylabel="mean KL from dense")
+    if measured:
+        rest[0].bar(list(measured), list(measured.values()))
+        rest[0].set(title="accuracy by level", ylim=(0, 1))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

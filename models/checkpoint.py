@@ -15,8 +15,9 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration,
 from transformers.utils import logging as transformers_logging
 
 from models.embedded import WEIGHTS
-from models.llava import Llava, check_supported, from_transformers
+from models.llava import Llava, check_supported, from_transformers, visual_tokens_per_image
 from models.preprocess import Preprocessor
+from models.widths import NarrowLlava
 
 MANIFEST = "espalier.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,6 +38,23 @@ class Calibration(BaseModel):
     seed: int
 
 
+class Pruning(BaseModel):
+    """How the weights were pruned, and what came of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: dict[str, Any] = Field(description="Every setting, by the names of `espalier prune`.")
+    source: str = Field(description="Name and fingerprint of the dense checkpoint.")
+    sparsity: dict[str, float] = Field(description="Share of zeros, or of weights removed, by matrix.")
+    damping: dict[str, float] = Field(default_factory=dict, description="Where a Hessian needed more than was asked for.")
+    reconstruction: dict[str, tuple[float, float]] = Field(
+        default_factory=dict, description="Relative error of a block's output before and after its reconstruction."
+    )
+    search: list[dict[str, float]] = Field(default_factory=list, description="The best policy of each generation.")
+    projector: list[dict[str, Any]] = Field(default_factory=list, description="Held-out divergence before and after each tuning.")
+    notes: dict[str, Any] = Field(default_factory=dict, description="What else was decided on the way.")
+
+
 class Manifest(BaseModel):
     """`espalier.json`. Everything in it is optional: a checkpoint without one serves, with tokens as its only saving."""
 
@@ -45,6 +63,7 @@ class Manifest(BaseModel):
     version: int = Field(default=1, ge=1, le=1)
     base_model: str | None = None
     calibration: Calibration | None = None
+    pruning: Pruning | None = None
     cards: dict[str, dict[str, Any]] = Field(default_factory=dict, description="What each level was measured to do.")
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of the weight files.")
 
@@ -93,6 +112,42 @@ def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "auto") -> Ch
 
     Raises CheckpointError for a missing or truncated file and UnsupportedCheckpoint for what the forward does not compute.
     """
+    source = open_transformers(checkpoint, device, dtype)
+    directory, manifest = source.directory, source.manifest
+    eos = source.model.generation_config.eos_token_id
+    if eos is None:
+        eos = source.model.config.text_config.eos_token_id
+    model = from_transformers(source.model)
+    if manifest.calibration and len(manifest.calibration.layer_change) != model.layers:
+        raise CheckpointError(
+            f"{directory / MANIFEST}: calibration.layer_change has {len(manifest.calibration.layer_change)} values for "
+            f"{model.layers} layers; remove `calibration` and run `espalier calibrate`"
+        )
+    return Checkpoint(
+        directory=directory,
+        name=source.name,
+        model=model,
+        preprocessor=source.preprocessor,
+        eos=frozenset(eos if isinstance(eos, list) else [eos]),
+        manifest=manifest,
+        fingerprint=source.fingerprint,
+    )
+
+
+@dataclass
+class Source:
+    """A checkpoint as transformers holds it: what our forward takes its weights from, and what pruning works on."""
+
+    directory: Path
+    name: str
+    model: LlavaForConditionalGeneration
+    preprocessor: Preprocessor
+    manifest: Manifest
+    fingerprint: str
+
+
+def open_transformers(checkpoint: str | Path, device: str = "cpu", dtype: str = "auto") -> Source:
+    """Check a checkpoint and open it with transformers. Raises what `load` raises."""
     if dtype not in ("auto", *DTYPES):
         raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     directory = resolve(checkpoint)
@@ -101,26 +156,15 @@ def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "auto") -> Ch
     check_supported(config)
     manifest = read_manifest(directory)
     _verify(directory, manifest)
-    source, info = _from_pretrained(directory, device, dtype)
+    model, info = _from_pretrained(directory, device, dtype)
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted((*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])))
         raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or have another shape, first {wrong[0]}")
-    eos = source.generation_config.eos_token_id
-    if eos is None:
-        eos = config.text_config.eos_token_id
-    model = from_transformers(source)
-    processor = _processor(directory)
-    if manifest.calibration and len(manifest.calibration.layer_change) != model.layers:
-        raise CheckpointError(
-            f"{directory / MANIFEST}: calibration.layer_change has {len(manifest.calibration.layer_change)} values for "
-            f"{model.layers} layers; remove `calibration` and run `espalier calibrate`"
-        )
-    return Checkpoint(
+    return Source(
         directory=directory,
         name="espalier-embedded" if directory == WEIGHTS else directory.resolve().name,
         model=model,
-        preprocessor=Preprocessor(processor, config, model.visual_tokens_per_image),
-        eos=frozenset(eos if isinstance(eos, list) else [eos]),
+        preprocessor=Preprocessor(_processor(directory), config, visual_tokens_per_image(config)),
         manifest=manifest,
         fingerprint="fp_" + fingerprint(shards),
     )
@@ -152,7 +196,7 @@ def _from_pretrained(directory: Path, device: str, dtype: str) -> tuple[LlavaFor
     progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model, info = LlavaForConditionalGeneration.from_pretrained(
+        model, info = NarrowLlava.from_pretrained(
             directory,
             dtype=DTYPES.get(dtype, "auto"),
             use_safetensors=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import LlavaConfig
 
 from models.route import Route
+from models.widths import head_dim, layer_widths, query_heads
 
 
 def prefill_flops(config: LlavaConfig, route: Route, prompt: int) -> int:
@@ -13,13 +14,13 @@ def prefill_flops(config: LlavaConfig, route: Route, prompt: int) -> int:
     The vision tower is not in it: it costs the same on every route.
     """
     text = config.text_config
-    width, heads, kv_heads = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
-    dim = getattr(text, "head_dim", None) or width // heads
-    qkv = width * dim * (heads + 2 * kv_heads)
-    rest = width * dim * heads + 3 * width * text.intermediate_size
+    width, dim = text.hidden_size, head_dim(text)
     total = width * text.vocab_size
     last = max(layer for layer, runs in enumerate(route.layers) if runs)
-    for layer, rows in enumerate(route.rows(prompt)):
+    for layer, (rows, has) in enumerate(zip(route.rows(prompt), layer_widths(text), strict=True)):
+        heads = has.kv_heads * query_heads(text)
+        qkv = width * dim * (heads + 2 * has.kv_heads)
+        rest = width * dim * heads + 3 * width * has.ffn
         # Causal attention reads half of rows x rows, once for the scores and once for the values. In the last layer only one
         # row goes on after the keys and values are made.
         asked = min(rows, 1) if layer == last else rows

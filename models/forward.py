@@ -93,7 +93,7 @@ def _layer(
     rows = None if everyone else _select(counts, running, hidden.device)
     x, c, s = (hidden, cos, sin) if rows is None else (hidden[rows], cos[rows], sin[rows])
     qkv = block.qkv(F.rms_norm(x, x.shape[-1:], block.input_norm, model.eps))
-    mixed = _attention(model, layer, qkv, c, s, [(batch[i], counts[i], ending[i]) for i in running])
+    mixed = _attention(model, block, layer, qkv, c, s, [(batch[i], counts[i], ending[i]) for i in running])
     if any(ending):
         tails = [torch.tensor([n - 1], device=hidden.device) if end else None for n, end in zip(counts, ending, strict=True)]
         left = _rows(counts, tails, hidden.device)
@@ -110,10 +110,10 @@ def _layer(
 
 
 def _attention(
-    model: Llava, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, parts: list[tuple[Work, int, bool]]
+    model: Llava, block: Block, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, parts: list[tuple[Work, int, bool]]
 ) -> Tensor:
     """Rotate, remember and attend, request by request: qkv [rows, (heads + 2 kv_heads) * dim] to [rows left, heads * dim]."""
-    heads, kv_heads, dim = model.heads, model.kv_heads, model.head_dim
+    heads, kv_heads, dim = block.heads, block.kv_heads, model.head_dim
     scale = dim**-0.5
     qkv = qkv.view(len(qkv), heads + 2 * kv_heads, dim)
     rotated = rotate(qkv[:, : heads + kv_heads], cos, sin)

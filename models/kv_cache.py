@@ -11,16 +11,20 @@ from torch import Tensor
 class RequestCache:
     """One request's keys and values in one allocation: a slab [2, kv_heads, rows, head_dim] for each layer that runs.
 
+    `rows` and `kv_heads` are given by layer.
     Sized once, at admission; nothing is allocated or copied while tokens are made.
     """
 
-    def __init__(self, rows: Sequence[int], kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, rows: Sequence[int], kv_heads: Sequence[int], head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.capacity = tuple(rows)
         self.lengths = [0] * len(rows)
-        flat = torch.empty(2 * kv_heads * head_dim * sum(rows), dtype=dtype, device=device)
-        sizes = [2 * kv_heads * head_dim * n for n in rows]
+        sizes = [2 * heads * head_dim * n for heads, n in zip(kv_heads, rows, strict=True)]
+        flat = torch.empty(sum(sizes), dtype=dtype, device=device)
         self._slabs = [
-            part.view(2, kv_heads, n, head_dim) if n else None for part, n in zip(flat.split(sizes), rows, strict=True)
+            part.view(2, heads, n, head_dim) if n else None
+            for part, heads, n in zip(flat.split(sizes), kv_heads, rows, strict=True)
         ]
         self.nbytes = flat.numel() * flat.element_size()
 
@@ -42,7 +46,9 @@ class KVCache:
     The budget is memory that is never over-committed: a request's rows are taken whole when it is admitted and given back whole.
     """
 
-    def __init__(self, budget: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, budget: int, kv_heads: Sequence[int], head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.budget = budget
         self.used = 0
         self._shape = (kv_heads, head_dim, dtype, device)

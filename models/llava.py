@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from models.linear import Linear, take
+from models.forms import choose
+from models.linear import Linear, Matrix, take
 from models.vision import VisionBlock, VisionTower, feature_layers
+from models.widths import head_dim, layer_widths, query_heads
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 
@@ -25,14 +27,16 @@ class UnsupportedCheckpoint(ValueError):
 class Block:
     """One layer of the language model. `qkv` holds queries, keys and values; `gate_up` the gate, then the up projection."""
 
+    heads: int
+    kv_heads: int
     input_norm: Tensor
-    qkv: Linear
-    out: Linear
+    qkv: Matrix
+    out: Matrix
     post_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Matrix
+    down: Matrix
 
-    def linears(self) -> dict[str, Linear]:
+    def linears(self) -> dict[str, Matrix]:
         return {"qkv": self.qkv, "out": self.out, "gate_up": self.gate_up, "down": self.down}
 
 
@@ -60,17 +64,13 @@ class Llava:
         return len(self.blocks)
 
     @property
-    def kv_heads(self) -> int:
-        return int(self.config.text_config.num_key_value_heads)
-
-    @property
-    def heads(self) -> int:
-        return int(self.config.text_config.num_attention_heads)
+    def kv_heads(self) -> list[int]:
+        """Of each layer: structured pruning may leave them different numbers."""
+        return [block.kv_heads for block in self.blocks]
 
     @property
     def head_dim(self) -> int:
-        text = self.config.text_config
-        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        return head_dim(self.config.text_config)
 
     @property
     def eps(self) -> float:
@@ -84,9 +84,7 @@ class Llava:
 
     @property
     def visual_tokens_per_image(self) -> int:
-        clip = self.config.vision_config
-        full = self.config.vision_feature_select_strategy == "full"
-        return int((clip.image_size // clip.patch_size) ** 2) + full
+        return visual_tokens_per_image(self.config)
 
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding)
@@ -100,7 +98,7 @@ class Llava:
         """Last hidden states [rows, width] to float32 logits [rows, vocab]."""
         return self.head(F.rms_norm(hidden, hidden.shape[-1:], self.norm, self.eps)).float()
 
-    def linears(self) -> dict[str, Linear]:
+    def linears(self) -> dict[str, Matrix]:
         """Every matrix by name, `language.3.qkv` and the like."""
         named = {f"language.{i}.{name}": m for i, b in enumerate(self.blocks) for name, m in b.linears().items()}
         for i, b in enumerate(self.vision.blocks):
@@ -110,9 +108,27 @@ class Llava:
 
     @property
     def weight_bytes(self) -> int:
-        embedding = self.embedding.numel() * self.embedding.element_size()
+        return sum(self.bytes_by_form().values())
+
+    def bytes_by_form(self) -> dict[str, int]:
+        """Resident bytes of the matrices and the embedding: `dense`, `bitmask`, `2:4`."""
         tied = self.head.weight.data_ptr() == self.embedding.data_ptr()
-        return sum(m.bytes for m in self.linears().values()) + (0 if tied else embedding)
+        held = {"dense": 0 if tied else self.embedding.nbytes}
+        for matrix in self.linears().values():
+            held[matrix.form] = held.get(matrix.form, 0) + matrix.bytes
+        return held
+
+    def sparsity(self) -> dict[str, float]:
+        """Share of zeros among the weights of each module: `vision`, `projector`, `language`, `head`."""
+        modules: dict[str, list[Matrix]] = {}
+        for name, matrix in self.linears().items():
+            modules.setdefault(name.partition(".")[0], []).append(matrix)
+        return {name: 1 - sum(m.nonzeros for m in held) / sum(m.size for m in held) for name, held in modules.items()}
+
+
+def visual_tokens_per_image(config: LlavaConfig) -> int:
+    clip = config.vision_config
+    return int((clip.image_size // clip.patch_size) ** 2) + (config.vision_feature_select_strategy == "full")
 
 
 def check_supported(config: LlavaConfig) -> None:
@@ -134,26 +150,37 @@ def check_supported(config: LlavaConfig) -> None:
     for layer in [chosen] if isinstance(chosen, int) else chosen:
         if not -total < layer < total or layer == 0:
             raise UnsupportedCheckpoint(f"vision_feature_layer {layer} names no layer of a tower of {total - 1}")
+    try:
+        for part in (text, vision):
+            layer_widths(part)
+    except ValueError as error:
+        raise UnsupportedCheckpoint(f"config.json: {error}") from error
 
 
 @torch.no_grad()
 def from_transformers(model: LlavaForConditionalGeneration) -> Llava:
-    """Take the weights out of a transformers model and leave it empty, so that they are held once."""
+    """Take the weights out of a transformers model and leave it empty, so that they are held once.
+
+    Matrices of the language model take the form that `choose` finds, one by one. The others stay dense: the vision tower and the
+    projector meet hundreds of rows at a time, and the head is seldom pruned and may share its weight with the embedding.
+    """
     config = model.config
     check_supported(config)
     text = model.model.language_model
     # The vision tower goes first and its unused layers are let go.
     vision = _take_vision(model)
     blocks = []
-    for layer in text.layers:
+    for layer, widths in zip(text.layers, layer_widths(config.text_config), strict=True):
         blocks.append(
             Block(
+                heads=widths.kv_heads * query_heads(config.text_config),
+                kv_heads=widths.kv_heads,
                 input_norm=layer.input_layernorm.weight.detach(),
-                qkv=take(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-                out=take(layer.self_attn.o_proj),
+                qkv=choose(take(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+                out=choose(take(layer.self_attn.o_proj)),
                 post_norm=layer.post_attention_layernorm.weight.detach(),
-                gate_up=take(layer.mlp.gate_proj, layer.mlp.up_proj),
-                down=take(layer.mlp.down_proj),
+                gate_up=choose(take(layer.mlp.gate_proj, layer.mlp.up_proj)),
+                down=choose(take(layer.mlp.down_proj)),
             )
         )
         _return_freed_memory()

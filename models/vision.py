@@ -79,15 +79,16 @@ class VisionTower:
         """One layer on packed rows [images * rows + spare, width]; with the class token's attention [images, patches] if `last`."""
         clip = self.config.vision_config
         width = x.shape[-1]
-        heads, dim = clip.num_attention_heads, width // clip.num_attention_heads
+        dim = width // clip.num_attention_heads
         qkv = block.qkv(F.layer_norm(x, (width,), *block.norm1, clip.layer_norm_eps))
-        mixed = torch.zeros_like(x)
+        heads = qkv.shape[1] // (3 * dim)  # structured pruning may leave a layer fewer of them
+        mixed = x.new_zeros(len(x), heads * dim)
         looks = []
         for image in range(images):
             here = slice(image * rows, (image + 1) * rows)
             query, key, value = qkv[here].view(rows, 3, heads, dim).unbind(1)
             keys, values = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
-            mixed[here] = attend(query, keys, values, scale=dim**-0.5, causal=False).reshape(rows, width)
+            mixed[here] = attend(query, keys, values, scale=dim**-0.5, causal=False).reshape(rows, -1)
             if last:
                 looks.append(class_attention(query[0], keys))
         x = block.out(mixed).add_(x)

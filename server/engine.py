@@ -95,7 +95,7 @@ class Engine:
         self.metrics.watch_load(
             lambda: len(self.scheduler.running), lambda: len(self.scheduler.waiting), lambda: self.scheduler.used / rows
         )
-        self.metrics.weight_bytes.labels("dense").set(self.model.weight_bytes)
+        self.metrics.loaded(self.model.bytes_by_form(), self.model.sparsity())
 
     # What other threads may call.
 
@@ -353,5 +353,5 @@ def _rows_for_free_memory(checkpoint: Checkpoint, limits: Limits, share: float =
         free = torch.cuda.mem_get_info(model.device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    row = 2 * model.kv_heads * model.head_dim * model.dtype.itemsize
+    row = 2 * max(model.kv_heads) * model.head_dim * model.dtype.itemsize  # whichever layers run, they fit
     return max(1, min(int(free * share) // row, limits.max_running * model.context_length * model.layers))

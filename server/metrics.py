@@ -58,6 +58,13 @@ class Metrics:
         self.waiting.set_function(waiting)
         self.kv_usage.set_function(kv)
 
+    def loaded(self, held: dict[str, int], sparsity: dict[str, float]) -> None:
+        """What the model is made of, once it is loaded: bytes by form, and the share of zeros by module."""
+        for form, size in held.items():
+            self.weight_bytes.labels(form).set(size)
+        for module, share in sparsity.items():
+            self.weight_sparsity.labels(module).set(share)
+
     def rejected(self, reason: str) -> None:
         self.rejections.labels(reason).inc()
 

@@ -1,9 +1,9 @@
 """Train the embedded checkpoint: `python -m models.embedded.train --work runs/embedded --out models/embedded/weights`.
 
-Four stages, because what is asked matters more than how long: the tower on what was drawn, then dense captions of every family
+Five stages, because what is asked matters more than how long: the tower on what was drawn, then dense captions of every family
 (which teach the binding of color to shape), then questions with captions and drills in the mix, then all visual tokens and an
-unfrozen tower. Beside them a few heads are shown where to look (grounding.py). Until the last stage the visual tokens are pooled
-two by two. Seeded; killed at any point, it goes on from the last save.
+unfrozen tower, last with more of what is counted. Beside them a few heads are shown where to look (grounding.py). Before all visual
+tokens are there, they are pooled two by two. Seeded; killed at any point, it goes on from the last save.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class Stage:
 STAGES = (
     Stage("tower", 3000, 32, 1e-3, train_tower=True, families=(4, 5, 1, 1)),
     Stage("captions", 1500, 32, 1e-3, Mix(rows=176, long=2), pool=2, families=(4, 3, 1, 1)),
-    Stage("questions", 3500, 24, 1e-3, Mix(rows=256, long=1, drills=3, follow_up=0.2), pool=2, families=(4, 2, 2, 2)),
-    Stage("full", 1500, 24, 5e-4, Mix(rows=352, long=1, drills=2, follow_up=0.3), train_tower=True, families=(4, 2, 2, 2)),
+    Stage("questions", 2600, 24, 1e-3, Mix(rows=256, long=1, drills=3, follow_up=0.2), pool=2, families=(4, 2, 2, 2)),
+    Stage("full", 1400, 24, 5e-4, Mix(rows=352, long=1, drills=2, follow_up=0.3), train_tower=True, families=(4, 2, 2, 2)),
+    Stage("last", 600, 24, 4e-4, Mix(rows=352, long=1, drills=2, follow_up=0.3), train_tower=True, families=(4, 2, 1, 4)),
 )
 
 

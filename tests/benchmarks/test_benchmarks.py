@@ -20,8 +20,10 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ceiling, engine, http, memory
-from benchmarks.sides import answer, draw_questions, generate, share_weights, transformers_only_bytes
+from benchmarks.sides import answer, draw_questions, generate, prune, share_weights, transformers_only_bytes
+from models import kernels
 from models.flops import prefill_flops
+from models.forms import is_2_4
 from models.forward import forward, prompt_work
 from models.kv_cache import RequestCache
 from models.random_llava import geometry_config, random_model, tiny_config
@@ -71,6 +73,30 @@ def test_engine_benchmark_end_to_end(tiny, capsys, device, batch):
     assert document["peak_over_weights"] == pytest.approx(document["peak_bytes"] / document["weight_bytes"], rel=1e-2)
 
 
+@pytest.mark.parametrize(("sparsity", "pattern"), [(0.7, "unstructured"), (0.5, "2:4")])
+def test_pruned_weights_run_beside_dense_ones(tiny, capsys, sparsity, pattern):
+    document = engine.run("tiny", ["4x3"], 2, 3, 2, "cpu", "bfloat16", quiet=False, sparsity=sparsity, pattern=pattern)
+    assert "of the dense bytes" in capsys.readouterr().err
+    assert list(document["routes"]) == list(document["ceiling"]["routes"]) == ["4x3", "4x3 sparse"]
+    sparse = document["sparse"]
+    assert (sparse["sparsity"], sparse["pattern"], list(sparse["over_dense"])) == (sparsity, pattern, ["4x3"])
+    assert sparse["zeros"] == pytest.approx(sparsity, abs=0.02)
+    assert all(value > 0 for value in sparse["over_dense"]["4x3"].values())
+    if kernels.library():
+        assert sparse["weight_bytes"]["bitmask"] > 0
+        assert sparse["matrix_bytes_ratio"] < 0.85  # rows this short carry much beside their weights
+
+
+def test_random_pruning_is_repeatable_and_leaves_the_dense_model_alone():
+    model = share_weights(random_model(tiny_config(), dtype=torch.float32))
+    before = model.blocks[0].qkv.weight.clone()
+    one, two = prune(model, 0.5, "2:4"), prune(model, 0.5, "2:4")
+    assert torch.equal(one.blocks[2].down.weight, two.blocks[2].down.weight)
+    assert all(is_2_4(matrix.weight) and matrix.nonzeros == matrix.size // 2 for matrix in one.blocks[1].linears().values())
+    assert torch.equal(model.blocks[0].qkv.weight, before)
+    assert one.head is model.head
+
+
 def test_quiet_prints_the_document_alone(tiny, capsys):
     engine.run("tiny", ["4x3"], 1, 2, 1, "cpu", "float32", quiet=True)
     printed = capsys.readouterr()
@@ -96,7 +122,10 @@ def test_routes():
 @pytest.mark.parametrize(
     ("option", "message"),
     [({"geometry": "llava-70b"}, "not one of"), ({"device": "tpu"}, "cpu, cuda"), ({"device": "meta"}, "cpu, cuda"),
-     ({"device": "cuda:99"}, "not there"), ({"dtype": "auto"}, "one of float32"), ({"routes": ["9x9x9"]}, "such as")],
+     ({"device": "cuda:99"}, "not there"), ({"dtype": "auto"}, "one of float32"), ({"routes": ["9x9x9"]}, "such as"),
+     ({"sparsity": 1.0}, r"not in \[0, 1\)"), ({"sparsity": -0.1}, r"not in \[0, 1\)"), ({"sparsity": float("nan")}, "not in"),
+     ({"sparsity": 0.5, "pattern": "4:8"}, "unstructured or 2:4"), ({"sparsity": 0.6, "pattern": "2:4"}, "0.5, not 0.6"),
+     ({"pattern": "2:4"}, "0.5, not None")],
 )  # fmt: skip
 def test_what_cannot_be_run_is_refused_before_anything_is_made(option, message, monkeypatch):
     monkeypatch.setattr(engine, "random_model", pytest.fail)

@@ -191,20 +191,20 @@ def test_nothing_is_computed_for_dropped_tokens_or_skipped_layers(monkeypatch):
 
 def test_kv_memory_is_rows_times_layers_that_run():
     _, model = pair()
-    row = 2 * model.kv_heads * model.head_dim * 4
+    row = 2 * model.kv_heads[0] * model.head_dim * 4
     for route in routes().values():
         cache = RequestCache(route.rows(30), model.kv_heads, model.head_dim, model.dtype, model.device)
         assert cache.nbytes == row * sum(route.rows(30))
 
 
 def test_kv_budget_is_never_over_committed_and_all_comes_back():
-    cache = KVCache(100, 2, 8, torch.float32, torch.device("cpu"))
+    cache = KVCache(100, [2, 2, 2], 8, torch.float32, torch.device("cpu"))
     cache.allocate("a", [30, 0, 30])
     with pytest.raises(MemoryError, match="40 of 100 are free"):
-        cache.allocate("b", [41])
+        cache.allocate("b", [41, 0, 0])
     with pytest.raises(ValueError, match="already holds"):
-        cache.allocate("a", [1])
-    cache.allocate("b", [40])
+        cache.allocate("a", [1, 0, 0])
+    cache.allocate("b", [0, 40, 0])
     cache.check_integrity()
     cache.free("a")
     cache.free("a")

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import kernels
-from models.linear import Linear, SparseLinear
+from models.linear import Linear, SemiStructuredLinear, SparseLinear
 
-SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 150), st.integers(1, 40))  # rows, in, out
+SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 150), st.integers(1, 40))  # rows, in, out
 
 
 def problem(shape: tuple[int, int, int], kept: float, seed: int) -> tuple[torch.Tensor, Linear]:
@@ -63,6 +63,37 @@ def test_not_a_number_is_not_hidden(path):
     assert out[1].isnan().all()
 
 
-def test_only_bfloat16_is_held_sparse():
-    with pytest.raises(ValueError, match="only bfloat16"):
+@pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
+@pytest.mark.parametrize("inputs", [2048, 2500])
+def test_a_row_is_the_same_in_any_company_and_form(inputs):
+    x, linear = problem((32, inputs, 50), 0.5, 1)
+    together = SparseLinear.of(linear)(x)
+    for rows in (1, 2, 5, 8):
+        assert torch.equal(linear(x[:rows]), together[:rows])
+
+
+def test_many_rows_meet_one_tile_after_another(path, monkeypatch):
+    x, linear = problem((100, 130, 60), 0.5, 1)
+    whole = SparseLinear.of(linear)(x)
+    monkeypatch.setattr("models.linear.TILE_ROWS", 7)
+    torch.testing.assert_close(SparseLinear.of(linear)(x), whole)
+
+
+def test_only_weights_of_16_bits_are_held_sparse(path):
+    _, linear = problem((1, 64, 8), 0.5, 0)
+    half = Linear(linear.weight.half())
+    assert torch.equal(SparseLinear.of(half).dense(), half.weight)
+    with pytest.raises(ValueError, match="only bfloat16 and float16"):
         SparseLinear.of(Linear(torch.zeros(4, 4)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 100])
+@pytest.mark.parametrize("form", [SparseLinear, SemiStructuredLinear])
+def test_forms_on_a_gpu_equal_float32(rows, form):
+    x, linear = problem((rows, 256, 128), 1.0, 1)
+    linear.weight *= torch.tensor([1, 0, 1, 0]).repeat(64)
+    on_gpu = form.of(Linear(linear.weight.cuda(), linear.bias.cuda()))
+    torch.testing.assert_close(on_gpu(x.cuda()).float().cpu(), reference(x, linear), rtol=0.02, atol=0.3)
+    assert on_gpu.nonzeros == on_gpu.size // 2
+    assert on_gpu.bytes <= 0.60 * linear.bytes

@@ -516,6 +516,8 @@ def test_the_counters_add_up(engine, caplog):
 def test_the_gauges_show_the_load(tiny):
     engine = new_engine(tiny, max_running=2, kv_rows=10_000)
     assert value(engine, "weight_bytes", form="dense") == tiny.model.weight_bytes > 0
+    assert value(engine, "weight_sparsity_ratio", module="language") == tiny.model.sparsity()["language"] < 0.01
+    assert value(engine, "weight_sparsity_ratio", module="head") > 0.01  # tokens that are no words
     for _ in range(5):
         submit(engine)
     engine.step()

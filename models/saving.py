@@ -1,0 +1,68 @@
+"""Write a checkpoint that differs from another in some tensors; everything else stays, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.checkpoint import MANIFEST, CheckpointError, Manifest, check_files, sha256, write_manifest
+
+
+def derive(
+    source: Path, out: Path, changed: Mapping[str, Tensor], manifest: Manifest, config: Mapping[str, dict[str, Any]] | None = None
+) -> None:
+    """Copy `source` to `out` with the tensors in `changed`, one shard in memory at a time; the directory appears when it is whole.
+
+    Names in `changed` are `language.3.self_attn.q_proj.weight`, `vision.…` and `projector.linear_1.weight`, whatever the files call
+    them; dtypes are the files'. `config` has keys of `config.json` that change, by section. Raises CheckpointError for a name that
+    no file has, FileExistsError where `out` exists.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists")
+    shards = check_files(source)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        for path in source.iterdir():
+            if path.is_file() and path.suffix != ".safetensors" and path.name != MANIFEST:
+                shutil.copy2(path, part / path.name)
+        if config:
+            document = json.loads((part / "config.json").read_text())
+            for section, keys in config.items():
+                document[section] |= keys
+            (part / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+        missing, hashes = set(changed), {}
+        for shard in shards:
+            with safe_open(shard, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            for key, tensor in tensors.items():
+                name = plain_name(key)
+                if name in changed:
+                    tensors[key] = changed[name].detach().to("cpu", tensor.dtype).contiguous()
+                    missing.discard(name)
+            save_file(tensors, part / shard.name, metadata={"format": "pt"})
+            hashes[shard.name] = sha256(part / shard.name)
+        if missing:
+            raise CheckpointError(f"{source}: no file holds {min(missing)}")
+        write_manifest(part, manifest.model_copy(update={"files": hashes}))
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def plain_name(key: str) -> str:
+    """`language.3.mlp.up_proj.weight` of a file's key, old or new style; other tensors keep their key."""
+    if found := re.search(r"(vision_tower|language_model)\..*?layers\.(\d+\..+)$", key):
+        return f"{found[1].split('_')[0]}.{found[2]}"
+    if found := re.search(r"multi_modal_projector\.(.+)$", key):
+        return f"projector.{found[1]}"
+    return key

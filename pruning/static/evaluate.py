@@ -1,0 +1,88 @@
+"""Where a search's policies are evaluated: in this process, or by the workers of a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models.checkpoint import open_transformers
+from pruning.static.blocks import linears
+from pruning.static.database import Database, Installed, Policy
+from pruning.static.fitness import Proxy, Reference
+
+Projector = Mapping[str, Tensor]
+
+
+class Evaluator(Protocol):
+    def __call__(self, policies: Sequence[Policy], which: Sequence[int]) -> list[float]:
+        """Mean divergence of each policy over the proxy samples of these numbers."""
+
+    def use(self, projector: Projector) -> None:
+        """Evaluate with this projector from now on."""
+
+
+class Local:
+    """One policy after the other in the one model there is."""
+
+    def __init__(self, proxy: Proxy, installed: Installed) -> None:
+        self._proxy, self._installed = proxy, installed
+
+    @torch.no_grad()
+    def __call__(self, policies: Sequence[Policy], which: Sequence[int]) -> list[float]:
+        found = []
+        for policy in policies:
+            self._installed.install(policy)
+            found.append(float(self._proxy.divergences(which).mean()))
+        return found
+
+    def use(self, projector: Projector) -> None:
+        self._proxy.model.model.multi_modal_projector.load_state_dict(projector)
+
+
+class Cluster:
+    """A policy at a time to whichever of the cluster's workers is free: one for each GPU, or for each CPU where there is none.
+
+    Every worker opens the checkpoint and the database by their paths: these must be on a file system that the nodes share.
+    """
+
+    def __init__(self, address: str, checkpoint: str, references: Sequence[Reference], database: Database) -> None:
+        try:
+            import ray
+            from ray.util import ActorPool
+        except ImportError as error:
+            raise ValueError("--ray needs Ray; install it with `pip install 'espalier[ray]'`") from error
+        ray.init(address=None if address == "local" else address, ignore_reinit_error=True, log_to_driver=False)
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        count = gpus or int(ray.cluster_resources()["CPU"])
+        remote = ray.remote(num_gpus=1)(Worker) if gpus else ray.remote(num_cpus=1)(Worker)
+        self._ray = ray
+        shared, device = ray.put(list(references)), "cuda" if gpus else "cpu"
+        self._workers = [remote.remote(checkpoint, shared, database, device) for _ in range(count)]
+        self._pool = ActorPool(self._workers)
+
+    def __call__(self, policies: Sequence[Policy], which: Sequence[int]) -> list[float]:
+        return list(self._pool.map(lambda worker, policy: worker.evaluate.remote(policy, list(which)), policies))
+
+    def use(self, projector: Projector) -> None:
+        shared = self._ray.put({name: value.cpu() for name, value in projector.items()})
+        self._ray.get([worker.use.remote(shared) for worker in self._workers])
+
+
+class Worker:
+    """A worker's own model."""
+
+    def __init__(self, checkpoint: str, references: Sequence[Reference], database: Database, device: str) -> None:
+        if device == "cpu":
+            torch.set_num_threads(1)
+        model = open_transformers(checkpoint, device).model
+        here = [Reference(r.sample, r.seen.to(device), r.dense.to(device)) for r in references]
+        self._local = Local(Proxy(model, here), Installed(linears(model, ["language"]), database))
+
+    def evaluate(self, policy: Policy, which: Sequence[int]) -> float:
+        return self._local([policy], which)[0]
+
+    def use(self, projector: Projector) -> None:
+        self._local.use(projector)

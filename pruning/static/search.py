@@ -1,0 +1,118 @@
+"""Evolutionary search for the policy that leaves a checkpoint closest to dense at an exact total (EfficientLLaVA-style).
+
+What EfficientLLaVA's text fixes: fitness on 64 proxy samples is a task term plus η times a norm term of the pruned weights, and the
+search alternates with tuning the projector on the mean loss of its best policies. What it leaves open is designed here: levels and
+switches as in EvoPress, selection in stages on growing samples, and η in units of the spread of both terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from random import Random
+from statistics import pstdev
+from typing import Any
+
+from pruning.static.database import Policy
+
+Evaluate = Callable[[Sequence[Policy], Sequence[int]], list[float]]
+"""Mean divergence of each policy over the proxy samples given by number."""
+
+SPREAD = 24
+"""Random policies from which the spread of both terms of the fitness is read."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """offspring a generation; (samples, survivors) of each stage, the last of which keeps one; how many of the best are `top`."""
+
+    generations: int = 60
+    offspring: int = 16
+    stages: tuple[tuple[int, int], ...] = ((8, 6), (24, 2), (64, 1))
+    eta: float = 0.2
+    top: int = 4
+
+
+@dataclass
+class State:
+    """All that a search needs to go on: written after every generation."""
+
+    generation: int
+    parent: Policy
+    scale: float  # η times std(divergence) / std(risk): what the risk term is multiplied with
+    best: list[tuple[float, Policy]] = field(default_factory=list)  # fitness on all samples, best first
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> State:
+        best = [(float(fitness), tuple(policy)) for fitness, policy in document["best"]]
+        return cls(**{**document, "parent": tuple(document["parent"]), "best": best})
+
+
+class Search:
+    def __init__(
+        self, limits: Sequence[tuple[int, int]], samples: int, plan: Plan, seed: int, evaluate: Evaluate,
+        risk: Callable[[Policy], float],
+    ) -> None:  # fmt: skip
+        self._limits, self._samples, self._plan, self._seed = list(limits), samples, plan, seed
+        self._evaluate, self._risk = evaluate, risk
+
+    def start(self) -> State:
+        """The uniform policy, and the scale of the risk term."""
+        parent = (0,) * len(self._limits)
+        scale = 0.0
+        if self._plan.eta:
+            rng = Random(f"{self._seed}/spread")
+            # Some tens of switches apart: as spread as the policies that selection will choose between.
+            policies = [self._mutate(parent, rng, rng.randint(4, 4 * len(parent))) for _ in range(SPREAD)]
+            divergence = self._evaluate(policies, range(min(self._plan.stages[0][0], self._samples)))
+            spread = pstdev([self._risk(policy) for policy in policies])
+            scale = self._plan.eta * pstdev(divergence) / spread if spread else 0.0
+        return State(0, parent, scale)
+
+    def advance(self, state: State) -> State:
+        """One generation. Its choices depend on the seed and its number: a search that goes on ends as one that never stopped."""
+        rng = Random(f"{self._seed}/{state.generation}")
+        children: list[Policy] = []
+        for _ in range(10 * self._plan.offspring):  # a small space has few neighbours: duplicates may leave fewer
+            child = self._mutate(state.parent, rng, min(rng.randint(1, 3), rng.randint(1, 3)))
+            if child != state.parent and child not in children:
+                children.append(child)
+            if len(children) == self._plan.offspring:
+                break
+        *early, (count, _) = self._plan.stages
+        for samples, survivors in early:
+            chosen = rng.sample(range(self._samples), min(samples, self._samples))
+            fitness = self._fitness(children, chosen, state.scale)
+            children = [child for _, child in sorted(zip(fitness, children, strict=True))[:survivors]]
+        # The parent stands in the last stage alone: a child must beat it on the most samples.
+        finalists = [state.parent, *children]
+        chosen = sorted(rng.sample(range(self._samples), min(count, self._samples)))
+        divergence = self._evaluate(finalists, chosen)
+        ranked = sorted((d + state.scale * self._risk(p), p, d) for d, p in zip(divergence, finalists, strict=True))
+        fitness_, parent, found = ranked[0]
+        entry = {"fitness": fitness_, "divergence": found, "risk": self._risk(parent)}
+        best = {policy: value for value, policy in state.best} | {policy: value for value, policy, _ in ranked}
+        top = sorted((value, policy) for policy, value in best.items())[: self._plan.top]
+        return State(state.generation + 1, parent, state.scale, top, [*state.history, entry])
+
+    def _fitness(self, policies: Sequence[Policy], samples: Sequence[int], scale: float) -> list[float]:
+        divergence = self._evaluate(policies, samples)
+        return [d + scale * self._risk(policy) for d, policy in zip(divergence, policies, strict=True)]
+
+    def _mutate(self, policy: Policy, rng: Random, switches: int) -> Policy:
+        """So many times, one matrix a level up and another one down."""
+        levels = list(policy)
+        for _ in range(switches):
+            up = [i for i, (_, high) in enumerate(self._limits) if levels[i] < high]
+            down = [i for i, (low, _) in enumerate(self._limits) if levels[i] > low]
+            if not up or not down:
+                break
+            gains, loses = rng.choice(up), rng.choice(down)
+            if gains != loses:
+                levels[gains] += 1
+                levels[loses] -= 1
+        return tuple(levels)

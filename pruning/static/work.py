@@ -1,0 +1,59 @@
+"""A run's finished parts on disk, so that a run that was killed goes on where it was: every file appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pruning.static.recipe import Recipe, RecipeError
+
+
+class Work:
+    """The directory beside the output that holds what is finished."""
+
+    def __init__(self, out: Path, recipe: Recipe, source: str) -> None:
+        self.directory = out.with_name(out.name + ".work")
+        asked = {"recipe": recipe.model_dump(mode="json"), "source": source}
+        path = self.directory / "recipe.json"
+        self.resumed = path.exists()
+        if self.resumed and json.loads(path.read_text()) != asked:
+            raise RecipeError(
+                f"{self.directory} holds an unfinished run of another recipe or checkpoint; remove it, or name another --out"
+            )
+        self.directory.mkdir(exist_ok=True)
+        self.write("recipe", asked)
+
+    def read(self, name: str) -> Any:
+        """What `write` stored, or None."""
+        path = self.directory / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write(self, name: str, document: Any) -> None:
+        part = self.directory / f"{name}.part"
+        part.write_text(json.dumps(document))
+        part.replace(self.directory / f"{name}.json")
+
+    def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors that `write_tensors` stored and the record beside them, or None."""
+        path = self.directory / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                return tensors, json.loads(file.metadata()["record"])
+        except SafetensorError as error:
+            raise RecipeError(f"{path} is damaged ({error}); remove it and run again: only its part is made anew") from error
+
+    def write_tensors(self, name: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        path = self.directory / f"{name}.safetensors"
+        part = path.with_suffix(".part")
+        save_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, {"record": json.dumps(record)}
+        )
+        part.replace(path)

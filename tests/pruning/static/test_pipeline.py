@@ -1,0 +1,322 @@
+"""`espalier prune` on a tiny checkpoint: what comes out, what is refused, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
+
+from evals.scenes import Answer, make_request
+from models.checkpoint import CheckpointError, load, read_manifest
+from models.embedded.world import draw
+from pruning.static import pipeline, projector
+from pruning.static.blocks import linears
+from pruning.static.data import DataError
+from pruning.static.recipe import Recipe, RecipeError, read
+from pruning.static.search import Search
+from tests.server.tiny import VISUAL, answer, new_engine, write
+
+QUICK: dict[str, Any] = {"samples": 4, "block_size": 16}
+SEARCH: dict[str, Any] = {"allocation": "search", "samples": 16, "generations": 4, "offspring": 3, "rounds": 2, "levels": 2}
+
+
+@pytest.fixture(scope="module", name="dense")
+def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("dense") / "dense")
+
+
+@pytest.fixture(autouse=True)
+def short_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.searching, "Tuning", lambda: projector.Tuning(steps=3))
+
+
+@pytest.fixture(scope="module", name="whole")
+def never_stopped(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The manifest of a search that nobody stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.searching, "Tuning", lambda: projector.Tuning(steps=3))
+        return prune(dense, tmp_path_factory.mktemp("whole") / "whole", **SEARCH)
+
+
+def prune(dense: Path, out: Path, **given: Any) -> Any:
+    return pipeline.run(read(None, {**QUICK, **given}), str(dense), out, quiet=True)
+
+
+def weights(directory: Path, *towers: str) -> dict[str, torch.Tensor]:
+    model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    return {name: linear.weight.detach() for name, linear in linears(model, towers or ("vision", "language")).items()}
+
+
+def zeros(found: dict[str, torch.Tensor]) -> float:
+    return sum(int((w == 0).sum()) for w in found.values()) / sum(w.numel() for w in found.values())
+
+
+# ---- what comes out
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "obs"])
+@pytest.mark.parametrize("allocation", ["uniform", "ecoflap", "owl"])
+def test_the_total_is_exact_and_the_vision_tower_is_left_alone(dense, tmp_path, criterion, allocation):
+    manifest = prune(dense, tmp_path / "out", criterion=criterion, allocation=allocation, sparsity=0.6, score="fo")
+    after = weights(tmp_path / "out", "language")
+    assert zeros(after) == pytest.approx(0.6, abs=1e-4)
+    assert manifest.pruning.sparsity == {name: pytest.approx(zeros({name: w}), abs=1e-5) for name, w in after.items()}
+    vision, before = weights(tmp_path / "out", "vision"), weights(dense, "vision")
+    assert all(torch.equal(vision[name], before[name]) for name in before)
+    assert len({round(s, 3) for s in manifest.pruning.sparsity.values()}) == 1 or allocation != "uniform"
+
+
+def test_two_of_four_and_a_pruned_vision_tower(dense, tmp_path):
+    prune(dense, tmp_path / "out", pattern="2:4", vision_sparsity=0.5)
+    for weight in weights(tmp_path / "out").values():
+        assert ((weight.view(len(weight), -1, 4) == 0).sum(2) == 2).all()
+
+
+def test_one_budget_over_both_towers(dense, tmp_path):
+    manifest = prune(dense, tmp_path / "out", allocation="ecoflap", shared_budget=True, sparsity=0.5)
+    assert zeros(weights(tmp_path / "out")) == pytest.approx(0.5, abs=1e-4)
+    assert len({round(s, 2) for s in manifest.pruning.sparsity.values()}) > 1
+
+
+def test_zeroth_order_scores_leave_the_weights_as_they_were(dense, tmp_path):
+    manifest = prune(dense, tmp_path / "out", allocation="ecoflap", score="zo", criterion="magnitude")
+    before, after = weights(dense, "language"), weights(tmp_path / "out", "language")
+    assert all(torch.equal(before[name][after[name] != 0], w[w != 0]) for name, w in after.items())
+    assert max(manifest.pruning.sparsity.values()) <= 0.6 + 1e-3
+
+
+def test_search_hits_the_total_and_tells_its_story(dense, tmp_path):
+    manifest = prune(dense, tmp_path / "out", **SEARCH)
+    assert zeros(weights(tmp_path / "out", "language")) == pytest.approx(0.5, abs=1e-4)
+    assert len(manifest.pruning.search) == 4
+    assert [turn["generation"] for turn in manifest.pruning.projector] == [2, 4]
+    assert all(turn["accepted"] == (turn["after"] < turn["before"]) for turn in manifest.pruning.projector)
+    assert set(manifest.pruning.notes["divergence"]) == {"made anew", "from the database"}
+
+
+def test_reconstruction_lowers_the_error_and_keeps_the_zeros(dense, tmp_path):
+    manifest = prune(dense, tmp_path / "out", criterion="magnitude", reconstruct=20)
+    assert zeros(weights(tmp_path / "out", "language")) == pytest.approx(0.5, abs=1e-4)
+    assert manifest.pruning.reconstruction.keys() == {"language.0", "language.1", "language.2"}
+    assert all(after < before for before, after in manifest.pruning.reconstruction.values())
+
+
+@pytest.mark.parametrize("uniform_width", [False, True])
+def test_structured_makes_matrices_smaller_and_the_total_holds(dense, tmp_path, uniform_width):
+    manifest = prune(dense, tmp_path / "out", pattern="structured", sparsity=0.4, uniform_width=uniform_width)
+    before = sum(linear.numel() for linear in weights(dense, "language").values())
+    model = load(tmp_path / "out", dtype="float32").model
+    after = sum(linear.size for name, linear in model.linears().items() if name.startswith("language"))
+    assert after == pytest.approx(0.6 * before, rel=0.1)  # units of a matrix this small are large
+    lost = sum(sparsity * weights(dense)[name].numel() for name, sparsity in manifest.pruning.sparsity.items())
+    assert lost == pytest.approx(before - after, rel=1e-3)
+    if uniform_width:
+        assert weights(tmp_path / "out", "language")  # transformers loads it
+    engine = new_engine(load(tmp_path / "out", dtype="float32"))
+    assert answer(engine, 0).finished.receipt.visual_tokens == VISUAL
+
+
+def test_it_serves_with_the_answers_that_transformers_gives(dense, tmp_path):
+    prune(dense, tmp_path / "out")
+    checkpoint = load(tmp_path / "out", dtype="float32")
+    source = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    scene = draw("test", 0)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": scene.questions[0].text}]}]
+    ids = torch.tensor([checkpoint.preprocessor.prompt(messages)])
+    pixels = checkpoint.preprocessor.pixels(scene.image)[None]
+    expected = source.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    ours = Answer()
+    engine = new_engine(checkpoint)
+    engine.submit(make_request(checkpoint.preprocessor, 0, scene, scene.questions[0], "off", ours))
+    while not engine.scheduler.idle:
+        engine.step()
+    assert ours.text.startswith(checkpoint.preprocessor.tokenizer.decode(expected, skip_special_tokens=True).strip()[:20])
+
+
+def test_the_same_seed_makes_the_same_checkpoint(dense, whole, tmp_path):
+    assert prune(dense, tmp_path / "again", **SEARCH).files == whole.files
+    assert prune(dense, tmp_path / "c", **SEARCH, seed=1).files != whole.files
+
+
+def test_calibration_data_may_come_from_files_in_both_formats(dense, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "red"}]
+    plain = {"image": "red.png", "question": "What color is it?", "answer": "red"}
+    lines = [plain, {"image": "red.png", "conversations": talk}] * 3
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    prune(dense, tmp_path / "out", data=str(tmp_path / "data.jsonl"))
+    assert zeros(weights(tmp_path / "out", "language")) == pytest.approx(0.5, abs=1e-4)
+
+
+# ---- kills
+
+
+class Killed(BaseException):
+    """As SIGKILL would: nothing of ours may catch it and tidy up."""
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> list[int]:
+    """Let the `call`-th call of owner.name be the last; returns the list that counts calls."""
+    real, calls = getattr(owner, name), [0]
+
+    def counted(*args: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise Killed
+        return real(*args, **named)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [(pipeline, "solve_block", 3), (Search, "advance", 4), (pipeline.searching, "tune", 2), (pipeline, "derive", 1)],
+)
+def test_a_killed_run_goes_on_without_repeating_what_was_finished(dense, whole, tmp_path, monkeypatch, owner, name, calls):
+    with monkeypatch.context() as patch:
+        die_at(patch, owner, name, calls)
+        with pytest.raises(Killed):
+            prune(dense, tmp_path / "out", **SEARCH)
+    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        again = die_at(patch, owner, name, -1)
+        assert prune(dense, tmp_path / "out", **SEARCH).files == whole.files
+    total = {"solve_block": 3, "advance": 4, "tune": 2, "derive": 1}[name]
+    assert again[0] == total - (calls - 1)
+    assert not list(tmp_path.glob("*.work")) and not list(tmp_path.glob("*.part"))
+
+
+def test_a_killed_structured_run_goes_on_too(dense, tmp_path, monkeypatch):
+    recipe: dict[str, Any] = {"pattern": "structured", "sparsity": 0.4}
+    whole = prune(dense, tmp_path / "whole", **recipe)
+    with monkeypatch.context() as patch:
+        die_at(patch, pipeline.structured, "prune_block", 3)
+        with pytest.raises(Killed):
+            prune(dense, tmp_path / "out", **recipe)
+    with monkeypatch.context() as patch:
+        again = die_at(patch, pipeline.structured, "prune_block", -1)
+        assert prune(dense, tmp_path / "out", **recipe).files == whole.files
+    assert again == [1]
+
+
+def test_another_recipe_does_not_go_on_with_a_killed_run(dense, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        die_at(patch, pipeline, "solve_block", 2)
+        with pytest.raises(Killed):
+            prune(dense, tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"out\.work holds an unfinished run of another recipe"):
+        prune(dense, tmp_path / "out", sparsity=0.7)
+
+
+# ---- what is refused, before any work
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity: Input should be less than 1"),
+        ({"sparsity": -0.1}, "sparsity: Input should be greater than or equal to 0"),
+        ({"sparsity": 0.0}, "nothing to prune"),
+        ({"samples": 1}, "samples 1 are too few: 4 at least"),
+        ({"samples": 8, "allocation": "search"}, "samples 8 are too few: 16 at least"),
+        ({"pattern": "4:2"}, "not unstructured, structured or n:m"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "pattern 2:4 means sparsity 0.5"),
+        ({"pattern": "2:4", "allocation": "ecoflap"}, "allocation must be uniform"),
+        ({"maximum": 0.4}, "maximum 0.4 is below sparsity 0.5"),
+        ({"criterion": "sparsegpt"}, "criterion: Input should be 'magnitude', 'wanda' or 'obs'"),
+        ({"families": ["faces"]}, "families: faces is not one of shapes"),
+        ({"sparsty": 0.5}, "sparsty: Extra inputs are not permitted"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused_by_name(given, message):
+    with pytest.raises(RecipeError, match=message):
+        read(None, given)
+
+
+def test_a_recipe_file_is_read_and_flags_win(tmp_path):
+    (tmp_path / "recipe.toml").write_text('sparsity = 0.6\ncriterion = "wanda"\n')
+    assert read(tmp_path / "recipe.toml", {"criterion": "obs"}) == Recipe(sparsity=0.6, criterion="obs")
+    (tmp_path / "recipe.toml").write_text("sparsity = ")
+    with pytest.raises(RecipeError, match=r"recipe\.toml: "):
+        read(tmp_path / "recipe.toml", {})
+    assert read(None, {"pattern": "1:4"}).sparsity == 0.25
+
+
+def test_an_output_that_exists_a_missing_parent_and_missing_data_are_refused(dense, tmp_path):
+    with pytest.raises(RecipeError, match="exists; name a directory that does not"):
+        prune(dense, tmp_path)
+    with pytest.raises(RecipeError, match="is not a directory; create it first"):
+        prune(dense, tmp_path / "no" / "out")
+    with pytest.raises(RecipeError, match=r"data: nowhere\.jsonl is not a file"):
+        prune(dense, tmp_path / "out", data="nowhere.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pruned_checkpoint_is_not_pruned_again(dense, tmp_path):
+    prune(dense, tmp_path / "once", criterion="magnitude")
+    with pytest.raises(RecipeError, match="is pruned already; prune the dense checkpoint"):
+        prune(tmp_path / "once", tmp_path / "twice")
+
+
+def test_another_architecture_is_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(CheckpointError, match="LlamaForCausalLM is not LlavaForConditionalGeneration"):
+        prune(tmp_path / "other", tmp_path / "out")
+
+
+def test_a_full_disk_is_found_before_the_work(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(RecipeError, match=r"GB free and up to .* GB are needed; make room"):
+        prune(dense, tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_at_the_end_leaves_nothing_half_written(dense, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("models.saving.save_file", lambda *args, **named: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            prune(dense, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
+    prune(dense, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_hessian_that_overflows_names_the_matrix(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr("pruning.static.obs.accumulate", lambda statistics, rows, weights: statistics.matrix.fill_(float("nan")))
+    with pytest.raises(ValueError, match=r"language\.0\.self_attn\.q_proj: the Hessian is not finite"):
+        prune(dense, tmp_path / "out")
+
+
+@pytest.mark.parametrize("line", ["{", '{"image": "none.png", "question": "?", "answer": "!"}', '{"question": "?"}', "[]"])
+def test_data_that_cannot_be_read_names_its_line(dense, tmp_path, line):
+    (tmp_path / "data.jsonl").write_text("\n" + "\n".join([line] * 4))
+    with pytest.raises(DataError, match=r"data\.jsonl, line \d: "):
+        prune(dense, tmp_path / "out", data=str(tmp_path / "data.jsonl"))
+    (tmp_path / "data.jsonl").write_text("{}")
+    with pytest.raises(DataError, match="has 1 samples and 4 are asked for"):
+        prune(dense, tmp_path / "other", data=str(tmp_path / "data.jsonl"))
+
+
+def test_a_corrupt_manifest_names_its_key(dense, tmp_path):
+    prune(dense, tmp_path / "out", criterion="magnitude")
+    path = tmp_path / "out" / "espalier.json"
+    document = json.loads(path.read_text())
+    document["pruning"]["sparsity"] = "half"
+    path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=r"pruning\.sparsity: Input should be"):
+        read_manifest(tmp_path / "out")
+
+
+def test_a_projector_that_held_out_samples_dislike_is_put_back(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.searching, "Tuning", lambda: projector.Tuning(steps=4, rate=1.0))
+    manifest = prune(dense, tmp_path / "out", **SEARCH)
+    assert not any(turn["accepted"] for turn in manifest.pruning.projector)
+    before, after = (LlavaForConditionalGeneration.from_pretrained(path) for path in (dense, tmp_path / "out"))
+    for name, value in before.model.multi_modal_projector.state_dict().items():
+        assert torch.equal(after.model.multi_modal_projector.state_dict()[name], value)

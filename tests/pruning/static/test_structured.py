@@ -1,0 +1,442 @@
+"""Whole heads and neurons go: what is lost is what least squares says, and what is left runs here and in transformers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from models.checkpoint import CheckpointError, load
+from models.flops import prefill_flops
+from models.forward import forward, prompt_work, token_work
+from models.kv_cache import RequestCache
+from models.llava import Llava, UnsupportedCheckpoint, from_transformers
+from models.random_llava import geometry_config, random_model, tiny_config
+from models.route import Route
+from models.widths import Widths, can_say, columns, layer_widths, widths_of
+from pruning.static import obs, structured, wanda
+from pruning.static.blocks import blocks, walk
+from pruning.static.data import Sample
+from tests.server.tiny import processor, write
+
+IMAGE, VISUAL = 127, 16
+KINDS = [("llama", {"kv_heads": 4}), ("llama", {"kv_heads": 2, "bias": True}), ("mistral", {}), ("qwen2", {})]
+
+
+def problem(units: int, size: int = 1, out: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight [out, units * size] and an ill-scaled H for it."""
+    generator = torch.Generator().manual_seed(seed)
+    width = units * size
+    rows = torch.randn(4 * width, width, generator=generator, dtype=torch.float64) @ torch.randn(
+        width, width, generator=generator, dtype=torch.float64
+    )
+    return torch.randn(out, width, generator=generator, dtype=torch.float64), 2 * rows.T @ rows / len(rows)
+
+
+def least_squares(weight: Tensor, metric: Tensor, gone: Tensor) -> tuple[Tensor, float]:
+    """The best weight with columns `gone` at zero and its loss, from the normal equations of what is kept."""
+    kept = torch.tensor([i for i in range(weight.shape[1]) if i not in gone.tolist()])
+    best = torch.zeros_like(weight)
+    best[:, kept] = torch.linalg.solve(metric[kept][:, kept], metric[kept] @ weight.T).T
+    change = weight - best
+    return best, float((change @ metric @ change.T).trace() / 2)
+
+
+# ---- matrices
+
+
+@pytest.mark.parametrize(("units", "size"), [(7, 1), (5, 3)])
+def test_removing_any_units_is_made_up_for_as_by_least_squares(units, size):
+    weight, metric = problem(units, size)
+    for count in range(1, units):
+        for chosen in itertools.combinations(range(units), count):
+            gone = columns(torch.tensor(chosen), size)
+            best, _ = least_squares(weight, metric, gone)
+            torch.testing.assert_close(structured.compensate(weight, metric.inverse(), gone), best)
+
+
+@pytest.mark.parametrize(("units", "size"), [(9, 1), (4, 4), (200, 1)])  # of 200, three go in the first round
+def test_losses_are_those_of_least_squares_and_optimal(units, size):
+    weight, metric = problem(units, size)
+    order, losses = structured.eliminate(weight, metric.inverse(), size)
+    assert sorted(order.tolist()) == list(range(units))
+    assert len(losses) == units
+    assert losses[0] == 0
+    assert (losses.diff() > 0).all()
+    for count in range(1, units, max(1, units // 8)):
+        best, loss = least_squares(weight, metric, columns(order[:count], size))
+        assert float(losses[count]) == pytest.approx(loss, rel=1e-6)
+        gradient = ((best - weight) @ metric).index_fill(1, columns(order[:count], size), 0)
+        assert gradient.abs().max() < 1e-6 * (weight @ metric).abs().max()  # flat in every direction that is left
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_goes_first_costs_least_of_all(size):
+    weight, metric = problem(6, size)
+    order, losses = structured.eliminate(weight, metric.inverse(), size)
+    single = [least_squares(weight, metric, columns(torch.tensor([unit]), size))[1] for unit in range(6)]
+    assert single.index(min(single)) == order[0]
+    assert float(losses[1]) == pytest.approx(min(single))
+
+
+def test_without_correlation_the_order_is_by_weight_times_norm():
+    weight, _ = problem(12)
+    norms = torch.rand(12, dtype=torch.float64) + 0.1
+    inverse, dead = structured.inverse_metric(norms, weight)
+    order, losses = structured.eliminate(weight, inverse, 1)
+    scores = (weight * norms).square().sum(0)
+    assert order.tolist() == scores.argsort().tolist()
+    torch.testing.assert_close(losses[1:], scores.sort().values[:11].cumsum(0))
+    assert not dead.any()
+    kept = structured.compensate(weight, inverse, order[:5])
+    torch.testing.assert_close(kept[:, order[5:]], weight[:, order[5:]], rtol=0, atol=0)
+
+
+def test_two_copies_of_a_neuron_are_one():
+    """What OBS sees and the others do not: a neuron that another one can stand in for costs nothing."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, 6, generator=generator)
+    rows[:, 4] = 2 * rows[:, 1]
+    weight = torch.randn(5, 6, generator=generator).double() + 1
+    statistics = obs.empty(6)
+    obs.accumulate(statistics, rows, torch.ones(64))
+    inverse, _ = structured.inverse_metric(obs.prepare(statistics, 1e-6), weight)
+    order, losses = structured.eliminate(weight, inverse, 1)
+    assert order[0] in (1, 4)
+    assert losses[1] < 1e-3 * losses[2]
+    after = structured.compensate(weight, inverse, order[:1])
+    torch.testing.assert_close(rows.double() @ after.T, rows.double() @ weight.T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("module", [obs, wanda])
+def test_dead_inputs_are_known(module):
+    rows = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    rows[:, [2, 5]] = 0
+    statistics = module.empty(8)
+    module.accumulate(statistics, rows, torch.ones(64))
+    _, dead = structured.inverse_metric(module.prepare(statistics), torch.ones(3, 8).double())
+    assert dead.nonzero()[:, 0].tolist() == [2, 5]
+
+
+# ---- blocks
+
+
+def samples(count: int = 6) -> list[Sample]:
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for _ in range(count):
+        words = torch.randint(3, 120, (9,), generator=generator)
+        ids = torch.cat([torch.tensor([1, *[IMAGE] * VISUAL]), words])
+        found.append(Sample(ids, torch.randn(1, 3, 32, 32, generator=generator), 2))
+    return found
+
+
+def prune(model: LlavaForConditionalGeneration, name: str, wanted: Any, tower: str = "language") -> list[structured.Pruned]:
+    """Every block of a tower, to a share of its weights or to widths."""
+    found = []
+    for block, calls in walk(model, tower, samples()):
+        target = wanted if isinstance(wanted, Widths) else round(wanted * structured.weights(block))
+        found.append(structured.prune_block(block, calls, name, target))
+    return found
+
+
+def outputs(model: LlavaForConditionalGeneration) -> Tensor:
+    with torch.no_grad():
+        return torch.stack([model(**sample.inputs(model)).logits[0] for sample in samples(2)])
+
+
+@pytest.mark.parametrize("tower", ["language", "vision"])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "obs"])
+@pytest.mark.parametrize("share", [0.75, 0.5])
+def test_a_block_keeps_what_was_asked_to_the_nearest_neurons(tower, name, share):
+    model = random_model(tiny_config(), seed=1)
+    for found, block in zip(prune(model, name, share, tower), blocks(model, tower), strict=True):
+        neuron = structured.halves(block.module)[1].unit_weights
+        assert abs(found.kept - share * found.before) <= structured.ALIGN / 2 * neuron
+        assert found.kept == structured.weights(block)
+        assert found.widths == widths_of(block.module)
+        assert found.widths.ffn % structured.ALIGN == 0
+    assert outputs(model).isfinite().all()
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "obs"])
+def test_cutting_equals_zeroing(kind, options, name):
+    """Columns that are read no more are at zero in the dense block; cut out, they leave the output as it is. Groups go whole."""
+    cut, zeroed = (random_model(tiny_config(kind, **options), seed=1) for _ in range(2))
+    widths = Widths(1, 40)
+    for (block, calls), (other, _) in zip(walk(cut, "language", samples()), walk(zeroed, "language", samples()), strict=True):
+        plan = structured.plan(block, calls, name)
+        with torch.no_grad():
+            other.linear("self_attn.o_proj").weight.copy_(plan.heads.weight(1))
+            other.linear("mlp.down_proj").weight.copy_(plan.neurons.weight(40))
+        plan.apply(widths)
+        heads = tiny_config(kind, **options).text_config.num_attention_heads // structured.halves(other.module)[0].units
+        assert block.linear("self_attn.q_proj").weight.shape[0] == 12 * heads
+        assert block.linear("self_attn.v_proj").weight.shape[0] == 12
+    torch.testing.assert_close(outputs(cut), outputs(zeroed), rtol=1e-4, atol=1e-4)
+
+
+def test_compensation_brings_the_block_closer_to_dense():
+    model = random_model(tiny_config(), seed=1)
+    block, calls = next(walk(model, "language", samples()))
+    with torch.no_grad():
+        dense = [call.run(block) for call in calls]
+    errors = {}
+    for name in ("wanda", "obs"):
+        other = random_model(tiny_config(), seed=1)
+        block, calls = next(walk(other, "language", samples()))
+        structured.prune_block(block, calls, name, Widths(1, 48))
+        with torch.no_grad():
+            errors[name] = sum(float((call.run(block) - out).square().mean()) for call, out in zip(calls, dense, strict=True))
+    assert errors["obs"] < 0.8 * errors["wanda"]
+
+
+@pytest.mark.parametrize("name", ["wanda", "obs"])
+def test_dead_neurons_go_first_and_cost_nothing(name):
+    model = random_model(tiny_config(), seed=1)
+    dead = list(range(0, 96, 2))
+    layer = model.model.language_model.layers[0]
+    with torch.no_grad():
+        layer.mlp.up_proj.weight[dead] = 0
+    before = outputs(model)
+    block, calls = next(walk(model, "language", samples()))
+    plan = structured.plan(block, calls, name)
+    assert sorted(plan.neurons.order[:48].tolist()) == dead
+    assert plan.neurons.loss(48) == 0 < plan.neurons.loss(47)
+    plan.apply(Widths(2, 48))
+    torch.testing.assert_close(outputs(model), before)
+
+
+def test_the_cheapest_half_gives():
+    """With heads that say nothing, the heads go; with neurons that say little, all heads stay."""
+    for silent, widths in (("self_attn.o_proj", (1, 2)), ("mlp.down_proj", (4, 4))):
+        model = random_model(tiny_config(kv_heads=4), seed=1)
+        block, calls = next(walk(model, "language", samples()))
+        with torch.no_grad():
+            block.linear(silent).weight.mul_(1e-3)
+        found = structured.plan(block, calls, "obs").widths(round(0.7 * structured.weights(block)))
+        assert widths[0] <= found.kv_heads <= widths[1]
+
+
+def test_the_last_head_and_the_last_neurons_stay():
+    model = random_model(tiny_config(), seed=1)
+    block, calls = next(walk(model, "language", samples()))
+    plan = structured.plan(block, calls, "obs")
+    heads, neurons = (half.unit_weights for half in structured.halves(block.module))
+    assert plan.widths(heads + 8 * neurons) == Widths(1, 8)
+    with pytest.raises(ValueError, match="no widths leave a block 100 weights"):
+        plan.widths(100)
+    assert plan.widths(structured.weights(block)) == Widths(2, 96)
+    plan.apply(Widths(1, 1))
+    assert outputs(model).isfinite().all()
+
+
+def test_what_cannot_be_used_is_named():
+    model = random_model(tiny_config(), seed=1)
+    block, calls = next(walk(model, "language", samples()))
+    with torch.no_grad():
+        block.linear("mlp.down_proj").weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"language\.0\.mlp\.down_proj: the weights are not finite"):
+        structured.plan(block, calls, "obs")
+    with torch.no_grad():
+        block.linear("self_attn.v_proj").weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"language\.0\.self_attn\.o_proj: .*not finite"):
+        structured.plan(block, calls, "obs")
+
+
+def test_a_pruned_block_comes_back_as_it_was_saved():
+    config = tiny_config("qwen2")
+    model, again = random_model(config, seed=1), random_model(config, seed=1)
+    found = prune(model, "obs", 0.5)
+    for one, block, other in zip(found, blocks(model, "language"), blocks(again, "language"), strict=True):
+        structured.restore(other, one.widths, structured.tensors(block))
+    torch.testing.assert_close(outputs(again), outputs(model), rtol=0, atol=0)
+
+
+# ---- checkpoints
+
+
+def answers(model: Llava, ids: list[int], pixels: Tensor, steps: int) -> list[Tensor]:
+    """Logits of a prompt and of so many greedy tokens after it."""
+    visual = model.vision(pixels).tokens[0]
+    route = Route.full(len(visual), model.layers)
+    cache = RequestCache([n + steps for n in route.rows(len(ids))], model.kv_heads, model.head_dim, model.dtype, model.device)
+    found = [forward(model, [prompt_work(model, torch.tensor(ids), visual, route, cache)])[0]]
+    for step in range(steps):
+        token = found[-1].argmax()[None]
+        found.append(forward(model, [token_work(model, token, len(ids) + step, route, cache)])[0])
+    return found
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_layers_of_different_widths_answer_as_the_sliced_modules(kind, options, tmp_path):
+    model = random_model(tiny_config(kind, **options), seed=1)
+    for (block, calls), widths in zip(
+        walk(model, "language", samples()), [Widths(1, 40), Widths(2, 24), Widths(1, 96)], strict=True
+    ):
+        structured.prune_block(block, calls, "obs", widths)
+    prune(model, "obs", Widths(1, 24), "vision")
+    changed, unread = structured.settle(model)
+    assert set(changed) == {"text_config", "vision_config"}
+    assert [widths.kv_heads for widths in layer_widths(model.config.text_config)] == [1, 2, 1]
+    assert {name.rsplit(".", 2)[0] for name in unread} >= {"vision.2.mlp"}
+    sample = samples(1)[0]
+    with torch.no_grad():
+        expected = model(**sample.inputs(model)).logits[0, -1]
+    model.save_pretrained(tmp_path)
+    ours = from_transformers(model)
+    assert ours.kv_heads == [1, 2, 1]
+    torch.testing.assert_close(answers(ours, sample.ids.tolist(), sample.pixels, 0)[0], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        LlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def pruned_checkpoint(directory: Path, wanted: Any, towers: tuple[str, ...] = ("language",)) -> LlavaForConditionalGeneration:
+    """A checkpoint on disk whose language model, or both towers, were pruned; and the modules that were saved."""
+    write(directory)
+    model = LlavaForConditionalGeneration.from_pretrained(directory)
+    tokenizer = processor().tokenizer
+    found = []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        words = torch.tensor(tokenizer(f"What color is star {seed}?").input_ids)
+        ids = torch.cat([torch.full((144,), model.config.image_token_id), words])
+        found.append(Sample(ids, torch.randn(1, 3, 96, 96, generator=generator), 2))
+    for tower in towers:
+        for i, (block, calls) in enumerate(walk(model, tower, found)):
+            structured.prune_block(block, calls, "obs", wanted(tower, i))
+    structured.settle(model)
+    model.save_pretrained(directory)
+    return model
+
+
+def test_a_checkpoint_with_widths_by_layer_loads_here(tmp_path):
+    widths = {"language": [Widths(2, 56), Widths(1, 96), Widths(1, 8)], "vision": [Widths(1, 24), Widths(2, 40)]}
+    reference = pruned_checkpoint(tmp_path / "narrow", lambda tower, i: widths[tower][i], ("vision", "language"))
+    checkpoint = load(tmp_path / "narrow")
+    ids = checkpoint.preprocessor.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}])
+    pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    made: list[int] = []
+    for got in answers(checkpoint.model, ids, pixels, 6):
+        with torch.no_grad():
+            expected = reference(input_ids=torch.tensor([[*ids, *made]]), pixel_values=pixels).logits[0, -1]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        made.append(int(got.argmax()))
+    assert layer_widths(checkpoint.model.config.text_config) == widths["language"]
+    keys = load_file(tmp_path / "narrow" / "model.safetensors")
+    assert keys["language_model.model.layers.1.self_attn.k_proj.weight"].shape == (12, 48)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_uniform_widths_load_in_transformers(kind, tmp_path):
+    config = tiny_config(kind, kv_heads=4)
+    model = random_model(config, seed=1)
+    for tower, part in (("vision", config.vision_config), ("language", config.text_config)):
+        sparsity = 0.5 if tower == "language" else 0.25
+        widths = structured.uniform_widths(part, walk(model, tower, samples()), "obs", sparsity)
+        for found in prune(model, "obs", widths, tower):
+            assert found.kept == pytest.approx((1 - sparsity) * found.before, rel=0.05)
+    changed, _ = structured.settle(model)
+    assert "layer_widths" not in json.dumps(changed)
+    model.save_pretrained(tmp_path)
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(again), outputs(model))
+    sample = samples(1)[0]
+    ours = answers(from_transformers(model), sample.ids.tolist(), sample.pixels, 8)
+    made = again.generate(**sample.inputs(again), max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, len(sample.ids) :]
+    assert [int(logits.argmax()) for logits in ours[:8]] == made.tolist()
+
+
+def test_a_uniform_checkpoint_loads_here_and_there(tmp_path):
+    reference = pruned_checkpoint(tmp_path / "uniform", lambda tower, i: Widths(1, 48))
+    assert "layer_widths" not in (tmp_path / "uniform" / "config.json").read_text()
+    checkpoint = load(tmp_path / "uniform")
+    assert checkpoint.model.kv_heads == [1, 1, 1]
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "uniform")
+    ids = checkpoint.preprocessor.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}])
+    pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    asked = {"input_ids": torch.tensor([ids]), "pixel_values": pixels}
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**asked).logits, reference(**asked).logits)
+    made = stock.generate(**asked, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, len(ids) :]
+    assert [int(logits.argmax()) for logits in answers(checkpoint.model, ids, pixels, 7)] == made.tolist()
+
+
+def losses(units: int, slope: float) -> Tensor:
+    """Growing with the square of the share that is gone."""
+    return slope * torch.linspace(0, 1, units + 1, dtype=torch.float64)[:units].square()
+
+
+@pytest.mark.parametrize(
+    ("geometry", "slopes", "widths"),  # at half of the weights
+    [
+        ("tinyllava-1.1b", (1.0, 0.0), Widths(4, 2048)),  # neurons cost nothing
+        ("tinyllava-1.1b", (0.0, 1.0), Widths(1, 3200)),  # heads cost nothing
+        ("llava-1.5-7b", (1.0, 1.0), Widths(16, 5504)),  # all cost the same
+    ],
+)
+def test_widths_are_the_cheapest_that_transformers_can_say(geometry, slopes, widths):
+    config = geometry_config(geometry).text_config
+    per_head = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads // config.num_key_value_heads + 1)
+    units = (per_head, 3 * config.hidden_size)
+    total = units[0] * config.num_key_value_heads + units[1] * config.intermediate_size
+    counts = [n for n in range(1, config.num_key_value_heads + 1) if can_say(config, Widths(n, 1))]
+    assert counts == [2**i for i in range(len(counts))]  # the divisors of the hidden size
+    both = losses(config.num_key_value_heads, slopes[0]), losses(config.intermediate_size, slopes[1])
+    assert structured.cheapest(units, both, total // 2, counts, 128) == widths
+
+
+def test_a_vision_tower_of_uniform_width_keeps_its_heads():
+    model = random_model(tiny_config(), seed=1)
+    config = model.config.vision_config
+    assert structured.uniform_widths(config, walk(model, "vision", samples()), "obs", 0.25) == Widths(2, 32)
+    with pytest.raises(ValueError, match="no widths leave a block 2458 weights"):
+        structured.uniform_widths(config, walk(model, "vision", samples()), "obs", 0.7)
+
+
+def test_flops_and_memory_are_those_of_the_widths():
+    config = tiny_config()
+    route = Route.full(VISUAL, 3)
+    dense = prefill_flops(config, route, 30)
+    config.text_config.layer_widths = [{"kv_heads": 2, "ffn": 96}, {"kv_heads": 1, "ffn": 40}, {"kv_heads": 2, "ffn": 96}]
+    gone = 30 * (48 * 12 * (2 + 2 + 2) + 3 * 48 * 56) + 30 * 2 * 12 * 30
+    assert dense - prefill_flops(config, route, 30) == 2 * gone
+    cache = RequestCache([5, 0, 7], [2, 1, 1], 12, torch.float32, torch.device("cpu"))
+    assert cache.nbytes == 4 * 2 * 12 * (5 * 2 + 7)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        3,
+        [],
+        [{"kv_heads": 2, "ffn": 96}],
+        [{"kv_heads": 0, "ffn": 96}] * 3,
+        [{"kv_heads": 2}] * 3,
+        [{"kv_heads": 2, "ffn": "9"}] * 3,
+    ],
+)
+def test_a_malformed_key_is_named(value, tmp_path):
+    path = write(tmp_path / "broken") / "config.json"
+    document = json.loads(path.read_text())
+    document["text_config"]["layer_widths"] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(UnsupportedCheckpoint, match=r"config\.json: layer_widths"):
+        load(path.parent)
+
+
+def test_widths_that_are_not_the_files_are_named(tmp_path):
+    path = write(tmp_path / "broken") / "config.json"
+    document = json.loads(path.read_text())
+    document["text_config"]["layer_widths"] = [{"kv_heads": 2, "ffn": n} for n in (96, 88, 96)]
+    path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=r"another shape, first .*layers\.1\.mlp\.down_proj"):
+        load(path.parent)
