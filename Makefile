@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test install check
+.PHONY: help serve test install check tables
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,9 @@ serve: .venv/.installed ## serve the embedded checkpoint on PORT
 
 test: .venv/.installed-dev ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+tables: .venv/.installed-dev ## make docs/pruning_results.md from the stored runs
+	@$(BIN)/python -m evals.tables
 
 install: .venv/.installed ## prepare .venv, nothing else
 

@@ -17,14 +17,14 @@ bench = typer.Typer(help="Measure: the model alone, or a running server.", no_ar
 app.add_typer(bench, name="bench")
 errors = Console(stderr=True)
 
-CHECKPOINT = Annotated[str, typer.Argument(help="A directory that transformers loads, or `embedded`.")]
+CHECKPOINT = Annotated[str, typer.Argument(help="A directory that transformers loads, embedded or embedded-dense.")]
 DEVICE = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 DTYPE = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 
 
 @app.command()
 def serve(
-    checkpoint: Annotated[str | None, typer.Argument(help="A directory that transformers loads, or `embedded`.")] = None,
+    checkpoint: Annotated[str | None, typer.Argument(help="A directory transformers loads, embedded or embedded-dense.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
-from models.embedded import WEIGHTS
+from models.embedded import SHIPPED
 from models.llava import Llava, check_supported, from_transformers, visual_tokens_per_image
 from models.preprocess import Preprocessor
 from models.widths import NarrowLlava
@@ -80,12 +80,12 @@ class Checkpoint:
 
 
 def resolve(checkpoint: str | Path) -> Path:
-    """A directory, or `embedded` for the checkpoint that ships with Espalier."""
-    if str(checkpoint) == "embedded":
-        return WEIGHTS
+    """A directory, or one of the names `embedded` and `embedded-dense` of the checkpoints that ship with Espalier."""
+    if str(checkpoint) in SHIPPED:
+        return SHIPPED[str(checkpoint)]
     path = Path(checkpoint)
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory; name one that holds a LLaVA checkpoint, or `embedded`")
+        raise CheckpointError(f"{path} is not a directory; name one that holds a LLaVA checkpoint, or one of {', '.join(SHIPPED)}")
     return path
 
 
@@ -162,12 +162,17 @@ def open_transformers(checkpoint: str | Path, device: str = "cpu", dtype: str = 
         raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or have another shape, first {wrong[0]}")
     return Source(
         directory=directory,
-        name="espalier-embedded" if directory == WEIGHTS else directory.resolve().name,
+        name=_name(directory),
         model=model,
         preprocessor=Preprocessor(_processor(directory), config, visual_tokens_per_image(config)),
         manifest=manifest,
         fingerprint="fp_" + fingerprint(shards),
     )
+
+
+def _name(directory: Path) -> str:
+    """What a checkpoint is called to clients."""
+    return next((f"espalier-{name}" for name, path in SHIPPED.items() if path == directory), directory.resolve().name)
 
 
 def _config(directory: Path) -> LlavaConfig:

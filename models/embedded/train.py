@@ -1,9 +1,10 @@
-"""Train the embedded checkpoint: `python -m models.embedded.train --work runs/embedded --out models/embedded/weights`.
+"""Train the embedded checkpoint: `python -m models.embedded.train --work runs/embedded --out models/embedded/weights/dense`.
 
-Five stages, because what is asked matters more than how long: the tower on what was drawn, then dense captions of every family
+Six stages, because what is asked matters more than how long: the tower on what was drawn, then dense captions of every family
 (which teach the binding of color to shape), then questions with captions and drills in the mix, then all visual tokens and an
-unfrozen tower, last with more of what is counted. Beside them a few heads are shown where to look (grounding.py). Before all visual
-tokens are there, they are pooled two by two. Seeded; killed at any point, it goes on from the last save.
+unfrozen tower, and twice more with a larger share of what is counted. Beside them a few heads are shown where to look
+(grounding.py). Before all visual tokens are there, they are pooled two by two. Seeded; killed at any point, it goes on from the
+last save.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ STAGES = (
     Stage("captions", 1500, 32, 1e-3, Mix(rows=176, long=2), pool=2, families=(4, 3, 1, 1)),
     Stage("questions", 2600, 24, 1e-3, Mix(rows=256, long=1, drills=3, follow_up=0.2), pool=2, families=(4, 2, 2, 2)),
     Stage("full", 1400, 24, 5e-4, Mix(rows=352, long=1, drills=2, follow_up=0.3), train_tower=True, families=(4, 2, 2, 2)),
-    Stage("last", 600, 24, 4e-4, Mix(rows=352, long=1, drills=2, follow_up=0.3), train_tower=True, families=(4, 2, 1, 4)),
+    Stage("boards", 600, 24, 4e-4, Mix(rows=352, long=1, drills=2, follow_up=0.3), train_tower=True, families=(4, 2, 1, 4)),
+    Stage("counts", 700, 24, 4e-4, Mix(rows=352, long=1, drills=3, follow_up=0.2), train_tower=True, families=(3, 1, 1, 5)),
 )
 
 
@@ -240,7 +242,7 @@ class Trainer:
 
 def main(
     work: Annotated[Path, typer.Option(help="Where states are kept; a killed run goes on from here.")] = Path("runs/embedded"),
-    out: Annotated[Path, typer.Option(help="Where the finished checkpoint goes.")] = Path("models/embedded/weights"),
+    out: Annotated[Path, typer.Option(help="Where the finished checkpoint goes.")] = Path("models/embedded/weights/dense"),
     seed: Annotated[int, typer.Option(help="Weights and pictures.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     scale: Annotated[float, typer.Option(help="Multiplies the steps of every stage.")] = 1.0,

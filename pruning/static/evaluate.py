@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,8 +60,8 @@ class Cluster:
         remote = ray.remote(num_gpus=1)(Worker) if gpus else ray.remote(num_cpus=1)(Worker)
         self._ray = ray
         shared, device = ray.put(list(references)), "cuda" if gpus else "cpu"
-        self._workers = [remote.remote(checkpoint, shared, database, device) for _ in range(count)]
-        self._pool = ActorPool(self._workers)
+        self._workers: list[Any] = [remote.remote(checkpoint, shared, database, device) for _ in range(count)]
+        self._pool: Any = ActorPool(self._workers)
 
     def __call__(self, policies: Sequence[Policy], which: Sequence[int]) -> list[float]:
         return list(self._pool.map(lambda worker, policy: worker.evaluate.remote(policy, list(which)), policies))

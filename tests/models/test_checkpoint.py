@@ -23,7 +23,7 @@ from models.checkpoint import (
     sha256,
     write_manifest,
 )
-from models.embedded import WEIGHTS
+from models.embedded import SHIPPED
 from models.forward import forward, prompt_work
 from models.kv_cache import RequestCache
 from models.llava import UnsupportedCheckpoint
@@ -124,7 +124,7 @@ def test_the_fingerprint_tells_weights_apart(saved, broken):
 
 
 def test_resolve_knows_the_embedded_checkpoint(tmp_path):
-    assert resolve("embedded") == WEIGHTS
+    assert {name: resolve(name) for name in SHIPPED} == SHIPPED
     assert resolve(str(tmp_path)) == tmp_path
     with pytest.raises(CheckpointError, match=r"nowhere is not a directory.*embedded"):
         resolve(tmp_path / "nowhere")

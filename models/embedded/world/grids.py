@@ -72,5 +72,7 @@ def _drill(scene: Scene, rng: Random, board: list[list[str | None]]) -> None:
     cells = [cell for row in board for cell in row]
     scene.drill(rng, "cell", [(f"row {r + 1}, column {c + 1}", cell or "nothing")
                               for r, row in enumerate(board) for c, cell in enumerate(row)])  # fmt: skip
-    scene.drill(rng, "count_color", [(c, NUMBERS[cells.count(c)]) for c in COLORS])
+    present = [c for c in COLORS if c in cells]
+    asked = present + rng.sample([c for c in COLORS if c not in present], 1)
+    scene.drill(rng, "count_color", [(c, NUMBERS[cells.count(c)]) for c in asked])
     scene.drill(rng, "exists", [(c, "yes" if c in cells else "no") for c in COLORS])

@@ -145,8 +145,8 @@ def _drill(scene: Scene, rng: Random, things: list[Thing]) -> None:
     colors, shapes, names = ([getattr(t, what) for t in things] for what in ("color", "shape", "name"))
     drill(rng, "color", [(t.shape, t.color) for t in unique(things, lambda t: t.shape)])
     drill(rng, "shape", [(t.color, t.shape) for t in unique(things, lambda t: t.color)])
-    drill(rng, "count_shape", [(s, NUMBERS[shapes.count(s)]) for s in SHAPES])
-    drill(rng, "count_color", [(c, NUMBERS[colors.count(c)]) for c in COLORS])
+    drill(rng, "count_shape", [(s, NUMBERS[shapes.count(s)]) for s in sorted({*shapes, rng.choice(SHAPES)})])
+    drill(rng, "count_color", [(c, NUMBERS[colors.count(c)]) for c in sorted({*colors, rng.choice(list(COLORS))})])
     mixed = {f"{c} {s}" for c in colors for s in SHAPES} | {f"{c} {s}" for c in COLORS for s in shapes}
     absent = sorted(mixed - set(names))
     present = sorted(set(names))
