@@ -108,9 +108,10 @@ def prune(
     reconstruct: Annotated[int | None, typer.Option(help="Steps of block-wise reconstruction; none by default.")] = None,
     ray: Annotated[str | None, typer.Option(help="search: spread evaluations over this Ray cluster, `auto` or an address.")] = None,
     device: DEVICE = "cpu",
+    dtype: DTYPE = "auto",
 ) -> None:
     """Prune a checkpoint's weights. A run that was stopped goes on when it is started again with the same recipe."""
-    from evals.calibration import run as calibrate
+    from evals.calibration import store
     from pruning.static.pipeline import run
     from pruning.static.recipe import read
 
@@ -121,8 +122,8 @@ def prune(
              "generations": generations, "offspring": offspring, "eta": eta, "projector": projector, "rounds": rounds,
              "reconstruct": reconstruct}  # fmt: skip
     with _plain_errors():
-        run(read(recipe, {name: value for name, value in given.items() if value is not None}), checkpoint, out, device, ray)
-        calibrate(str(out), 128, 0, device, "auto")
+        asked = read(recipe, {name: value for name, value in given.items() if value is not None})
+        run(asked, checkpoint, out, device, dtype, ray, finish=lambda made: store(made, 128, 0, device, "auto"))
         Console().print(f"pruned into {out}; look at it with `espalier inspect {out}`", highlight=False)
 
 

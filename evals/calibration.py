@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
 from evals.scenes import exam
-from models.checkpoint import Calibration, Checkpoint, load, write_manifest
+from models.checkpoint import MANIFEST, Calibration, Checkpoint, load, resolve, write_manifest
 from pruning.dynamic.calibrate import layer_change
 
 
@@ -26,11 +27,17 @@ def calibrate(checkpoint: Checkpoint, count: int, seed: int) -> Calibration:
     return Calibration(layer_change=change, data="embedded world, validation", samples=count, seed=seed)
 
 
-def run(name: str, count: int, seed: int, device: str, dtype: str) -> None:
-    checkpoint = load(name, device, dtype)
+def store(directory: str | Path, count: int, seed: int, device: str, dtype: str) -> Calibration:
+    """Calibrate a checkpoint and write the result into its manifest."""
+    checkpoint = load(directory, device, dtype)
     calibration = calibrate(checkpoint, count, seed)
     write_manifest(checkpoint.directory, checkpoint.manifest.model_copy(update={"calibration": calibration}))
+    return calibration
+
+
+def run(name: str, count: int, seed: int, device: str, dtype: str) -> None:
+    calibration = store(name, count, seed, device, dtype)
     console = Console()
     for layer, change in enumerate(calibration.layer_change):
         console.print(f"layer {layer:2d}  {change:.4f}  {'#' * round(change * 60)}", highlight=False)
-    console.print(f"stored in {checkpoint.directory / 'espalier.json'}", highlight=False)
+    console.print(f"stored in {resolve(name) / MANIFEST}", highlight=False)

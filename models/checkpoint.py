@@ -20,6 +20,7 @@ from models.preprocess import Preprocessor
 from models.widths import NarrowLlava
 
 MANIFEST = "espalier.json"
+INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -247,7 +248,7 @@ def check_files(directory: Path) -> list[Path]:
 
 
 def _shards(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if not index.exists():
         return [directory / "model.safetensors"]
     try:
@@ -256,13 +257,17 @@ def _shards(directory: Path) -> list[Path]:
         raise CheckpointError(f"{index} is not an index of shards; fetch it again") from error
 
 
-def fingerprint(shards: list[Path]) -> str:
-    """Twelve hex digits of the weight files' headers and sizes: enough to tell checkpoints apart, and instant at any size."""
+def fingerprint(shards: list[Path], slices: int = 64, width: int = 1 << 14) -> str:
+    """Twelve hex digits of slices spread over the weight files, and their sizes: enough to tell checkpoints apart, pruned ones
+    included, and instant at any size."""
     digest = hashlib.sha256()
     for shard in shards:
+        size = shard.stat().st_size
+        digest.update(str(size).encode())
         with shard.open("rb") as file:
-            digest.update(file.read(1 << 20))
-        digest.update(str(shard.stat().st_size).encode())
+            for i in range(slices):
+                file.seek(i * max(size - width, 0) // (slices - 1))
+                digest.update(file.read(width))
     return digest.hexdigest()[:12]
 
 

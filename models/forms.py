@@ -33,7 +33,10 @@ def choose(linear: Linear) -> Matrix:
         return linear
     if linear.weight.is_cuda:
         return faster(linear, SemiStructuredLinear if is_2_4(linear.weight) else SparseLinear)
-    if linear.weight.dtype != torch.bfloat16 or not kernels.library():
+    if linear.weight.dtype != torch.bfloat16:
+        _say_once(f"pruned weights in {linear.weight.dtype} stay dense on a CPU; serve them with --dtype bfloat16")
+        return linear
+    if not kernels.library():
         return linear
     return SparseLinear.of(linear)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checkpoint import MANIFEST, CheckpointError, Manifest, check_files, sha256, write_manifest
+from models.checkpoint import INDEX, MANIFEST, CheckpointError, Manifest, check_files, sha256, write_manifest
+
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"}
+"""Suffixes of files that hold weights: the dense ones must not lie beside the pruned."""
 
 
 def derive(
-    source: Path, out: Path, changed: Mapping[str, Tensor], manifest: Manifest, config: Mapping[str, dict[str, Any]] | None = None
-) -> None:
+    source: Path, out: Path, changed: Mapping[str, Tensor], manifest: Manifest, config: Mapping[str, dict[str, Any]] | None = None,
+    finish: Callable[[Path], object] = lambda directory: None,
+) -> None:  # fmt: skip
     """Copy `source` to `out` with the tensors in `changed`, one shard in memory at a time; the directory appears when it is whole.
 
     Names in `changed` are `language.3.self_attn.q_proj.weight`, `vision.…` and `projector.linear_1.weight`, whatever the files call
     them; dtypes are the files'. `config` has keys of `config.json` that change, by section. Raises CheckpointError for a name that
-    no file has, FileExistsError where `out` exists.
+    no file has, FileExistsError where `out` exists. `finish` may complete the directory before it takes its name.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists")
@@ -33,14 +37,14 @@ def derive(
     try:
         part.mkdir()
         for path in source.iterdir():
-            if path.is_file() and path.suffix != ".safetensors" and path.name != MANIFEST:
+            if path.is_file() and path.suffix not in WEIGHTS and path.name != MANIFEST:
                 shutil.copy2(path, part / path.name)
         if config:
             document = json.loads((part / "config.json").read_text())
             for section, keys in config.items():
                 document[section] |= keys
             (part / "config.json").write_text(json.dumps(document, indent=2) + "\n")
-        missing, hashes = set(changed), {}
+        missing, hashes, size = set(changed), {}, 0
         for shard in shards:
             with safe_open(shard, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -49,11 +53,18 @@ def derive(
                 if name in changed:
                     tensors[key] = changed[name].detach().to("cpu", tensor.dtype).contiguous()
                     missing.discard(name)
+            size += sum(tensor.nbytes for tensor in tensors.values())
             save_file(tensors, part / shard.name, metadata={"format": "pt"})
             hashes[shard.name] = sha256(part / shard.name)
         if missing:
             raise CheckpointError(f"{source}: no file holds {min(missing)}")
+        index = part / INDEX
+        if index.exists():
+            document = json.loads(index.read_text())
+            document["metadata"] = document.get("metadata", {}) | {"total_size": size}
+            index.write_text(json.dumps(document, indent=2) + "\n")
         write_manifest(part, manifest.model_copy(update={"files": hashes}))
+        finish(part)
         part.replace(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -5,6 +5,7 @@ A program walks a few rows of the weight from left to right. The running count o
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,16 +18,18 @@ def multiply(x: Tensor, values: Tensor, masks: Tensor, offsets: Tensor, bias: Te
     """x [rows, in], at most ROWS of them, times the weight, transposed, plus bias [out]: [rows, out] in the dtype of x."""
     x, (outputs, words) = x.contiguous(), masks.shape
     y = x.new_empty(len(x), outputs)
-    _multiply[(triton.cdiv(outputs, OUTS),)](
-        x, values, masks, offsets, bias, y, len(x), x.shape[1], outputs, words, ROWS, OUTS, INPUTS
-    )
+    with torch.cuda.device_of(x):  # a kernel starts on the current device, not on that of its arguments
+        _multiply[(triton.cdiv(outputs, OUTS),)](
+            x, values, masks, offsets, bias, y, len(x), x.shape[1], outputs, words, ROWS, OUTS, INPUTS
+        )
     return y
 
 
 def expand(values: Tensor, masks: Tensor, offsets: Tensor, first: int, out: Tensor) -> Tensor:
     """Write the dense rows from `first` on to `out` [rows, in], contiguous."""
     rows, inputs = out.shape
-    _expand[(triton.cdiv(rows, OUTS),)](values, masks, offsets, out, first, rows, inputs, masks.shape[1], OUTS, INPUTS)
+    with torch.cuda.device_of(out):
+        _expand[(triton.cdiv(rows, OUTS),)](values, masks, offsets, out, first, rows, inputs, masks.shape[1], OUTS, INPUTS)
     return out
 
 

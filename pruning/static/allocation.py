@@ -44,8 +44,8 @@ def ecoflap(sizes: Mapping[str, int], scores: Mapping[str, float], sparsity: flo
 
 
 def owl(sizes: Mapping[str, int], outliers: Mapping[str, float], sparsity: float, spread: float = 0.08) -> Kept:
-    """OWL's allocator (Yin et al. 2024, arXiv 2310.05175): the more outliers a block has, the more it keeps, within `spread` of the
-    target on either side."""
+    """OWL's allocator (Yin et al. 2024, arXiv 2310.05175): the more outliers a block has, the more it keeps, over a range of
+    2 `spread` whose mean is the target."""
     blocks = sorted({block_of(name) for name in sizes})
     size = np.array([sum(n for name, n in sizes.items() if block_of(name) == block) for block in blocks], float)
     ratio = np.array([np.mean([o for name, o in outliers.items() if block_of(name) == block]) for block in blocks])
@@ -66,17 +66,17 @@ def _spread(sizes: Mapping[str, int], share: Mapping[str, float], wanted: int) -
 
 def apportion(sizes: Mapping[str, int], ideal: Mapping[str, float], wanted: int) -> Kept:
     """Whole numbers near `ideal` that are within the sizes and sum to `wanted`."""
-    kept = {name: min(max(int(ideal[name]), 0), size) for name, size in sizes.items()}
+    ideal = {name: min(max(ideal[name], 0.0), size) for name, size in sizes.items()}
+    if (total := sum(ideal.values())) > wanted:  # clipping at zero has left too many
+        ideal = {name: value * wanted / total for name, value in ideal.items()}
+    kept = {name: int(value) for name, value in ideal.items()}
     missing = wanted - sum(kept.values())
-    if missing < 0:  # clipping at zero left too many: the fullest give
-        for name in sorted(kept, key=lambda n: -kept[n]):
-            give = min(kept[name], -missing)
-            kept[name] -= give
-            missing += give
-    while missing:
+    while missing > 0:
         open_ = [name for name, size in sizes.items() if kept[name] < size]
         for name in sorted(open_, key=lambda n: kept[n] - ideal[n]):
             extra = min(max(missing // len(open_), 1), sizes[name] - kept[name], missing)
             kept[name] += extra
             missing -= extra
+    for name in sorted(kept, key=lambda n: ideal[n] - kept[n])[: max(-missing, 0)]:  # rounding of the sum above
+        kept[name] -= 1
     return kept

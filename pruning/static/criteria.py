@@ -50,6 +50,7 @@ def solve_block(
     retried: dict[str, float] = {}
     for group, statistics in zip(block.groups, collect(block, calls, method.empty, method.accumulate), strict=True):
         names = [f"{block.name}.{short}" for short in group]
+        name = names[0]
         try:
             prepared = method.prepare(statistics)
             for name, short in zip(names, group, strict=True):
@@ -58,7 +59,7 @@ def solve_block(
                     raise ValueError("the weights are not finite")
                 found[name] = [method.solve(weight, prepared, count, pattern) for count in kept[name]]
         except ValueError as error:
-            raise type(error)(f"{names[0]}: {error}") from error
+            raise type(error)(f"{name}: {error}") from error
         if isinstance(prepared, obs.Factor) and prepared.retries:
             retried |= dict.fromkeys(names, prepared.damping)
     return found, retried

@@ -51,7 +51,7 @@ def from_file(preprocessor: Preprocessor, path: Path, count: int, seed: int) -> 
 
     Image paths are relative to the file. Raises DataError for a line that cannot be read and for too few samples.
     """
-    lines = [(number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()]
     if len(lines) < count:
         raise DataError(f"{path} has {len(lines)} samples and {count} are asked for; add some, or lower --samples")
     return [_read(preprocessor, path, number, line) for number, line in Random(seed).sample(lines, count)]
@@ -64,10 +64,10 @@ def _read(preprocessor: Preprocessor, path: Path, number: int, line: str) -> Sam
             human, assistant = (turn["value"] for turn in entry["conversations"][:2])
             question, answer = human.replace("<image>", "").strip(), assistant
         else:
-            question, answer = entry["question"], entry["answer"]
+            question, answer = entry["question"].replace("<image>", "").strip(), entry["answer"]
         with Image.open(path.parent / entry["image"]) as image:
             return _sample(preprocessor, image.convert("RGB"), question, answer)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
 
 

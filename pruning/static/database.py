@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -20,6 +19,7 @@ from pruning.static.blocks import walk
 from pruning.static.criteria import Criterion, solve_block
 from pruning.static.data import Sample
 from pruning.static.patterns import Pattern
+from pruning.static.work import read_record, write_tensors
 
 Policy = tuple[int, ...]
 """A level for every matrix, in the order of the database's names; their sum is zero, so the total is the target."""
@@ -57,10 +57,10 @@ class Database:
 
 
 def plan(sizes: Mapping[str, int], middle: Kept, levels: int) -> tuple[int, dict[str, tuple[int, int]]]:
-    """The step, half of what the smallest matrix can give or take over `levels`, and each matrix's limits: `levels` at most, and
-    never below nothing or above everything."""
-    smallest = min(sizes, key=lambda name: sizes[name])
-    step = max(1, min(middle[smallest], sizes[smallest] - middle[smallest]) // (2 * levels))
+    """The step, half of what the median matrix can give or take over `levels`, and each matrix's limits: `levels` at most, and
+    never below nothing or above everything, which a small matrix reaches in fewer."""
+    typical = sorted(sizes, key=lambda name: sizes[name])[len(sizes) // 2]
+    step = max(1, min(middle[typical], sizes[typical] - middle[typical]) // (2 * levels))
     limits = {
         name: (-min(levels, middle[name] // step), min(levels, (size - middle[name]) // step)) for name, size in sizes.items()
     }
@@ -69,9 +69,9 @@ def plan(sizes: Mapping[str, int], middle: Kept, levels: int) -> tuple[int, dict
 
 def build(
     database: Database, model: LlavaForConditionalGeneration, tower: str, samples: Sequence[Sample], visual_weight: float,
-    method: Criterion, pattern: Pattern, progress: Callable[[str], None],
+    method: Criterion, pattern: Pattern, progress: Callable[[], None],
 ) -> dict[str, float]:  # fmt: skip
-    """Solve what is missing on disk, block by block. Returns dampings that were raised (of the blocks made now)."""
+    """Solve what is missing on disk, block by block. Returns the dampings that were raised."""
     database.directory.mkdir(parents=True, exist_ok=True)
     retried: dict[str, float] = {}
     for block, calls in walk(model, tower, samples, visual_weight):
@@ -87,9 +87,9 @@ def build(
                 for level, weight in zip(database.levels(name), weights, strict=True)
             }
             entries |= {_key(name, None): linear.weight for name, linear in block.linears().items()}
-            write_tensors(path, entries)
-            retried |= raised
-        progress(block.name)
+            write_tensors(path, entries, {"damping": raised})
+        retried |= read_record(path)["damping"]
+        progress()
     return retried
 
 
@@ -107,13 +107,6 @@ class Installed:
                 with torch.no_grad():
                     self._linears[name].weight.copy_(self._database.weight(name, level))
                 self._levels[name] = level
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write whole or not at all."""
-    part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part)
-    part.replace(path)
 
 
 def _key(name: str, level: int | None) -> str:

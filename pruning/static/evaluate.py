@@ -23,6 +23,9 @@ class Evaluator(Protocol):
     def use(self, projector: Projector) -> None:
         """Evaluate with this projector from now on."""
 
+    def close(self) -> None:
+        """Let go of what it holds elsewhere."""
+
 
 class Local:
     """One policy after the other in the one model there is."""
@@ -41,6 +44,22 @@ class Local:
     def use(self, projector: Projector) -> None:
         self._proxy.model.model.multi_modal_projector.load_state_dict(projector)
 
+    def close(self) -> None:
+        return None
+
+
+def connect(address: str) -> Any:
+    """Join a Ray cluster: `auto`, an address, or `local` for one of this machine's own. Raises ValueError where there is none."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("--ray needs Ray; install it with `pip install 'espalier[ray]'`") from error
+    try:
+        ray.init(address=None if address == "local" else address, ignore_reinit_error=True, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ValueError(f"--ray {address}: {error}") from error
+    return ray
+
 
 class Cluster:
     """A policy at a time to whichever of the cluster's workers is free: one for each GPU, or for each CPU where there is none.
@@ -49,12 +68,9 @@ class Cluster:
     """
 
     def __init__(self, address: str, checkpoint: str, references: Sequence[Reference], database: Database) -> None:
-        try:
-            import ray
-            from ray.util import ActorPool
-        except ImportError as error:
-            raise ValueError("--ray needs Ray; install it with `pip install 'espalier[ray]'`") from error
-        ray.init(address=None if address == "local" else address, ignore_reinit_error=True, log_to_driver=False)
+        ray = connect(address)
+        from ray.util import ActorPool
+
         gpus = int(ray.cluster_resources().get("GPU", 0))
         count = gpus or int(ray.cluster_resources()["CPU"])
         remote = ray.remote(num_gpus=1)(Worker) if gpus else ray.remote(num_cpus=1)(Worker)
@@ -69,6 +85,10 @@ class Cluster:
     def use(self, projector: Projector) -> None:
         shared = self._ray.put({name: value.cpu() for name, value in projector.items()})
         self._ray.get([worker.use.remote(shared) for worker in self._workers])
+
+    def close(self) -> None:
+        for worker in self._workers:
+            self._ray.kill(worker)
 
 
 class Worker:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,10 @@ class Proxy:
             references.append(Reference(sample, seen, logits.log_softmax(-1)))
         return cls(model, references)
 
+    def with_tower(self) -> Proxy:
+        """The same references, seen by the vision tower as it is now."""
+        return Proxy(self.model, [replace(r, seen=_tower_output(self.model, r.sample)) for r in self.references])
+
     def divergences(self, which: Sequence[int]) -> Tensor:
         """Mean KL(dense || model) over the answer tokens of each sample in `which`: float32 [samples]. Differentiable."""
         parts = []
@@ -68,6 +72,7 @@ class Proxy:
         return [model.lm_head(out[row, first:last]).float() for row, (first, last) in enumerate(spans)]
 
 
+@torch.no_grad()
 def _tower_output(model: LlavaForConditionalGeneration, sample: Sample) -> Tensor:
     """What the projector reads: [visual tokens, width]."""
     seen: list[Tensor] = []

@@ -88,29 +88,30 @@ def solve(weight: Tensor, factor: Factor, kept: int, pattern: Pattern, block: in
             raise ValueError(f"rows of {weight.shape[1]} weights do not divide into groups of {pattern.group}")
         block = max(block // pattern.group, 1) * pattern.group
     left = weight.float().clone()
-    left[:, factor.dead] = 0
     columns = left.shape[1]
     upper = factor.upper
     for first in range(0, columns, block):
         last = min(first + block, columns)
         # Exact totals: each block keeps its share of what is kept, rounded so that the rounding never adds up.
         count = kept * last // columns - kept * first // columns
-        errors = _prune_block(left[:, first:last], upper[first:last, first:last], count, pattern)
+        dead = factor.dead[first:last]
+        errors = _prune_block(left[:, first:last], upper[first:last, first:last], dead, count, pattern)
         left[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
     return left.to(weight.dtype)
 
 
-def _prune_block(part: Tensor, upper: Tensor, kept: int, pattern: Pattern) -> Tensor:
-    """Prune columns [out, block] in place; returns their errors [out, block]."""
+def _prune_block(part: Tensor, upper: Tensor, dead: Tensor, kept: int, pattern: Pattern) -> Tensor:
+    """Prune columns [out, block] in place, those of dead inputs first; returns their errors [out, block]."""
     diagonal = upper.diagonal()
     errors = torch.zeros_like(part)
     mask = torch.zeros_like(part, dtype=torch.bool)
     if not isinstance(pattern, NM):
-        mask = dropped_in_all((part / diagonal).square(), kept)
+        mask = dropped_in_all((part / diagonal).square().masked_fill(dead, -1), kept)
     for i in range(part.shape[1]):
         if isinstance(pattern, NM) and i % pattern.group == 0:
             here = slice(i, i + pattern.group)
-            mask[:, here] = dropped_in_groups((part[:, here] / diagonal[here]).square(), pattern)
+            saliency = (part[:, here] / diagonal[here]).square().masked_fill(dead[here], -1)
+            mask[:, here] = dropped_in_groups(saliency, pattern)
         error = part[:, i].masked_fill(~mask[:, i], 0) / diagonal[i]
         part[:, i:].addr_(error, upper[i, i:], alpha=-1)
         errors[:, i] = error

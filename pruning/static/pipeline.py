@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from models.checkpoint import Manifest, Pruning, open_transformers, read_manifest
+from models.checkpoint import Manifest, Pruning, open_transformers, read_manifest, sha256
 from models.preprocess import Preprocessor
 from models.saving import derive
 from models.widths import Widths
@@ -21,22 +22,36 @@ from pruning.static import allocation, data, scores, searching, structured, wand
 from pruning.static.allocation import Kept
 from pruning.static.blocks import Block, blocks, collect, first_calls, linears, walk
 from pruning.static.criteria import criterion, solve_block
-from pruning.static.patterns import kept_weights
-from pruning.static.recipe import WORLD, Recipe, check
+from pruning.static.evaluate import connect
+from pruning.static.fitness import Proxy
+from pruning.static.patterns import NM, kept_weights
+from pruning.static.recipe import WORLD, Recipe, RecipeError, check
 from pruning.static.reconstruct import reconstruct
 from pruning.static.work import Work
 
 
-def run(recipe: Recipe, checkpoint: str, out: Path, device: str = "cpu", ray: str | None = None, quiet: bool = False) -> Manifest:
+def run(
+    recipe: Recipe, checkpoint: str, out: Path, device: str = "cpu", dtype: str = "auto", ray: str | None = None,
+    quiet: bool = False, finish: Callable[[Path], object] = lambda directory: None,
+) -> Manifest:  # fmt: skip
     """Prune `checkpoint` into the directory `out`. Returns its manifest.
+
+    Statistics and search run in `dtype`; the files keep theirs. `finish` may complete the new checkpoint before it is published.
 
     Errors of the recipe, the checkpoint and the disk come before the work (RecipeError, CheckpointError); errors of the statistics
     name the matrix. A run that ends early goes on when it is started again: its finished parts wait in `out`.work.
     """
-    source = open_transformers(check(recipe, checkpoint, out), device)
+    directory = check(recipe, checkpoint, out)
+    if ray:
+        if recipe.allocation != "search":
+            raise RecipeError("--ray spreads the evaluations of a search: it needs allocation search")
+        connect(ray)
+    source = open_transformers(directory, device, dtype)
+    source.model.requires_grad_(False)
     identity = f"{source.name} {source.fingerprint}"
-    work = Work(out, recipe, identity)
     samples = _samples(recipe, source.preprocessor)
+    content = "" if recipe.data == WORLD else sha256(Path(recipe.data))
+    work = Work(out, recipe, f"{identity} {dtype} {content}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True, quiet=quiet)
     if work.resumed:
@@ -47,7 +62,7 @@ def run(recipe: Recipe, checkpoint: str, out: Path, device: str = "cpu", ray: st
     # What was measured on the dense checkpoint does not hold for this one.
     manifest = source.manifest.model_copy(update={"pruning": pruning, "calibration": None, "cards": {}})
     settings, unread = structured.settle(source.model)
-    derive(source.directory, out, changed | unread, manifest, settings)
+    derive(source.directory, out, changed | unread, manifest, settings, finish)
     shutil.rmtree(work.directory)
     return read_manifest(out)
 
@@ -72,19 +87,25 @@ class Job:
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors that changed, by plain name, and the manifest's record."""
+        # Before anything is pruned: the search compares with the dense model.
+        proxy = Proxy.of(self.model, self.samples) if self.recipe.allocation == "search" else None
         kept = self._allocate()
         changed: dict[str, Tensor] = {}
         before = {name: linear.weight.numel() for name, linear in linears(self.model, self.recipe.towers).items()}
         for tower in self.recipe.towers:
             if self.recipe.pattern == "structured":
                 self._cut(tower)
-            elif tower == "language" and self.recipe.allocation == "search":
+            elif tower == "language" and proxy:
+                proxy = proxy.with_tower() if "vision" in self.recipe.towers else proxy
                 found = searching.search(
-                    self.recipe, self.model, self.samples, self.work, self.progress, self.method, self.checkpoint, self.ray
+                    self.recipe, proxy, self.samples, self.work, self.progress, self.method, self.checkpoint, self.ray
                 )
                 self.report |= {"search": found.history, "projector": found.projector}
                 self._prune(tower, found.kept)
-                self.report["notes"]["divergence"] = found.finish()
+                choice = found.finish()
+                self.report["notes"]["divergence"] = choice.divergence
+                if choice.damping is not None:
+                    self.report |= {"damping": choice.damping, "reconstruction": {}}
                 changed |= {f"projector.{key}": value for key, value in self.model.model.multi_modal_projector.state_dict().items()}
             else:
                 self._prune(tower, kept)
@@ -104,15 +125,22 @@ class Job:
         for towers in budgets:
             sizes = {name: linear.weight.numel() for name, linear in linears(self.model, towers).items()}
             sparsity = recipe.vision_sparsity if towers == ["vision"] else recipe.sparsity
+            if isinstance(recipe.parsed, NM):
+                self._check_groups(towers, recipe.parsed.group)
             if recipe.pattern != "unstructured":
                 kept |= {name: kept_weights(size, sparsity, recipe.parsed) for name, size in sizes.items()}
             elif recipe.allocation == "ecoflap":
-                kept |= allocation.ecoflap(sizes, self._scores(towers), sparsity, recipe.largest_loss, recipe.average)
+                kept |= allocation.ecoflap(sizes, self._scores(towers), sparsity, recipe.largest_loss(sparsity), recipe.average)
             elif recipe.allocation == "owl":
                 kept |= allocation.owl(sizes, self._outliers(towers), sparsity)
             else:
                 kept |= allocation.uniform(sizes, sparsity)
         return kept
+
+    def _check_groups(self, towers: list[str], group: int) -> None:
+        for name, linear in linears(self.model, towers).items():
+            if linear.in_features % group:
+                raise RecipeError(f"pattern {self.recipe.pattern}: {name} has rows of {linear.in_features}, no multiple of {group}")
 
     def _scores(self, towers: list[str]) -> dict[str, float]:
         """ECoFLaP's score of each matrix; zeroth-order scores are kept as they come, for they take long."""
@@ -132,12 +160,17 @@ class Job:
         return found
 
     def _outliers(self, towers: list[str]) -> dict[str, float]:
-        found = {}
+        """OWL's outliers in each matrix, on dense activations."""
+        name = f"outliers-{'-'.join(towers)}"
+        found: dict[str, float] = self.work.read(name) or {}
+        if found:
+            return found
         for tower in towers:
             for block, calls in walk(self.model, tower, self.samples, self.recipe.visual_weight):
                 for group, norms in zip(block.groups, collect(block, calls, wanda.empty, wanda.accumulate), strict=True):
                     for short in group:
                         found[f"{block.name}.{short}"] = scores.outliers(block.linear(short).weight, norms.squares)
+        self.work.write(name, found)
         return found
 
     def _prune(self, tower: str, kept: Kept) -> None:
@@ -168,11 +201,13 @@ class Job:
         recipe = self.recipe
         sparsity = recipe.vision_sparsity if tower == "vision" else recipe.sparsity
         task = self.progress.add_task(f"{tower} blocks", total=len(blocks(self.model, tower)))
-        uniform = None
-        if recipe.uniform_width:
+        stored = self.work.read(f"widths-{tower}")
+        uniform = Widths(**stored) if stored else None
+        if recipe.uniform_width and not uniform:
             config = getattr(self.model.config, "vision_config" if tower == "vision" else "text_config")
             dense = walk(self.model, tower, self.samples, recipe.visual_weight)
             uniform = structured.uniform_widths(config, dense, recipe.criterion, sparsity, recipe.damping)
+            self.work.write(f"widths-{tower}", asdict(uniform))
         owed = 0.0
         for block, calls in walk(self.model, tower, self.samples, recipe.visual_weight):
             owed += structured.weights(block) * (1 - sparsity)

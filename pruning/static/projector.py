@@ -33,15 +33,16 @@ class Outcome:
         return self.after < self.before
 
 
-def tune(proxy: Proxy, installed: Installed, policies: Sequence[Policy], tuning: Tuning, seed: str) -> Outcome:
+def tune(proxy: Proxy, installed: Installed, policies: Sequence[Policy], tuning: Tuning, seed: int, turn: int) -> Outcome:
     """Lower the mean divergence over `policies`, one of them a step, and keep the projector only if held-out samples agree.
 
     The teacher stays the dense model. (Equation 6 of EfficientLLaVA says what is
     minimised; optimiser, steps and gate are ours.)
     """
     projector = proxy.model.model.multi_modal_projector
-    rng = Random(seed)
-    order = rng.sample(range(len(proxy.references)), len(proxy.references))
+    rng = Random(f"{seed}/{turn}")
+    # The same in every turn: what one turn was trained on cannot judge the next.
+    order = Random(f"{seed}/held out").sample(range(len(proxy.references)), len(proxy.references))
     cut = max(1, round(len(order) * tuning.held_out))
     held_out, trained = order[:cut], order[cut:]
 

@@ -70,12 +70,19 @@ class Recipe(BaseModel):
                 raise ValueError(f"pattern {self.pattern} means vision_sparsity {self.parsed.sparsity:g} or 0")
         if not self.sparsity and not self.vision_sparsity:
             raise ValueError("sparsity and vision_sparsity are both 0: there is nothing to prune")
-        if self.maximum is not None and self.maximum < self.sparsity:
-            raise ValueError(f"maximum {self.maximum:g} is below sparsity {self.sparsity:g}: the target could not be reached")
+        highest = max(self.sparsity, self.vision_sparsity)
+        if self.maximum is not None and self.maximum < highest:
+            raise ValueError(f"maximum {self.maximum:g} is below sparsity {highest:g}: the target could not be reached")
+        if self.allocation == "search" and not self.sparsity:
+            raise ValueError("allocation search is for the language model: its sparsity must be above 0")
+        if self.allocation == "search" and self.rounds > self.generations:
+            raise ValueError(f"rounds {self.rounds} are more than generations {self.generations}")
         if self.uniform_width and self.pattern != "structured":
             raise ValueError("uniform_width is for pattern structured")
         if self.shared_budget and self.allocation not in ("ecoflap", "owl"):
             raise ValueError("shared_budget needs an allocation that compares blocks of both towers: ecoflap or owl")
+        if self.shared_budget and self.vision_sparsity:
+            raise ValueError("shared_budget has one target, sparsity: leave vision_sparsity out")
         fewest = FEWEST["search" if self.allocation == "search" else "any"]
         if self.samples < fewest:
             raise ValueError(f"samples {self.samples} are too few: {fewest} at least, and 64 is usual")
@@ -88,10 +95,9 @@ class Recipe(BaseModel):
         """The pattern of a mask; a structured run has none and reads as unstructured."""
         return patterns.Unstructured() if self.pattern == "structured" else patterns.parse(self.pattern)
 
-    @property
-    def largest_loss(self) -> float:
-        """ECoFLaP's per-block maximum."""
-        return min(self.maximum if self.maximum is not None else self.sparsity + 0.1, 1.0)
+    def largest_loss(self, sparsity: float) -> float:
+        """ECoFLaP's per-block maximum at a budget of `sparsity`."""
+        return min(self.maximum if self.maximum is not None else sparsity + 0.1, 1.0)
 
     @property
     def towers(self) -> list[str]:
@@ -124,6 +130,11 @@ def _pattern(text: str) -> patterns.Pattern:
         raise RecipeError(f"pattern: {error}") from error
 
 
+def work_directory(out: Path) -> Path:
+    """Where a run keeps its finished parts."""
+    return out.with_name(out.name + ".work")
+
+
 def check(recipe: Recipe, checkpoint: str, out: Path) -> Path:
     """The checkpoint's directory, once all that can be known before the work is known to be fine. Raises RecipeError."""
     directory = resolve(checkpoint)
@@ -136,9 +147,10 @@ def check(recipe: Recipe, checkpoint: str, out: Path) -> Path:
         raise RecipeError(f"{out.parent} is not a directory; create it first")
     if recipe.data != WORLD and not Path(recipe.data).is_file():
         raise RecipeError(f"data: {recipe.data} is not a file; name a JSONL file, or `{WORLD}`")
-    # The result and the finished blocks; the search keeps every level of every matrix.
-    copies = 2 + (2 * recipe.levels + 1 if recipe.allocation == "search" else 0)
-    needed = copies * sum(shard.stat().st_size for shard in shards)
+    # The result and the finished blocks; the search keeps every level of every matrix, and the dense one.
+    copies = 2 + (2 * recipe.levels + 2 if recipe.allocation == "search" else 0)
+    there = sum(path.stat().st_size for path in work_directory(out).rglob("*") if path.is_file())
+    needed = copies * sum(shard.stat().st_size for shard in shards) - there
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise RecipeError(f"{out.parent} has {free / 1e9:.1f} GB free and up to {needed / 1e9:.1f} GB are needed; make room")

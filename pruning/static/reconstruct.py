@@ -18,11 +18,12 @@ BATCH = 8
 def reconstruct(block: Block, calls: Sequence[Call], wanted: Sequence[Tensor], steps: int, seed: str) -> tuple[float, float]:
     """Lower the mean squared error of the block's output against `wanted` [1, n, width] of each call; zeros stay zero.
 
-    Returns the error before and after, as a share of the mean square of `wanted`. (Ours: SparseGPT's layer objective, taken over
-    the whole block as in knowledge distillation, by Adam with a cosine.)
+    Returns the error before and after, as a share of the mean square of `wanted`; what is no better is put back. (Ours:
+    SparseGPT's layer objective, taken over the whole block as in knowledge distillation, by Adam with a cosine.)
     """
     weights = [linear.weight for linear in block.linears().values()]
     masks = [weight != 0 for weight in weights]
+    pruned = [weight.detach().clone() for weight in weights]
     copies = [weight.detach().float().clone() for weight in weights]
     optimizer = torch.optim.Adam(copies, lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
@@ -42,7 +43,13 @@ def reconstruct(block: Block, calls: Sequence[Call], wanted: Sequence[Tensor], s
         _write(weights, copies, masks)
     for weight in weights:
         weight.requires_grad_(False)
-    return before, _error(block, calls, wanted)
+    after = _error(block, calls, wanted)
+    if not after < before:  # NaN included
+        with torch.no_grad():
+            for weight, value in zip(weights, pruned, strict=True):
+                weight.copy_(value)
+        return before, before
+    return before, after
 
 
 @torch.no_grad()

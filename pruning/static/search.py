@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import inf, isfinite
 from random import Random
 from statistics import pstdev
 from typing import Any
@@ -92,7 +93,7 @@ class Search:
         finalists = [state.parent, *children]
         chosen = sorted(rng.sample(range(self._samples), min(count, self._samples)))
         divergence = self._evaluate(finalists, chosen)
-        ranked = sorted((d + state.scale * self._risk(p), p, d) for d, p in zip(divergence, finalists, strict=True))
+        ranked = sorted((_finite(d + state.scale * self._risk(p)), p, d) for d, p in zip(divergence, finalists, strict=True))
         fitness_, parent, found = ranked[0]
         entry = {"fitness": fitness_, "divergence": found, "risk": self._risk(parent)}
         best = {policy: value for value, policy in state.best} | {policy: value for value, policy, _ in ranked}
@@ -101,7 +102,7 @@ class Search:
 
     def _fitness(self, policies: Sequence[Policy], samples: Sequence[int], scale: float) -> list[float]:
         divergence = self._evaluate(policies, samples)
-        return [d + scale * self._risk(policy) for d, policy in zip(divergence, policies, strict=True)]
+        return [_finite(d + scale * self._risk(policy)) for d, policy in zip(divergence, policies, strict=True)]
 
     def _mutate(self, policy: Policy, rng: Random, switches: int) -> Policy:
         """So many times, one matrix a level up and another one down."""
@@ -116,3 +117,8 @@ class Search:
                 levels[gains] += 1
                 levels[loses] -= 1
         return tuple(levels)
+
+
+def _finite(fitness: float) -> float:
+    """An overflow is the worst of all; NaN would be neither better nor worse than anything."""
+    return fitness if isfinite(fitness) else inf

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from transformers import LlavaForConditionalGeneration
 
 from pruning.static.allocation import Kept, uniform
 from pruning.static.blocks import blocks, linears
@@ -31,33 +30,41 @@ class Found:
     """The best policy. The model is dense again but for its projector.
 
     Once its blocks are pruned anew to `kept`, each on what the pruned ones before it put out, `finish` puts the database's entries
-    back if those are closer to dense on the proxy samples, and returns the divergence of both.
+    back if those are closer to dense on the proxy samples.
     """
 
     kept: Kept
     history: list[dict[str, float]]
     projector: list[dict[str, Any]]
-    finish: Callable[[], dict[str, float]]
+    finish: Callable[[], Choice]
+
+
+@dataclass
+class Choice:
+    """The divergence of both, and the dampings of the database where its entries were put back."""
+
+    divergence: dict[str, float]
+    damping: dict[str, float] | None
 
 
 def search(
-    recipe: Recipe, model: LlavaForConditionalGeneration, samples: Sequence[Sample], work: Work, progress: Progress,
-    method: Criterion, checkpoint: Path, ray: str | None,
+    recipe: Recipe, proxy: Proxy, samples: Sequence[Sample], work: Work, progress: Progress, method: Criterion, checkpoint: Path,
+    ray: str | None,
 ) -> Found:  # fmt: skip
     """Find how many weights each matrix of the language model keeps; `checkpoint` is where a cluster's workers find the model."""
+    model = proxy.model
     matrices = linears(model, [TOWER])
     sizes = {name: linear.weight.numel() for name, linear in matrices.items()}
-    proxy = Proxy.of(model, samples)
     middle = uniform(sizes, recipe.sparsity)
     database = Database(work.directory / "database", middle, *plan(sizes, middle, recipe.levels))
     task = progress.add_task("database", total=len(blocks(model, TOWER)))
-    build(database, model, TOWER, samples, recipe.visual_weight, method, recipe.parsed, lambda _: progress.advance(task))
+    damping = build(database, model, TOWER, samples, recipe.visual_weight, method, recipe.parsed, lambda: progress.advance(task))
 
     installed = Installed(matrices, database)
     local = Local(proxy, installed)
-    evaluate: Evaluator = Cluster(ray, str(checkpoint), proxy.references, database) if ray else local
+    evaluate: Evaluator = Cluster(ray, str(checkpoint.resolve()), proxy.references, database) if ray else local
     limits = [database.limits[name] for name in database.names]
-    schedule = Plan(generations=recipe.generations, offspring=recipe.offspring, eta=recipe.eta)
+    schedule = Plan(recipe.generations, recipe.offspring, stages=((8, 6), (24, 2), (len(samples), 1)), eta=recipe.eta)
     engine = Search(limits, len(samples), schedule, recipe.seed, evaluate, Risk(database))
     state, tuned = _restore(work, [local, evaluate]) or (engine.start(), [])
     task = progress.add_task("generations", total=recipe.generations, completed=state.generation)
@@ -67,14 +74,16 @@ def search(
             work.write("search", {"state": state.document(), "tuned": len(tuned)})
             progress.update(task, advance=1, description=f"generations, divergence {state.history[-1]['divergence']:.4f}")
         if recipe.projector and len(tuned) <= turn:
-            outcome = tune(proxy, installed, [policy for _, policy in state.best], Tuning(), f"{recipe.seed}/{turn}")
+            outcome = tune(proxy, installed, [policy for _, policy in state.best], Tuning(), recipe.seed, turn)
             tuned = [*tuned, {"generation": state.generation, **asdict(outcome), "accepted": outcome.accepted}]
             projector = model.model.multi_modal_projector.state_dict()
             work.write_tensors("projector", projector, {"tuned": tuned})
             evaluate.use(projector)
             state.best = []  # what policies are worth has changed
 
-    def finish() -> dict[str, float]:
+    evaluate.close()
+
+    def finish() -> Choice:
         remade = {name: linear.weight.clone() for name, linear in matrices.items()}
         everything = range(len(samples))
         with torch.no_grad():
@@ -83,7 +92,8 @@ def search(
             if anew <= stitched:
                 for name, linear in matrices.items():
                     linear.weight.copy_(remade[name])
-        return {"made anew": anew, "from the database": stitched}
+        divergence = {"made anew": anew, "from the database": stitched}
+        return Choice(divergence, None if anew <= stitched else damping)
 
     installed.install(None)
     return Found(database.kept(state.parent), state.history, tuned, finish)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pruning.static.recipe import Recipe, RecipeError
+from pruning.static.recipe import Recipe, RecipeError, work_directory
 
 
 class Work:
     """The directory beside the output that holds what is finished."""
 
     def __init__(self, out: Path, recipe: Recipe, source: str) -> None:
-        self.directory = out.with_name(out.name + ".work")
+        self.directory = work_directory(out).resolve()
         asked = {"recipe": recipe.model_dump(mode="json"), "source": source}
         path = self.directory / "recipe.json"
         self.resumed = path.exists()
@@ -43,17 +44,26 @@ class Work:
         path = self.directory / f"{name}.safetensors"
         if not path.exists():
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-                return tensors, json.loads(file.metadata()["record"])
-        except SafetensorError as error:
-            raise RecipeError(f"{path} is damaged ({error}); remove it and run again: only its part is made anew") from error
+        record = read_record(path)
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, record
 
-    def write_tensors(self, name: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        path = self.directory / f"{name}.safetensors"
-        part = path.with_suffix(".part")
-        save_file(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, {"record": json.dumps(record)}
-        )
-        part.replace(path)
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+        write_tensors(self.directory / f"{name}.safetensors", tensors, record)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What is recorded beside tensors. Raises RecipeError for a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            record: dict[str, Any] = json.loads(file.metadata()["record"])
+            return record
+    except SafetensorError as error:
+        raise RecipeError(f"{path} is damaged ({error}); remove it and run again: only its part is made anew") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(whole, part, {"record": json.dumps(record)})
+    part.replace(path)

@@ -81,3 +81,9 @@ def test_owl_keeps_more_where_there_are_more_outliers_within_its_spread():
 def test_scores_that_are_not_finite_and_positive_are_refused(bad):
     with pytest.raises(ValueError, match="not finite and positive"):
         allocation.ecoflap({"language.0.q": 4, "language.1.q": 4}, {"language.0.q": bad, "language.1.q": 1.0}, 0.5, 0.6)
+
+
+def test_what_is_too_much_is_taken_from_all_alike():
+    sizes = {f"language.{i}.q": 100 for i in range(4)}
+    kept = allocation.apportion(sizes, dict.fromkeys(sizes, 60.0), 200)
+    assert set(kept.values()) == {50}

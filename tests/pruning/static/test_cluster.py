@@ -37,7 +37,7 @@ def test_two_workers_find_what_one_process_finds(tmp_path: Path, cluster: str):
     middle = uniform(sizes, 0.5)
     database = Database(tmp_path / "database", middle, *plan(sizes, middle, 2))
     proxy = Proxy.of(source.model, samples)
-    build(database, source.model, "language", samples, 1.0, criterion("magnitude"), Unstructured(), lambda name: None)
+    build(database, source.model, "language", samples, 1.0, criterion("magnitude"), Unstructured(), lambda: None)
     policies = [(0,) * len(sizes), (1, -1, *[0] * (len(sizes) - 2)), (-1, 1, *[0] * (len(sizes) - 2))]
     local = Local(proxy, Installed(matrices, database))
     spread = Cluster(cluster, str(checkpoint), proxy.references, database)

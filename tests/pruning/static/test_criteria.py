@@ -182,8 +182,17 @@ def test_a_dead_input_is_dropped_first_and_does_no_harm():
     rows[:, 3] = 0
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
     pruned = obs.solve(weight, obs.prepare(hessian_of(rows)), 28, ANY)
+    assert int((pruned != 0).sum()) == 28
     assert (pruned[:, 3] == 0).all() and torch.allclose(pruned[:, :3], weight[:, :3])
     assert loss(weight, pruned, rows) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("pattern", [ANY, NM(2, 4)])
+def test_totals_hold_with_more_dead_inputs_than_weights_to_drop(pattern):
+    rows = rows_of(8, 4)
+    rows[:, [0, 1, 2, 5, 6, 7]] = 0
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    assert int((obs.solve(weight, obs.prepare(hessian_of(rows)), 16, pattern) != 0).sum()) == 16
 
 
 def test_a_hessian_that_is_not_finite_is_refused():

@@ -228,6 +228,10 @@ def test_another_recipe_does_not_go_on_with_a_killed_run(dense, tmp_path, monkey
         ({"pattern": "4:2"}, "not unstructured, structured or n:m"),
         ({"pattern": "2:4", "sparsity": 0.6}, "pattern 2:4 means sparsity 0.5"),
         ({"pattern": "2:4", "allocation": "ecoflap"}, "allocation must be uniform"),
+        ({"allocation": "search", "generations": 2}, "rounds 3 are more than generations 2"),
+        ({"allocation": "search", "sparsity": 0.0, "vision_sparsity": 0.5}, "its sparsity must be above 0"),
+        ({"shared_budget": True, "allocation": "owl", "vision_sparsity": 0.5}, "shared_budget has one target"),
+        ({"maximum": 0.6, "vision_sparsity": 0.7}, r"maximum 0\.6 is below sparsity 0\.7"),
         ({"maximum": 0.4}, "maximum 0.4 is below sparsity 0.5"),
         ({"criterion": "sparsegpt"}, "criterion: Input should be 'magnitude', 'wanda' or 'obs'"),
         ({"families": ["faces"]}, "families: faces is not one of shapes"),
@@ -300,7 +304,8 @@ def test_data_that_cannot_be_read_names_its_line(dense, tmp_path, line):
         prune(dense, tmp_path / "out", data=str(tmp_path / "data.jsonl"))
     (tmp_path / "data.jsonl").write_text("{}")
     with pytest.raises(DataError, match="has 1 samples and 4 are asked for"):
-        prune(dense, tmp_path / "other", data=str(tmp_path / "data.jsonl"))
+        prune(dense, tmp_path / "out", data=str(tmp_path / "data.jsonl"))
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl"}
 
 
 def test_a_corrupt_manifest_names_its_key(dense, tmp_path):

@@ -94,3 +94,12 @@ def test_levels_never_leave_a_matrix_with_less_than_nothing_or_more_than_all(siz
     for name, (low, high) in limits.items():
         assert 0 <= middle[name] + low * step <= middle[name] + high * step <= sizes[name]
         assert -levels <= low <= 0 <= high <= levels
+
+
+def test_a_policy_that_overflows_never_wins():
+    def overflowing(policies: Sequence[Policy], samples: Sequence[int]) -> list[float]:
+        return [float("nan") if p[0] > 0 else d for p, d in zip(policies, distance(policies, samples), strict=True)]
+
+    search = Search(LIMITS, 16, QUICK, 0, overflowing, no_risk)
+    state = go(search, search.start(), 30)
+    assert state.parent[0] <= 0 and state.parent != (0,) * 6
