@@ -9,13 +9,12 @@ from statistics import mean, stdev
 from typing import Annotated, Any
 
 import typer
+from scipy.stats import t
 
 from evals.sweep import ALLOCATIONS, CRITERIA, stored
 from models.embedded.world import FAMILIES
 
 Entry = dict[str, Any]
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t for a 95 % interval of the mean of so many seeds."""
 
 HEAD = """# What pruning costs the embedded checkpoint
 
@@ -59,8 +58,13 @@ def _cell(values: Sequence[float], dense: float | None = None) -> str:
         return ""
     text = f"{mean(values):.1%}"
     if len(values) > 1:
-        text += f" ± {100 * T95.get(len(values), 1.96) * stdev(values) / len(values) ** 0.5:.1f}"
+        text += f" ± {100 * half_width(values):.1f}"
     return f"{text} ({mean(values) / dense:.1%})" if dense else text
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean (Student's t)."""
+    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
 def _overall(entries: Sequence[Entry], dense: Entry) -> list[str]:

@@ -13,8 +13,6 @@ from transformers import LlavaForConditionalGeneration
 from pruning.static.data import Sample
 from pruning.static.database import Database, Policy
 
-BATCH = 16
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -22,7 +20,7 @@ class Reference:
 
     sample: Sample
     seen: Tensor  # [visual tokens, width]: what the projector reads
-    dense: Tensor  # [answer, vocab] float32: log-probabilities
+    dense: Tensor  # [answer tokens, vocab] float32: log-probabilities
 
 
 class Proxy:
@@ -38,8 +36,7 @@ class Proxy:
         references = []
         for sample in samples:
             seen = _tower_output(model, sample)
-            (logits,) = cls(model, [Reference(sample, seen, seen)])._logits([0])
-            references.append(Reference(sample, seen, logits.log_softmax(-1)))
+            references.append(Reference(sample, seen, _logits(model, sample, seen).log_softmax(-1)))
         return cls(model, references)
 
     def with_tower(self) -> Proxy:
@@ -48,28 +45,22 @@ class Proxy:
 
     def divergences(self, which: Sequence[int]) -> Tensor:
         """Mean KL(dense || model) over the answer tokens of each sample in `which`: float32 [samples]. Differentiable."""
-        parts = []
-        for start in range(0, len(which), BATCH):
-            chosen = which[start : start + BATCH]
-            for i, logits in zip(chosen, self._logits(chosen), strict=True):
-                each = F.kl_div(logits.log_softmax(-1), self.references[i].dense, reduction="none", log_target=True)
-                parts.append(each.sum(-1).mean())
-        return torch.stack(parts)
+        return torch.stack([self._divergence(self.references[i]) for i in which])
 
-    def _logits(self, which: Sequence[int]) -> list[Tensor]:
-        """float32 logits [answer, vocab] of each sample's answer tokens, from one right-padded batch."""
-        model, chosen = self.model, [self.references[i].sample for i in which]
-        longest = max(len(s.ids) for s in chosen)
-        ids = torch.stack([F.pad(s.ids, (0, longest - len(s.ids))) for s in chosen]).to(model.device)
-        lengths = torch.tensor([len(s.ids) for s in chosen], device=model.device)
-        mask = (torch.arange(longest, device=model.device) < lengths[:, None]).long()
-        visual = model.model.multi_modal_projector(torch.stack([self.references[i].seen for i in which]))
-        embeds = model.get_input_embeddings()(ids)
-        places = (ids == model.config.image_token_id)[..., None].expand_as(embeds)
-        embeds = embeds.masked_scatter(places, visual.to(embeds.dtype))
-        out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
-        spans = [(len(s.ids) - s.answer - 1, len(s.ids) - 1) for s in chosen]
-        return [model.lm_head(out[row, first:last]).float() for row, (first, last) in enumerate(spans)]
+    def _divergence(self, reference: Reference) -> Tensor:
+        logits = _logits(self.model, reference.sample, reference.seen)
+        return F.kl_div(logits.log_softmax(-1), reference.dense, reduction="none", log_target=True).sum(-1).mean()
+
+
+def _logits(model: LlavaForConditionalGeneration, sample: Sample, seen: Tensor) -> Tensor:
+    """float32 [answer tokens, vocab]. One sample at a time: on CPU, batches of long rows are half as fast."""
+    inputs = sample.text(model)
+    ids = inputs.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    places = (ids == model.config.image_token_id)[..., None].expand_as(embeds)
+    embeds = embeds.masked_scatter(places, model.model.multi_modal_projector(seen[None]).to(embeds.dtype))
+    out = model.model.language_model(inputs_embeds=embeds, **inputs, use_cache=False).last_hidden_state
+    return model.lm_head(out[0, sample.before_answers.to(out.device)]).float()
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ OUTLIER = 5.0
 
 
 def answer_loss(model: LlavaForConditionalGeneration, sample: Sample) -> Tensor:
-    """Cross entropy of the answer given picture and question."""
-    logits = model(**sample.inputs(model), logits_to_keep=sample.answer + 1, use_cache=False).logits[0, :-1]
-    return F.cross_entropy(logits.float(), sample.ids[-sample.answer :].to(logits.device))
+    """Cross entropy of the answers' tokens given picture and question."""
+    logits = model(**sample.inputs(model), logits_to_keep=sample.before_answers.to(model.device), use_cache=False).logits[0]
+    return F.cross_entropy(logits.float(), sample.ids[sample.answers].to(logits.device))
 
 
 def zeroth_order(

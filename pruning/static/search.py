@@ -25,11 +25,11 @@ SPREAD = 24
 
 @dataclass(frozen=True)
 class Plan:
-    """offspring a generation; (samples, survivors) of each stage, the last of which keeps one; how many of the best are `top`."""
+    """offspring a generation; (samples, survivors) of each stage but the last, which sees all; how many of the best are `top`."""
 
     generations: int = 60
     offspring: int = 16
-    stages: tuple[tuple[int, int], ...] = ((8, 6), (24, 2), (64, 1))
+    stages: tuple[tuple[int, int], ...] = ((3, 5), (10, 1))
     eta: float = 0.2
     top: int = 4
 
@@ -84,21 +84,19 @@ class Search:
                 children.append(child)
             if len(children) == self._plan.offspring:
                 break
-        *early, (count, _) = self._plan.stages
-        for samples, survivors in early:
+        for samples, survivors in self._plan.stages:
             chosen = rng.sample(range(self._samples), min(samples, self._samples))
             fitness = self._fitness(children, chosen, state.scale)
             children = [child for _, child in sorted(zip(fitness, children, strict=True))[:survivors]]
-        # The parent stands in the last stage alone: a child must beat it on the most samples.
-        finalists = [state.parent, *children]
-        chosen = sorted(rng.sample(range(self._samples), min(count, self._samples)))
-        divergence = self._evaluate(finalists, chosen)
-        ranked = sorted((_finite(d + state.scale * self._risk(p)), p, d) for d, p in zip(divergence, finalists, strict=True))
-        fitness_, parent, found = ranked[0]
-        entry = {"fitness": fitness_, "divergence": found, "risk": self._risk(parent)}
-        best = {policy: value for value, policy in state.best} | {policy: value for value, policy, _ in ranked}
-        top = sorted((value, policy) for policy, value in best.items())[: self._plan.top]
-        return State(state.generation + 1, parent, state.scale, top, [*state.history, entry])
+        # The parent stands in the last stage alone, where a child must beat it on all samples.
+        known = {policy: value for value, policy in state.best}
+        new = [policy for policy in (state.parent, *children) if policy not in known]
+        known |= zip(new, self._fitness(new, range(self._samples), state.scale), strict=True)
+        best = sorted((value, policy) for policy, value in known.items())[: self._plan.top]
+        lowest, parent = best[0]
+        risk = self._risk(parent)
+        entry = {"fitness": lowest, "divergence": lowest - state.scale * risk, "risk": risk}
+        return State(state.generation + 1, parent, state.scale, best, [*state.history, entry])
 
     def _fitness(self, policies: Sequence[Policy], samples: Sequence[int], scale: float) -> list[float]:
         divergence = self._evaluate(policies, samples)

@@ -128,13 +128,19 @@ def test_dead_inputs_are_known(module):
 # ---- blocks
 
 
+def asked(ids: torch.Tensor, pixels: torch.Tensor) -> Sample:
+    """One question, whose answer is the last two tokens."""
+    answers = torch.arange(len(ids)) >= len(ids) - 2
+    return Sample(ids, pixels, answers, torch.zeros(len(ids), dtype=torch.long), torch.arange(len(ids)))
+
+
 def samples(count: int = 6) -> list[Sample]:
     generator = torch.Generator().manual_seed(5)
     found = []
     for _ in range(count):
         words = torch.randint(3, 120, (9,), generator=generator)
         ids = torch.cat([torch.tensor([1, *[IMAGE] * VISUAL]), words])
-        found.append(Sample(ids, torch.randn(1, 3, 32, 32, generator=generator), 2))
+        found.append(asked(ids, torch.randn(1, 3, 32, 32, generator=generator)))
     return found
 
 
@@ -309,7 +315,7 @@ def pruned_checkpoint(directory: Path, wanted: Any, towers: tuple[str, ...] = ("
         generator = torch.Generator().manual_seed(seed)
         words = torch.tensor(tokenizer(f"What color is star {seed}?").input_ids)
         ids = torch.cat([torch.full((144,), model.config.image_token_id), words])
-        found.append(Sample(ids, torch.randn(1, 3, 96, 96, generator=generator), 2))
+        found.append(asked(ids, torch.randn(1, 3, 96, 96, generator=generator)))
     for tower in towers:
         for i, (block, calls) in enumerate(walk(model, tower, found)):
             structured.prune_block(block, calls, "obs", wanted(tower, i))
@@ -351,7 +357,8 @@ def test_uniform_widths_load_in_transformers(kind, tmp_path):
     torch.testing.assert_close(outputs(again), outputs(model))
     sample = samples(1)[0]
     ours = answers(from_transformers(model), sample.ids.tolist(), sample.pixels, 8)
-    made = again.generate(**sample.inputs(again), max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, len(sample.ids) :]
+    asked = {"input_ids": sample.ids[None], "pixel_values": sample.pixels}
+    made = again.generate(**asked, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, len(sample.ids) :]
     assert [int(logits.argmax()) for logits in ours[:8]] == made.tolist()
 
 
