@@ -131,12 +131,14 @@ def prune(
 def inspect(
     checkpoint: CHECKPOINT = "embedded",
     picture: Annotated[Path | None, typer.Option(help="Draw sparsity, search and accuracy to this file.")] = None,
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "auto",
 ) -> None:
-    """Show what a checkpoint holds: sizes, what was pruned and how, calibration, levels."""
+    """Show what a checkpoint holds, and in which form: sizes, what was pruned and how, calibration, levels."""
     from evals.inspection import run
 
     with _plain_errors():
-        run(checkpoint, picture)
+        run(checkpoint, picture, device, dtype)
 
 
 @bench.command("engine")

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from models.checkpoint import Checkpoint, Pruning, load
 from pruning.dynamic.levels import Level, build_menu
@@ -14,9 +14,9 @@ from pruning.dynamic.levels import Level, build_menu
 console = Console(highlight=False)
 
 
-def run(name: str, picture: Path | None = None) -> None:
-    """Print tables; write a picture of what was pruned to `picture`, if there is anything to see."""
-    checkpoint = load(name)
+def run(name: str, picture: Path | None = None, device: str = "cpu", dtype: str = "auto") -> None:
+    """Print tables; write a picture of what was pruned to `picture`. Raises ValueError if nothing was."""
+    checkpoint = load(name, device, dtype)
     model, manifest = checkpoint.model, checkpoint.manifest
     console.print(
         f"[b]{checkpoint.name}[/b] ({checkpoint.fingerprint}): {model.layers} layers, "
@@ -36,7 +36,9 @@ def run(name: str, picture: Path | None = None) -> None:
         console.print("no calibration: levels skip no layers; run `espalier calibrate`")
     menu = build_menu(change, model.layers, manifest.cards)
     _show_levels(checkpoint, menu)
-    if picture and manifest.pruning:
+    if picture:
+        if not manifest.pruning:
+            raise ValueError(f"{checkpoint.name} is not pruned: there is nothing to draw")
         draw(manifest.pruning, {name: level.card for name, level in menu.items() if level.card}, picture)
         console.print(f"picture: {picture}")
 
@@ -48,7 +50,7 @@ def _show_pruning(pruning: Pruning) -> None:
         f"allocation {asked['allocation']}, {asked['samples']} samples, seed {asked['seed']}"
     )
     layers, matrices = by_layer(pruning)
-    table = Table("layer", *matrices, title="Share of zeros or of weights removed")
+    table = Table(Column("layer", no_wrap=True), *matrices, title="Share of zeros or of weights removed")
     for layer, found in layers.items():
         table.add_row(layer, *(f"{found[matrix]:.1%}" if matrix in found else "" for matrix in matrices))
     console.print(table)
@@ -56,8 +58,8 @@ def _show_pruning(pruning: Pruning) -> None:
         console.print(f"{name}: its Hessian needed a damping of {damping:g}")
     for turn in pruning.projector:
         console.print(
-            f"projector tuned after generation {turn['generation']}: held-out divergence {turn['before']:.4f} to "
-            f"{turn['after']:.4f}, {'kept' if turn['accepted'] else 'put back'}"
+            f"projector tuned after generation {turn['generation']}: held-out divergence {turn['before']:.2g} to "
+            f"{turn['after']:.2g}, {'kept' if turn['accepted'] else 'put back'}"
         )
 
 
@@ -71,11 +73,15 @@ def by_layer(pruning: Pruning) -> tuple[dict[str, dict[str, float]], list[str]]:
 
 
 def _show_forms(checkpoint: Checkpoint) -> None:
-    held: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for linear in checkpoint.model.linears().values():
-        held[linear.form][0] += 1
-        held[linear.form][1] += linear.bytes
-    console.print("held as " + ", ".join(f"{form}: {count} matrices, {size / 1e6:.1f} MB" for form, (count, size) in held.items()))
+    """Each matrix as it is held (q, k and v are one, gate and up another), and the bytes of every form."""
+    model = checkpoint.model
+    held = [block.linears() for block in model.blocks]
+    if any(matrix.form != "dense" for found in held for matrix in found.values()):
+        table = Table(Column("layer", no_wrap=True), *held[0], title="Held as, and what is not zero")
+        for layer, found in enumerate(held):
+            table.add_row(f"language.{layer}", *(f"{m.form} {m.nonzeros / m.size:.1%}" for m in found.values()))
+        console.print(table)
+    console.print("held as " + ", ".join(f"{form}: {size / 1e6:.1f} MB" for form, size in model.bytes_by_form().items()))
 
 
 def _show_levels(checkpoint: Checkpoint, menu: dict[str, Level]) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
-from evals.scenes import Answer, make_request
+from evals.scenes import MAX_TOKENS, Answer, make_request
 from models.checkpoint import CheckpointError, load, read_manifest
 from models.embedded.world import draw
 from pruning.static import pipeline, projector
@@ -121,21 +123,52 @@ def test_structured_makes_matrices_smaller_and_the_total_holds(dense, tmp_path, 
     assert answer(engine, 0).finished.receipt.visual_tokens == VISUAL
 
 
-def test_it_serves_with_the_answers_that_transformers_gives(dense, tmp_path):
-    prune(dense, tmp_path / "out")
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_it_serves_with_the_answers_that_transformers_gives(dense, tmp_path, pattern):
+    prune(dense, tmp_path / "out", pattern=pattern)
     checkpoint = load(tmp_path / "out", dtype="float32")
     source = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    scene = draw("test", 0)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": scene.questions[0].text}]}]
-    ids = torch.tensor([checkpoint.preprocessor.prompt(messages)])
-    pixels = checkpoint.preprocessor.pixels(scene.image)[None]
-    expected = source.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-    ours = Answer()
     engine = new_engine(checkpoint)
-    engine.submit(make_request(checkpoint.preprocessor, 0, scene, scene.questions[0], "off", ours))
-    while not engine.scheduler.idle:
-        engine.step()
-    assert ours.text.startswith(checkpoint.preprocessor.tokenizer.decode(expected, skip_special_tokens=True).strip()[:20])
+    for index in range(4):
+        scene = draw("test", index)
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": scene.questions[0].text}]}]
+        ids = torch.tensor([checkpoint.preprocessor.prompt(messages)])
+        pixels = checkpoint.preprocessor.pixels(scene.image)[None]
+        expected = source.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=MAX_TOKENS, do_sample=False)
+        ours = Answer()
+        engine.submit(make_request(checkpoint.preprocessor, index, scene, scene.questions[0], "off", ours))
+        while not engine.scheduler.idle:
+            engine.step()
+        said = checkpoint.preprocessor.tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+        assert ours.text.strip() == said.strip()
+
+
+def test_visual_rows_may_count_less_in_the_statistics(dense, tmp_path):
+    assert prune(dense, tmp_path / "a").files != prune(dense, tmp_path / "b", visual_weight=0.1).files
+
+
+def test_a_search_beside_a_pruned_vision_tower(dense, tmp_path):
+    manifest = prune(dense, tmp_path / "out", **SEARCH, vision_sparsity=0.3)
+    assert zeros(weights(tmp_path / "out", "language")) == pytest.approx(0.5, abs=1e-4)
+    assert zeros(weights(tmp_path / "out", "vision")) == pytest.approx(0.3, abs=1e-4)
+    assert len(manifest.pruning.search) == 4
+
+
+def test_both_towers_lose_heads_and_neurons(dense, tmp_path):
+    manifest = prune(dense, tmp_path / "out", pattern="structured", sparsity=0.4, vision_sparsity=0.4)
+    lost = {name for name, sparsity in manifest.pruning.sparsity.items() if sparsity}
+    assert {name.split(".")[0] for name in lost} == {"language", "vision"}
+    assert answer(new_engine(load(tmp_path / "out", dtype="float32")), 0).finished.receipt.visual_tokens == VISUAL
+
+
+def test_a_bfloat16_checkpoint_stays_one(dense, tmp_path):
+    model = LlavaForConditionalGeneration.from_pretrained(dense, dtype=torch.bfloat16)
+    shutil.copytree(dense, tmp_path / "half")
+    model.save_pretrained(tmp_path / "half")
+    prune(tmp_path / "half", tmp_path / "out", **SEARCH)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}
+    assert zeros(weights(tmp_path / "out", "language")) == pytest.approx(0.5, abs=1e-4)
 
 
 def test_the_same_seed_makes_the_same_checkpoint(dense, whole, tmp_path):

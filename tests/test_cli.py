@@ -1,0 +1,81 @@
+"""`espalier prune` and `espalier inspect` as a person runs them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from espalier import app
+from models.checkpoint import read_manifest
+from tests.server.tiny import write
+
+COMMAND = [sys.executable, "-m", "espalier", "prune"]
+
+
+@pytest.fixture(scope="module", name="dense")
+def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("dense") / "dense")
+
+
+def test_prune_by_recipe_and_flags_then_inspect_with_a_picture(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('criterion = "wanda"\nsparsity = 0.6\nsamples = 4\n')
+    out = tmp_path / "out"
+    asked = ["prune", str(dense), "--out", str(out), "--recipe", str(tmp_path / "recipe.toml"), "--sparsity", "0.7"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(out)
+    assert manifest.pruning is not None and manifest.calibration is not None
+    assert (manifest.pruning.recipe["criterion"], manifest.pruning.recipe["sparsity"]) == ("wanda", 0.7)
+    shown = CliRunner().invoke(app, ["inspect", str(out), "--picture", str(tmp_path / "picture.png")])
+    assert shown.exit_code == 0, shown.output
+    assert "wanda, unstructured, sparsity 0.7" in shown.output
+    assert "70.0%" in shown.output
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > 400
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--sparsity", "1.5"], "sparsity: Input should be less than 1"),
+        (["--allocation", "random"], "allocation: Input should be 'uniform', 'ecoflap', 'owl' or 'search'"),
+        (["--ray", "auto"], "--ray spreads the evaluations of a search"),
+        (["--recipe", "none.toml"], "none.toml"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_leaves_nothing(dense: Path, tmp_path: Path, given: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["prune", str(dense), "--out", str(tmp_path / "out"), *given])
+    assert result.exit_code == 1
+    assert message in result.output and "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_is_not_pruned_has_nothing_to_draw(dense: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(dense), "--picture", str(tmp_path / "picture.png")])
+    assert result.exit_code == 1
+    assert "is not pruned: there is nothing to draw" in result.output
+
+
+def test_ctrl_c_leaves_what_is_finished_and_no_checkpoint(dense: Path, tmp_path: Path) -> None:
+    asked = ["--allocation", "search", "--no-projector", "--samples", "16", "--levels", "1", "--offspring", "2"]
+    running = subprocess.Popen(
+        [*COMMAND, str(dense), "--out", "out", *asked, "--generations", "100000"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    state = tmp_path / "out.work" / "search.json"
+    while not state.exists():
+        assert running.poll() is None, running.stderr.read() if running.stderr else ""
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Traceback" not in errors
+    assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
+    assert json.loads(state.read_text())["state"]["generation"] >= 1
