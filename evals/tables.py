@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -101,12 +102,28 @@ def _unseen(entries: Sequence[Entry]) -> list[str]:
     if not alone:
         return []
     lines = ["## Calibrated and searched on one family alone\n", "| pattern | allocation | seen | unseen |", "|---|---|---|---|"]
-    for (pattern, allocation), group in _groups(alone, "pattern", "allocation").items():
+    groups = _groups(alone, "pattern", "allocation")
+    for (pattern, allocation), group in groups.items():
         seen = [e["families"][e["calibrated_on"]] for e in group]
-        unseen = [mean(e["families"][f] for f in FAMILIES if f != e["calibrated_on"]) for e in group]
+        unseen = [_on_unseen(e) for e in group]
         families = len({e["calibrated_on"] for e in group})
         lines.append(f"| {pattern} | {allocation} | {_cell(seen)} | {_cell(unseen)} ({len(group)} runs, {families} families) |")
+    lines.append("\nDifferences in accuracy on unseen families, in points, paired by family and seed:\n")
+    for (pattern, first), (same, second) in pairwise(groups):
+        if pattern == same:
+            lines.append(f"- {pattern}: {second} less {first}: {_difference(groups[pattern, first], groups[pattern, second])}")
     return [*lines, ""]
+
+
+def _on_unseen(entry: Entry) -> float:
+    return mean(entry["families"][family] for family in FAMILIES if family != entry["calibrated_on"])
+
+
+def _difference(first: Sequence[Entry], second: Sequence[Entry]) -> str:
+    """Of accuracy on unseen families, over the pairs that both have."""
+    found = [{(e["calibrated_on"], e["seed"]): _on_unseen(e) for e in group} for group in (first, second)]
+    pairs = [100 * (found[1][key] - found[0][key]) for key in found[0].keys() & found[1].keys()]
+    return f"{mean(pairs):+.2f} ± {half_width(pairs):.2f} ({len(pairs)} pairs)" if len(pairs) > 1 else "too few pairs"
 
 
 def _picture(entries: Sequence[Entry], dense: Entry, path: Path) -> Path | None:

@@ -62,7 +62,7 @@ struct Dense {
 };
 
 struct Sparse {
-  const bf16* values;      // the non-zeros of each row, one row after another
+  const bf16* values;      // the non-zeros of each row, one row after another, and LANES more that may be read
   const uint32_t* masks;   // [n, words], bit i of word j for weight 32 j + i; none set beyond k
   const int64_t* offsets;  // [n + 1], where each row's values start
   int64_t words;
@@ -73,7 +73,7 @@ struct Sparse {
     int64_t ahead;
 
     WIDE_INLINE __m512i next(__mmask32) {
-      const __m512i w = _mm512_maskz_expandloadu_epi16(*mask, at);
+      const __m512i w = _mm512_maskz_expand_epi16(*mask, _mm512_loadu_si512(at));
       _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T1);
       at += __builtin_popcount(*mask++);
       return w;

@@ -43,10 +43,14 @@ class Database:
         with safe_open(self._path(name), "pt") as file:
             return file.get_tensor(_key(name, level))
 
-    def norms(self) -> dict[tuple[str, int | None], float]:
-        """Squared Frobenius norm of every entry."""
-        entries = [(name, level) for name in self.names for level in (*self.levels(name), None)]
-        return {entry: float(self.weight(*entry).float().square().sum()) for entry in entries}
+    def distances(self) -> dict[tuple[str, int], float]:
+        """||W - W dense||² / ||W dense||² of every entry (Frobenius)."""
+        found = {}
+        for name in self.names:
+            dense = self.weight(name, None).float()
+            for level in self.levels(name):
+                found[name, level] = float((self.weight(name, level).float() - dense).square().sum() / dense.square().sum())
+        return found
 
     def levels(self, name: str) -> range:
         low, high = self.limits[name]

@@ -118,7 +118,7 @@ class Job:
         return changed, self.report
 
     def _allocate(self) -> Kept:
-        """Weights to keep of every matrix; what `search` decides is left out."""
+        """Weights to keep of every matrix; for the language model under `search`, its uniform middle."""
         recipe = self.recipe
         budgets = [recipe.towers] if recipe.shared_budget else [[tower] for tower in recipe.towers]
         kept: Kept = {}
@@ -143,20 +143,21 @@ class Job:
                 raise RecipeError(f"pattern {self.recipe.pattern}: {name} has rows of {linear.in_features}, no multiple of {group}")
 
     def _scores(self, towers: list[str]) -> dict[str, float]:
-        """ECoFLaP's score of each matrix; zeroth-order scores are kept as they come, for they take long."""
+        """ECoFLaP's score of each matrix; those of zeroth order are kept one by one, for they take long."""
         name = f"scores-{'-'.join(towers)}"
         found: dict[str, float] = self.work.read(name) or {}
         wanted = linears(self.model, towers)
-        task = self.progress.add_task(f"scores ({self.recipe.score})", total=len(wanted), completed=len(found))
-        if self.recipe.score == "fo" and not found:
-            found = scores.first_order(self.model, wanted, self.samples)
+        if self.recipe.score == "fo":
+            task = self.progress.add_task("scores (fo)", total=len(self.samples))
+            found = found or scores.first_order(self.model, wanted, self.samples, lambda: self.progress.advance(task))
             self.work.write(name, found)
+            return found
+        task = self.progress.add_task("scores (zo)", total=len(wanted), completed=len(found))
         missing = {matrix: linear for matrix, linear in wanted.items() if matrix not in found}
         for matrix, score in scores.zeroth_order(self.model, missing, self.samples, self.recipe.seed):
             found[matrix] = score
             self.work.write(name, found)
             self.progress.advance(task)
-        self.progress.update(task, completed=len(wanted))
         return found
 
     def _outliers(self, towers: list[str]) -> dict[str, float]:

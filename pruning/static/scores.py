@@ -56,7 +56,7 @@ def _zeroth_order(
 
 def first_order(
     model: LlavaForConditionalGeneration, linears: dict[str, nn.Linear], samples: Sequence[Sample],
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[], None],
 ) -> dict[str, float]:  # fmt: skip
     """The sum over samples of each matrix's gradient norm, which the zeroth order estimates: one backward pass a sample."""
     model.requires_grad_(False)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import inf, isfinite
+from math import isfinite
 from random import Random
-from statistics import pstdev
+from statistics import quantiles
 from typing import Any
 
 from pruning.static.database import Policy
@@ -19,15 +19,17 @@ from pruning.static.database import Policy
 Evaluate = Callable[[Sequence[Policy], Sequence[int]], list[float]]
 """Mean divergence of each policy over the proxy samples given by number."""
 
+
+OVERFLOW = 1e30
 SPREAD = 24
-"""Random policies from which the spread of both terms of the fitness is read."""
+"""Policies from which the spread of both terms of the fitness is read."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """offspring a generation; (samples, survivors) of each stage but the last, which sees all; how many of the best are `top`."""
 
-    generations: int = 60
+    generations: int = 40
     offspring: int = 16
     stages: tuple[tuple[int, int], ...] = ((3, 5), (10, 1))
     eta: float = 0.2
@@ -40,7 +42,7 @@ class State:
 
     generation: int
     parent: Policy
-    scale: float  # η times std(divergence) / std(risk): what the risk term is multiplied with
+    scale: float  # η times the ratio of both terms' spreads: what the risk term is multiplied with
     best: list[tuple[float, Policy]] = field(default_factory=list)  # fitness on all samples, best first
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -64,15 +66,7 @@ class Search:
     def start(self) -> State:
         """The uniform policy, and the scale of the risk term."""
         parent = (0,) * len(self._limits)
-        scale = 0.0
-        if self._plan.eta:
-            rng = Random(f"{self._seed}/spread")
-            # Some tens of switches apart: as spread as the policies that selection will choose between.
-            policies = [self._mutate(parent, rng, rng.randint(4, 4 * len(parent))) for _ in range(SPREAD)]
-            divergence = self._evaluate(policies, range(min(self._plan.stages[0][0], self._samples)))
-            spread = pstdev([self._risk(policy) for policy in policies])
-            scale = self._plan.eta * pstdev(divergence) / spread if spread else 0.0
-        return State(0, parent, scale)
+        return State(0, parent, self._plan.eta * self._ratio_of_spreads(parent) if self._plan.eta else 0.0)
 
     def advance(self, state: State) -> State:
         """One generation. Its choices depend on the seed and its number: a search that goes on ends as one that never stopped."""
@@ -98,6 +92,17 @@ class Search:
         entry = {"fitness": lowest, "divergence": lowest - state.scale * risk, "risk": risk}
         return State(state.generation + 1, parent, state.scale, best, [*state.history, entry])
 
+    def _ratio_of_spreads(self, parent: Policy) -> float:
+        """Of divergence and risk: interquartile ranges over policies a few switches from `parent`, as evolution meets them.
+
+        Ranges, because a matrix that loses nearly all can diverge a thousand times as far as the others.
+        """
+        rng = Random(f"{self._seed}/spread")
+        policies = [self._mutate(parent, rng, rng.randint(1, 8)) for _ in range(SPREAD)]
+        divergence = self._evaluate(policies, range(min(self._plan.stages[-1][0], self._samples)))
+        spread = _range([self._risk(policy) for policy in policies])
+        return _range([_finite(d) for d in divergence]) / spread if spread else 0.0
+
     def _fitness(self, policies: Sequence[Policy], samples: Sequence[int], scale: float) -> list[float]:
         divergence = self._evaluate(policies, samples)
         return [_finite(d + scale * self._risk(policy)) for d, policy in zip(divergence, policies, strict=True)]
@@ -117,6 +122,12 @@ class Search:
         return tuple(levels)
 
 
+def _range(values: Sequence[float]) -> float:
+    """Interquartile."""
+    low, _, high = quantiles(values, n=4)
+    return high - low
+
+
 def _finite(fitness: float) -> float:
     """An overflow is the worst of all; NaN would be neither better nor worse than anything."""
-    return fitness if isfinite(fitness) else inf
+    return fitness if isfinite(fitness) else OVERFLOW

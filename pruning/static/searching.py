@@ -64,7 +64,7 @@ def search(
     local = Local(proxy, installed)
     evaluate: Evaluator = Cluster(ray, str(checkpoint.resolve()), proxy.references, database) if ray else local
     limits = [database.limits[name] for name in database.names]
-    schedule = Plan(recipe.generations, recipe.offspring, eta=recipe.eta)
+    schedule = Plan(generations=recipe.generations, offspring=recipe.offspring, eta=recipe.eta)
     engine = Search(limits, len(samples), schedule, recipe.seed, evaluate, Risk(database))
     state, tuned = _restore(work, [local, evaluate]) or (engine.start(), [])
     task = progress.add_task("generations", total=recipe.generations, completed=state.generation)

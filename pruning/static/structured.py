@@ -182,12 +182,16 @@ def plan(block: Block, calls: Sequence[Call], name: str, damping: float = obs.DA
             if not weight.isfinite().all():
                 raise ValueError("the weights are not finite")
             prepared = method.prepare(gathered)
+            inverse, dead = inverse_metric(prepared, weight)
+            order, losses = eliminate(weight.masked_fill(dead, 0), inverse, weight.shape[1] // half.units)
         except ValueError as error:
             raise type(error)(f"{matrix}: {error}") from error
+        except torch.linalg.LinAlgError as error:
+            raise obs.HessianError(
+                f"{matrix}: what is left of the Hessian is singular; use more calibration samples or a larger damping"
+            ) from error
         if isinstance(prepared, obs.Factor) and prepared.retries:
             retried[matrix] = prepared.damping
-        inverse, dead = inverse_metric(prepared, weight)
-        order, losses = eliminate(weight.masked_fill(dead, 0), inverse, weight.shape[1] // half.units)
         found.append(Removal(half, inverse, order, losses))
     heads, neurons = found
     return Plan(block, heads, neurons, retried)
