@@ -18,8 +18,6 @@ from pruning.static.database import Policy
 
 Evaluate = Callable[[Sequence[Policy], Sequence[int]], list[float]]
 """Mean divergence of each policy over the proxy samples given by number."""
-
-
 OVERFLOW = 1e30
 SPREAD = 24
 """Policies from which the spread of both terms of the fitness is read."""
@@ -32,7 +30,7 @@ class Plan:
     generations: int = 40
     offspring: int = 16
     stages: tuple[tuple[int, int], ...] = ((3, 5), (10, 1))
-    eta: float = 0.2
+    eta: float = 0.3
     top: int = 4
 
 
