@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,15 +67,19 @@ def test_a_checkpoint_that_is_not_pruned_has_nothing_to_draw(dense: Path, tmp_pa
 
 def test_ctrl_c_leaves_what_is_finished_and_no_checkpoint(dense: Path, tmp_path: Path) -> None:
     asked = ["--allocation", "search", "--no-projector", "--samples", "16", "--levels", "1", "--offspring", "2"]
-    running = subprocess.Popen(
-        [*COMMAND, str(dense), "--out", "out", *asked, "--generations", "100000"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
     state = tmp_path / "out.work" / "search.json"
-    while not state.exists():
-        assert running.poll() is None, running.stderr.read() if running.stderr else ""
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    with subprocess.Popen(
+        [*COMMAND, str(dense), "--out", "out", *asked, "--generations", "100000"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a parent in the background has it ignored
+    ) as running:  # fmt: skip
+        try:
+            while not state.exists():
+                assert running.poll() is None, running.stderr.read() if running.stderr else ""
+                time.sleep(0.05)
+            running.send_signal(signal.SIGINT)
+            _, errors = running.communicate(timeout=60)
+        finally:
+            running.kill()
     assert running.returncode == 130
     assert "Traceback" not in errors
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}

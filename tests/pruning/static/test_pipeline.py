@@ -261,7 +261,7 @@ def test_another_recipe_does_not_go_on_with_a_killed_run(dense, tmp_path, monkey
         ({"pattern": "4:2"}, "not unstructured, structured or n:m"),
         ({"pattern": "2:4", "sparsity": 0.6}, "pattern 2:4 means sparsity 0.5"),
         ({"pattern": "2:4", "allocation": "ecoflap"}, "allocation must be uniform"),
-        ({"allocation": "search", "generations": 2}, "rounds 3 are more than generations 2"),
+        ({"allocation": "search", "generations": 2, "rounds": 3}, "rounds 3 are more than generations 2"),
         ({"allocation": "search", "sparsity": 0.0, "vision_sparsity": 0.5}, "its sparsity must be above 0"),
         ({"shared_budget": True, "allocation": "owl", "vision_sparsity": 0.5}, "shared_budget has one target"),
         ({"maximum": 0.6, "vision_sparsity": 0.7}, r"maximum 0\.6 is below sparsity 0\.7"),
