@@ -21,9 +21,9 @@ HEAD = """# What pruning costs the embedded checkpoint
 
 Made by `make tables` from `docs/runs/pruning.jsonl`; one line there is one run of `espalier prune` and one test.
 Accuracy is exact match on every question of {pictures} held-out test pictures ({questions} questions). The language model's
-matrices are pruned, the vision tower is dense. Each cell is the mean over {seeds} seeds (which draw the calibration samples and
+matrices are pruned, the vision tower is dense. Each cell is the mean over at most {seeds} seeds (which draw the calibration samples and
 every choice of the search) ± the half-width of the 95 % interval of that mean (Student's t); one seed has none. In brackets, its
-share of the dense checkpoint's accuracy, **{dense:.2%}** ({low:.2%} to {high:.2%}, bootstrap over pictures).
+share of the dense checkpoint's accuracy, **{dense:.2%}** ({low:.2%} to {high:.2%}, bootstrap over pictures), and its number of runs.
 """
 
 
@@ -60,7 +60,7 @@ def _cell(values: Sequence[float], dense: float | None = None) -> str:
     text = f"{mean(values):.1%}"
     if len(values) > 1:
         text += f" ± {100 * half_width(values):.1f}"
-    return f"{text} ({mean(values) / dense:.1%})" if dense else text
+    return f"{text} ({mean(values) / dense:.1%}, n = {len(values)})" if dense else text
 
 
 def half_width(values: Sequence[float]) -> float:
