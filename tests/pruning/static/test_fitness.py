@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
-from models.checkpoint import open_transformers
-from pruning.static import data
-from pruning.static.allocation import uniform
-from pruning.static.blocks import linears
-from pruning.static.criteria import criterion
-from pruning.static.database import Database, Installed, build, plan
-from pruning.static.evaluate import Local
-from pruning.static.fitness import Proxy, Risk
-from pruning.static.patterns import Unstructured
-from tests.server.tiny import write
-
-
-@dataclass
-class Setting:
-    database: Database
-    proxy: Proxy
-    local: Local
+from pruning.static.fitness import Risk
+from tests.pruning.static.tiny_search import Setting, prepare
 
 
 @pytest.fixture(scope="module", name="setting")
 def tiny_setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    directory = tmp_path_factory.mktemp("fitness")
-    source = open_transformers(write(directory / "dense"), dtype="float32")
-    samples = data.embedded_world(source.preprocessor, 4, seed=0)
-    matrices = linears(source.model, ["language"])
-    sizes = {name: linear.weight.numel() for name, linear in matrices.items()}
-    middle = uniform(sizes, 0.5)
-    database = Database(directory / "database", middle, *plan(sizes, middle, 2))
-    proxy = Proxy.of(source.model, samples)
-    build(database, source.model, "language", samples, 1.0, criterion("magnitude"), Unstructured(), lambda: None)
-    return Setting(database, proxy, Local(proxy, Installed(matrices, database)))
+    return prepare(tmp_path_factory.mktemp("fitness"), 4)
 
 
 def test_dense_does_not_diverge_and_more_zeros_diverge_more(setting: Setting) -> None:
