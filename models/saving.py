@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"}
 
 
 def derive(
-    source: Path, out: Path, changed: Mapping[str, Tensor], manifest: Manifest, config: Mapping[str, dict[str, Any]] | None = None,
-    finish: Callable[[Path], object] = lambda directory: None,
-) -> None:  # fmt: skip
+    source: Path, out: Path, changed: Mapping[str, Tensor], manifest: Manifest, config: Mapping[str, dict[str, Any]] | None = None
+) -> None:
     """Copy `source` to `out` with the tensors in `changed`, one shard in memory at a time; the directory appears when it is whole.
 
     Names in `changed` are `language.3.self_attn.q_proj.weight`, `vision.…` and `projector.linear_1.weight`, whatever the files call
     them; dtypes are the files'. `config` has keys of `config.json` that change, by section. Raises CheckpointError for a name that
-    no file has, FileExistsError where `out` exists. `finish` may complete the directory before it takes its name.
+    no file has, FileExistsError where `out` exists.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists")
@@ -64,7 +63,6 @@ def derive(
             document["metadata"] = document.get("metadata", {}) | {"total_size": size}
             index.write_text(json.dumps(document, indent=2) + "\n")
         write_manifest(part, manifest.model_copy(update={"files": hashes}))
-        finish(part)
         part.replace(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)

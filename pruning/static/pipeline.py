@@ -46,25 +46,34 @@ def run(
         if recipe.allocation != "search":
             raise RecipeError("--ray spreads the evaluations of a search: it needs allocation search")
         connect(ray)
+    work = _draft(recipe, directory, out, device, dtype, ray, Console(stderr=True, quiet=quiet))
+    finish(work.draft)
+    work.draft.replace(out)
+    shutil.rmtree(work.directory)
+    return read_manifest(out)
+
+
+def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, ray: str | None, console: Console) -> Work:
+    """Write the draft of the new checkpoint. The model is let go on return: what comes after needs the room for the new one."""
     source = open_transformers(directory, device, dtype)
     source.model.requires_grad_(False)
     identity = f"{source.name} {source.fingerprint}"
     samples = _samples(recipe, source.preprocessor)
     content = "" if recipe.data == WORLD else sha256(Path(recipe.data))
     work = Work(out, recipe, f"{identity} {dtype} {content}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True, quiet=quiet)
     if work.resumed:
         console.print(f"going on with the run in {work.directory}", highlight=False)
+    if work.draft.exists():  # stopped while it was completed
+        return work
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         changed, report = Job(recipe, source.model, samples, work, progress, source.directory, ray).run()
     pruning = Pruning(recipe=recipe.model_dump(mode="json"), source=identity, **report)
     # What was measured on the dense checkpoint does not hold for this one.
     manifest = source.manifest.model_copy(update={"pruning": pruning, "calibration": None, "cards": {}})
     settings, unread = structured.settle(source.model)
-    derive(source.directory, out, changed | unread, manifest, settings, finish)
-    shutil.rmtree(work.directory)
-    return read_manifest(out)
+    derive(source.directory, work.draft, changed | unread, manifest, settings)
+    return work
 
 
 def _samples(recipe: Recipe, preprocessor: Preprocessor) -> list[data.Sample]:
@@ -153,8 +162,7 @@ class Job:
             self.work.write(name, found)
             return found
         task = self.progress.add_task("scores (zo)", total=len(wanted), completed=len(found))
-        missing = {matrix: linear for matrix, linear in wanted.items() if matrix not in found}
-        for matrix, score in scores.zeroth_order(self.model, missing, self.samples, self.recipe.seed):
+        for matrix, score in scores.zeroth_order(self.model, towers, self.samples, self.recipe.seed, known=list(found)):
             found[matrix] = score
             self.work.write(name, found)
             self.progress.advance(task)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from zlib import crc32
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from pruning.static.blocks import Block, Call, blocks, walk
 from pruning.static.data import Sample
 
 EPSILON = 1e-3
@@ -21,35 +24,53 @@ OUTLIER = 5.0
 def answer_loss(model: LlavaForConditionalGeneration, sample: Sample) -> Tensor:
     """Cross entropy of the answers' tokens given picture and question."""
     logits = model(**sample.inputs(model), logits_to_keep=sample.before_answers.to(model.device), use_cache=False).logits[0]
+    return _cross_entropy(logits, sample)
+
+
+def _answer_loss_from(model: LlavaForConditionalGeneration, block: Block, call: Call, sample: Sample) -> Tensor:
+    """`answer_loss`, going on from what `block` is called with: what comes before a changed matrix need not run again."""
+    if block.tower != "language":
+        return answer_loss(model, sample)
+    hidden = call.hidden
+    for later in blocks(model, block.tower)[block.index :]:
+        hidden = replace(call, hidden=hidden).run(later)
+    rows = hidden[0, sample.before_answers.to(hidden.device)]
+    return _cross_entropy(model.lm_head(model.model.language_model.norm(rows)), sample)
+
+
+def _cross_entropy(logits: Tensor, sample: Sample) -> Tensor:
     return F.cross_entropy(logits.float(), sample.ids[sample.answers].to(logits.device))
 
 
+@torch.no_grad()
 def zeroth_order(
-    model: LlavaForConditionalGeneration, linears: dict[str, nn.Linear], samples: Sequence[Sample], seed: int
+    model: LlavaForConditionalGeneration, towers: Sequence[str], samples: Sequence[Sample], seed: int, known: Collection[str] = ()
 ) -> Iterator[tuple[str, float]]:
-    """(matrix, score), one matrix after the other: the sum over samples of |L(W + εz) - L(W - εz)| / 2ε for a normal z.
+    """(matrix, score) of each not in `known`: the sum over samples of |L(W + εz) - L(W - εz)| / 2ε for a normal z.
 
     Two forward passes a matrix and sample, no gradients held. Each matrix is put back from a copy: adding the step again would
     leave rounding behind. A matrix's noise depends on seed and name alone, so that a run that goes on scores as one that never
     stopped.
     """
-    for name, linear in linears.items():
-        yield name, _zeroth_order(model, linear.weight, samples, torch.Generator().manual_seed(crc32(f"{seed}/{name}".encode())))
+    for tower in towers:
+        for block, calls in walk(model, tower, samples):
+            losses = [partial(_answer_loss_from, model, block, call, s) for call, s in zip(calls, samples, strict=True)]
+            for name, linear in block.linears().items():
+                if name not in known:
+                    generator = torch.Generator().manual_seed(crc32(f"{seed}/{name}".encode()))
+                    yield name, _zeroth_order(linear.weight, losses, generator)
 
 
-@torch.no_grad()
-def _zeroth_order(
-    model: LlavaForConditionalGeneration, weight: Tensor, samples: Sequence[Sample], generator: torch.Generator
-) -> float:
+def _zeroth_order(weight: Tensor, losses: Sequence[Callable[[], Tensor]], generator: torch.Generator) -> float:
     before = weight.clone()
     score = 0.0
-    for sample in samples:
+    for loss in losses:
         noise = EPSILON * torch.randn(weight.shape, generator=generator).to(weight)
-        losses = []
+        sides = []
         for direction in (1, -1):
             weight.copy_(before).add_(noise, alpha=direction)
-            losses.append(float(answer_loss(model, sample)))
-        score += abs(losses[0] - losses[1]) / (2 * EPSILON)
+            sides.append(float(loss()))
+        score += abs(sides[0] - sides[1]) / (2 * EPSILON)
     weight.copy_(before)
     return score
 

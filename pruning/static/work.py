@@ -29,6 +29,11 @@ class Work:
         self.directory.mkdir(exist_ok=True)
         self.write("recipe", asked)
 
+    @property
+    def draft(self) -> Path:
+        """The new checkpoint, whole, until it takes its name."""
+        return self.directory / "checkpoint"
+
     def read(self, name: str) -> Any:
         """What `write` stored, or None."""
         path = self.directory / f"{name}.json"

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
 from evals.scenes import MAX_TOKENS, Answer, make_request
-from models.checkpoint import CheckpointError, load, read_manifest
+from models.checkpoint import CheckpointError, load, open_transformers, read_manifest
 from models.embedded.world import draw
-from pruning.static import pipeline, projector
+from pruning.static import pipeline, projector, scores
 from pruning.static.blocks import linears
-from pruning.static.data import DataError
+from pruning.static.data import DataError, embedded_world
 from pruning.static.recipe import Recipe, RecipeError, read
 from pruning.static.search import Search
 from tests.server.tiny import VISUAL, answer, new_engine, write
@@ -90,6 +91,24 @@ def test_zeroth_order_scores_leave_the_weights_as_they_were(dense, tmp_path):
     before, after = weights(dense, "language"), weights(tmp_path / "out", "language")
     assert all(torch.equal(before[name][after[name] != 0], w[w != 0]) for name, w in after.items())
     assert max(manifest.pruning.sparsity.values()) <= 0.6 + 1e-3
+
+
+def test_zeroth_order_scores_are_the_loss_differences_of_the_whole_model(dense):
+    source = open_transformers(dense)
+    samples = embedded_world(source.preprocessor, 2, 0)
+    found = dict(scores.zeroth_order(source.model, ["vision", "language"], samples, 0, known=["language.0.mlp.up_proj"]))
+    assert found.keys() == linears(source.model).keys() - {"language.0.mlp.up_proj"}
+    name = "language.1.mlp.down_proj"
+    weight, generator, wanted = linears(source.model)[name].weight, torch.Generator().manual_seed(crc32(f"0/{name}".encode())), 0.0
+    with torch.no_grad():
+        for sample in samples:
+            step = scores.EPSILON * torch.randn(weight.shape, generator=generator)
+            sides = []
+            for moved in (weight + step, weight - step):
+                source.model.get_submodule("model.language_model.layers.1.mlp.down_proj").weight.data = moved
+                sides.append(scores.answer_loss(source.model, sample))
+            wanted += float((sides[0] - sides[1]).abs()) / (2 * scores.EPSILON)
+    assert found[name] == pytest.approx(wanted, rel=1e-2)  # a small difference of float32 losses
 
 
 def test_search_hits_the_total_and_tells_its_story(dense, tmp_path):
@@ -223,6 +242,19 @@ def test_a_killed_run_goes_on_without_repeating_what_was_finished(dense, whole, 
     total = {"solve_block": 3, "advance": 4, "tune": 2, "derive": 1}[name]
     assert again[0] == total - (calls - 1)
     assert not list(tmp_path.glob("*.work")) and not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_killed_while_its_checkpoint_was_completed_goes_on_there(dense, tmp_path, monkeypatch):
+    def killed(directory: Path) -> None:
+        assert load(directory).manifest.pruning
+        raise Killed
+
+    with pytest.raises(Killed):
+        pipeline.run(read(None, QUICK), str(dense), tmp_path / "out", quiet=True, finish=killed)
+    assert not (tmp_path / "out").exists()
+    again = die_at(monkeypatch, pipeline, "derive", -1)
+    assert prune(dense, tmp_path / "out").pruning
+    assert again == [0] and {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_a_killed_structured_run_goes_on_too(dense, tmp_path, monkeypatch):
