@@ -30,7 +30,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = None,
     default_level: Annotated[str | None, typer.Option(help="Pruning level of requests that name none.")] = None,
-    token_policy: Annotated[str | None, typer.Option(help="cls_diversity, random, uniform or pooling.")] = None,
+    token_policy: Annotated[str | None, typer.Option(help="merging, divprune, cls_diversity, random, uniform or pooling.")] = None,
 ) -> None:
     """Serve a checkpoint over an OpenAI-compatible API. Every option is also an environment variable, ESPALIER_PORT and so on."""
     from server.run import run
@@ -48,7 +48,7 @@ def evaluate(
     level: Annotated[str, typer.Option(help="Pruning level.")] = "off",
     limit: Annotated[int, typer.Option(min=1, help="Questions, one per picture.")] = 4000,
     split: Annotated[str, typer.Option(help="test to report, validation to tune.")] = "test",
-    token_policy: Annotated[str, typer.Option(help="cls_diversity, random, uniform or pooling.")] = "cls_diversity",
+    token_policy: Annotated[str, typer.Option(help="merging, divprune, cls_diversity, random, uniform or pooling.")] = "merging",
     device: DEVICE = "cpu",
     dtype: DTYPE = "auto",
     json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,

@@ -21,10 +21,15 @@ def prefill_flops(config: LlavaConfig, route: Route, prompt: int) -> int:
         heads = has.kv_heads * query_heads(text)
         qkv = width * dim * (heads + 2 * has.kv_heads)
         rest = width * dim * heads + 3 * width * has.ffn
-        # Causal attention reads half of rows x rows, once for the scores and once for the values. In the last layer only one
-        # row goes on after the keys and values are made.
-        asked = min(rows, 1) if layer == last else rows
-        total += rows * qkv + asked * rest + (rows * heads * dim) * (2 if layer == last else rows)
+        # In the last layer only one row goes on after the keys and values are made, in others all that do not stay as they are.
+        asked = rows
+        if layer == last:
+            asked = min(rows, 1)
+        elif layer in route.visual_stays:
+            asked -= len(route.kept) if layer >= route.drop_layer else route.visual_tokens
+        # Scores and values; where all rows ask, causal attention reads half of rows x rows.
+        pairs = rows * rows if asked == rows else 2 * asked * rows
+        total += rows * qkv + asked * rest + pairs * heads * dim
     return 2 * int(total)
 
 

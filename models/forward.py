@@ -25,7 +25,9 @@ class Work:
     """What one request brings to a pass: its new rows, and where they stand.
 
     hidden [n, width]; positions [n], int64, the original ones. n is the whole prompt, or 1 when decoding. For a prompt that
-    drops tokens, `kept` [m] are the indices of the rows that stay from `route.drop_layer` on.
+    drops tokens, `kept` [m] are the indices of the rows that stay from `route.drop_layer` on; `text` are those of the rows that
+    are no visual tokens, where the route tells them apart. The last `tail` rows' logits are wanted: one to go on from, more to
+    score an answer.
     """
 
     hidden: Tensor
@@ -33,24 +35,34 @@ class Work:
     route: Route
     cache: RequestCache
     kept: Tensor | None = None
+    text: Tensor | None = None
+    tail: int = 1
 
 
-def prompt_work(model: Llava, ids: Tensor, visual: Tensor | None, route: Route, cache: RequestCache) -> Work:
+def prompt_work(
+    model: Llava, ids: Tensor, visual: Tensor | None, route: Route, cache: RequestCache, tail: int = 1
+) -> Work:
     """The rows of a prompt: `ids` [n] with image tokens expanded, `visual` [visual_tokens, width] to stand in their places."""
     is_visual = ids == model.config.image_token_id
     hidden = model.embed(ids)
     if visual is not None:
         hidden[is_visual] = visual.to(hidden.dtype)
-    positions = torch.arange(len(ids), device=ids.device)
-    if not route.dropped:
-        return Work(hidden, positions, route, cache)
-    stays = ~is_visual
-    places = is_visual.nonzero()[:, 0]
-    stays[places[torch.tensor(route.kept, device=ids.device, dtype=torch.long)]] = True
-    kept = stays.nonzero()[:, 0]
-    if route.drop_layer == 0:
-        return Work(hidden[kept], positions[kept], route, cache)
-    return Work(hidden, positions, route, cache, kept)
+    work = Work(hidden, torch.arange(len(ids), device=ids.device), route, cache, tail=tail)
+    if route.dropped:
+        stays = ~is_visual
+        places = is_visual.nonzero()[:, 0]
+        stays[places[torch.tensor(route.kept, device=ids.device, dtype=torch.long)]] = True
+        work.kept = stays.nonzero()[:, 0]
+        if route.drop_layer == 0:
+            work.hidden, work.positions, is_visual = hidden[work.kept], work.positions[work.kept], is_visual[work.kept]
+            work.kept = None
+    if route.sizes:
+        sizes = torch.ones(len(work.positions), dtype=hidden.dtype, device=ids.device)
+        sizes[is_visual] = torch.tensor(route.sizes, dtype=hidden.dtype, device=ids.device)
+        cache.weigh(sizes.log())
+    if route.visual_stays:
+        work.text = (~is_visual).nonzero()[:, 0]
+    return work
 
 
 def token_work(model: Llava, ids: Tensor, position: int, route: Route, cache: RequestCache) -> Work:
@@ -60,70 +72,74 @@ def token_work(model: Llava, ids: Tensor, position: int, route: Route, cache: Re
 
 @torch.inference_mode()
 def forward(model: Llava, batch: Sequence[Work], watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
-    """Run one pass; returns float32 logits [requests, vocab] of each request's last row.
+    """Run one pass; returns float32 logits [sum of tails, vocab] of each request's last rows.
 
     `watch(layer, hidden)` is shown the rows before each layer: calibration reads there, nothing else needs it.
     """
     hidden = torch.cat([work.hidden for work in batch])
     cos, sin = model.rope(torch.cat([work.positions for work in batch]))
     counts = [len(work.positions) for work in batch]
+    texts = [work.text for work in batch]
     last_layers = [max(i for i, runs in enumerate(work.route.layers) if runs) for work in batch]
     for layer, block in enumerate(model.blocks):
         leaving = [w.kept if w.route.drop_layer == layer else None for w in batch]
         if any(kept is not None for kept in leaving):
-            rows = _rows(counts, leaving, hidden.device)
-            hidden, cos, sin = hidden[rows], cos[rows], sin[rows]
-            counts = [n if kept is None else len(kept) for n, kept in zip(counts, leaving, strict=True)]
+            hidden, cos, sin, counts = _leave(hidden, cos, sin, counts, leaving)
+            texts = [_among(text, kept) for text, kept in zip(texts, leaving, strict=True)]
         if watch:
             watch(layer, hidden)
         running = [i for i, work in enumerate(batch) if work.route.layers[layer]]
         if not running:
             continue
-        ending = [counts[i] > 1 and last_layers[i] == layer for i in range(len(batch))]
-        hidden, cos, sin, counts = _layer(model, block, layer, batch, running, ending, hidden, cos, sin, counts)
+        tails = [
+            torch.arange(n - work.tail, n, device=hidden.device) if n > work.tail and last == layer else None
+            for n, work, last in zip(counts, batch, last_layers, strict=True)
+        ]
+        asked = [
+            tail if tail is not None else text if layer in work.route.visual_stays else None
+            for tail, text, work in zip(tails, texts, batch, strict=True)
+        ]
+        hidden = _layer(model, block, layer, [(batch[i], counts[i], asked[i]) for i in running], hidden, cos, sin,
+                        _select(counts, running, hidden.device) if len(running) < len(batch) else None)  # fmt: skip
+        if any(tail is not None for tail in tails):
+            hidden, cos, sin, counts = _leave(hidden, cos, sin, counts, tails)
     return model.logits(hidden)
 
 
+Part = tuple[Work, int, Tensor | None]
+"""A request in a layer: how many rows it has there, and which of them ask and go on; all of them if None."""
+
+
 def _layer(
-    model: Llava, block: Block, layer: int, batch: Sequence[Work], running: list[int], ending: list[bool],
-    hidden: Tensor, cos: Tensor, sin: Tensor, counts: list[int],
-) -> tuple[Tensor, Tensor, Tensor, list[int]]:  # fmt: skip
-    """One layer on the rows of the requests in `running`; a request that is `ending` keeps only its last row after attention."""
-    everyone = len(running) == len(batch)
-    rows = None if everyone else _select(counts, running, hidden.device)
+    model: Llava, block: Block, layer: int, parts: list[Part], hidden: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None
+) -> Tensor:
+    """One layer on `rows` of `hidden`, or on all of them: every row is seen, the rows that ask are changed."""
     x, c, s = (hidden, cos, sin) if rows is None else (hidden[rows], cos[rows], sin[rows])
     qkv = block.qkv(F.rms_norm(x, x.shape[-1:], block.input_norm, model.eps))
-    mixed = _attention(model, block, layer, qkv, c, s, [(batch[i], counts[i], ending[i]) for i in running])
-    if any(ending):
-        tails = [torch.tensor([n - 1], device=hidden.device) if end else None for n, end in zip(counts, ending, strict=True)]
-        left = _rows(counts, tails, hidden.device)
-        hidden, cos, sin = hidden[left], cos[left], sin[left]
-        counts = [1 if end else n for n, end in zip(counts, ending, strict=True)]
-        rows = None if everyone else _select(counts, running, hidden.device)
-        x = hidden if rows is None else hidden[rows]
+    mixed = _attention(model, block, layer, qkv, c, s, parts)
+    if any(asked is not None for _, _, asked in parts):
+        asking = _rows([count for _, count, _ in parts], [asked for _, _, asked in parts], hidden.device)
+        rows = asking if rows is None else rows[asking]
+        x = hidden[rows]
     x = block.out(mixed).add_(x)
     gate, up = block.gate_up(F.rms_norm(x, x.shape[-1:], block.post_norm, model.eps)).chunk(2, dim=-1)
     x = block.down(F.silu(gate).mul_(up)).add_(x)
-    if rows is None:
-        return x, cos, sin, counts
-    return hidden.index_copy(0, rows, x), cos, sin, counts
+    return x if rows is None else hidden.index_copy(0, rows, x)
 
 
-def _attention(
-    model: Llava, block: Block, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, parts: list[tuple[Work, int, bool]]
-) -> Tensor:
-    """Rotate, remember and attend, request by request: qkv [rows, (heads + 2 kv_heads) * dim] to [rows left, heads * dim]."""
+def _attention(model: Llava, block: Block, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, parts: list[Part]) -> Tensor:
+    """Rotate, remember and attend, request by request: qkv [rows, (heads + 2 kv_heads) * dim] to [asking, heads * dim]."""
     heads, kv_heads, dim = block.heads, block.kv_heads, model.head_dim
     scale = dim**-0.5
     qkv = qkv.view(len(qkv), heads + 2 * kv_heads, dim)
     rotated = rotate(qkv[:, : heads + kv_heads], cos, sin)
     query, key, value = rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :]
     mixed, start = [], 0
-    for work, count, ends in parts:
+    for work, count, asked in parts:
         stop = start + count
         keys, values = work.cache.append(layer, key[start:stop], value[start:stop])
-        asked = query[stop - 1 : stop] if ends else query[start:stop]
-        mixed.append(attend(asked, keys, values, scale=scale).reshape(-1, heads * dim))
+        own = query[start:stop] if asked is None else query[start:stop][asked]
+        mixed.append(attend(own, keys, values, scale=scale, at=asked, bias=work.cache.bias(layer)).reshape(-1, heads * dim))
         start = stop
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
@@ -136,6 +152,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
     return out
+
+
+def _leave(
+    hidden: Tensor, cos: Tensor, sin: Tensor, counts: list[int], kept: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """All but the kept rows go."""
+    rows = _rows(counts, kept, hidden.device)
+    return hidden[rows], cos[rows], sin[rows], [n if k is None else len(k) for n, k in zip(counts, kept, strict=True)]
+
+
+def _among(rows: Tensor | None, kept: Tensor | None) -> Tensor | None:
+    """Where `rows`, which all stay, stand among the kept ones."""
+    return rows if rows is None or kept is None else torch.searchsorted(kept, rows)
 
 
 def _rows(counts: list[int], kept: Sequence[Tensor | None], device: torch.device) -> Tensor:

@@ -27,6 +27,16 @@ class RequestCache:
             for part, heads, n in zip(flat.split(sizes), kv_heads, rows, strict=True)
         ]
         self.nbytes = flat.numel() * flat.element_size()
+        self._bias: Tensor | None = None
+
+    def weigh(self, bias: Tensor) -> None:
+        """Add `bias` [n] to the attention scores of the first n rows, in every layer."""
+        self._bias = bias.new_zeros(max(self.capacity))
+        self._bias[: len(bias)] = bias
+
+    def bias(self, layer: int) -> Tensor | None:
+        """What a layer's rows add to their attention scores: [length], or None."""
+        return None if self._bias is None else self._bias[: self.lengths[layer]]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add rows [n, kv_heads, head_dim] to a layer; return all its keys and values as [kv_heads, length, head_dim] views."""

@@ -11,13 +11,18 @@ class Route:
     """For one request, which visual tokens are kept from `drop_layer` on and which layers run. Never changes once made.
 
     `kept` are ascending indices among the prompt's `visual_tokens` (all images in order). A dropped token is a row that is not
-    there from `drop_layer` on; a layer that does not run holds no keys and values, so decoding skips it too.
+    there from `drop_layer` on; a layer that does not run holds no keys and values, so decoding skips it too. In a layer of
+    `visual_stays` the visual rows stay as they are: text rows run and see them, but they pass the layer by (ShortV, arXiv
+    2504.00502). `sizes` says of each kept token how many it stands for, itself among them: its attention scores gain the logarithm
+    (ToMe's proportional attention, arXiv 2210.09461), so that a picture of few tokens weighs as much as the whole.
     """
 
     visual_tokens: int
     kept: tuple[int, ...]
     layers: tuple[bool, ...]
     drop_layer: int = 0
+    visual_stays: frozenset[int] = frozenset()
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not any(self.layers):
@@ -28,6 +33,10 @@ class Route:
             raise ValueError("kept visual tokens must be ascending and unique")
         if self.kept and not 0 <= self.kept[0] <= self.kept[-1] < self.visual_tokens:
             raise ValueError(f"kept visual tokens must lie in 0..{self.visual_tokens - 1}")
+        if not all(0 <= layer < len(self.layers) and self.layers[layer] for layer in self.visual_stays):
+            raise ValueError("visual rows can only stay as they are in layers that run")
+        if self.sizes and (self.drop_layer or len(self.sizes) != len(self.kept) or sum(self.sizes) != self.visual_tokens):
+            raise ValueError("sizes are given to every kept token, add up to all of them, and hold from layer 0 on")
 
     @classmethod
     def full(cls, visual_tokens: int, layers: int) -> Route:

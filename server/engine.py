@@ -67,7 +67,7 @@ class Engine:
 
     def __init__(
         self, checkpoint: Checkpoint, limits: Limits | None = None, *, default_level: str = "off",
-        token_policy: TokenPolicy = "cls_diversity", name: str | None = None, metrics: Metrics | None = None,
+        token_policy: TokenPolicy = "merging", name: str | None = None, metrics: Metrics | None = None,
     ) -> None:  # fmt: skip
         limits = limits or Limits()
         self.checkpoint, self.model, self.preprocessor = checkpoint, checkpoint.model, checkpoint.preprocessor

@@ -73,11 +73,13 @@ def make_route(
     if not images:
         return Route(0, (), runs), None
     kept: list[int] = []
+    sizes: list[int] = []
     parts, start = [], 0
     for image in images:
         tokens, attention = image.tokens[0], image.attention[0]
-        indices, used = keep_tokens(policy, tokens, attention, level.kept(len(tokens)), seed)
-        kept += [start + i for i in indices.tolist()]
-        parts.append(used)
+        chosen = keep_tokens(policy, tokens, attention, level.kept(len(tokens)), seed)
+        kept += [start + i for i in chosen.indices.tolist()]
+        sizes += chosen.sizes
+        parts.append(chosen.tokens)
         start += len(tokens)
-    return Route(start, tuple(kept), runs), torch.cat(parts)
+    return Route(start, tuple(kept), runs, sizes=tuple(sizes)), torch.cat(parts)

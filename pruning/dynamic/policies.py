@@ -5,6 +5,7 @@ They need no attention scores from the language model, so they run before it; th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 from typing import Literal, get_args
 
@@ -12,25 +13,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TokenPolicy = Literal["cls_diversity", "random", "uniform", "pooling"]
+TokenPolicy = Literal["merging", "divprune", "cls_diversity", "random", "uniform", "pooling"]
 TOKEN_POLICIES: tuple[str, ...] = get_args(TokenPolicy)
 
 
-def keep_tokens(policy: TokenPolicy, tokens: Tensor, attention: Tensor, keep: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Choose `keep` of an image's visual tokens: ascending indices [keep], and the tokens [visual_tokens, width] to use.
+@dataclass(frozen=True)
+class Kept:
+    """`indices` [keep], ascending; `tokens` [visual_tokens, width] to use; `sizes`, if any: how many each kept one stands for."""
 
-    `attention` [visual_tokens] is the class token's. Only `pooling` changes the tokens: each kept one becomes its cell's mean.
+    indices: Tensor
+    tokens: Tensor
+    sizes: tuple[int, ...] = ()
+
+
+def keep_tokens(policy: TokenPolicy, tokens: Tensor, attention: Tensor, keep: int, seed: int) -> Kept:
+    """Choose `keep` of an image's visual tokens [visual_tokens, width].
+
+    `attention` [visual_tokens] is the class token's. `merging` and `pooling` change the kept tokens: each becomes a mean.
     """
     total = len(tokens)
     if keep >= total:
-        return torch.arange(total, device=tokens.device), tokens
+        return Kept(torch.arange(total, device=tokens.device), tokens)
+    if policy == "merging":
+        distance = euclidean(tokens)
+        return merge(tokens, distance, farthest_first(distance, keep))
+    if policy == "divprune":
+        return Kept(farthest_first(cosine(tokens), keep), tokens)
     if policy == "cls_diversity":
-        return cls_diversity(tokens, attention, keep).sort().values, tokens
+        return Kept(cls_diversity(tokens, attention, keep).sort().values, tokens)
     if policy == "random":
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-        return order[:keep].sort().values.to(tokens.device), tokens
+        return Kept(order[:keep].sort().values.to(tokens.device), tokens)
     if policy == "uniform":
-        return uniform(total, keep).to(tokens.device), tokens
+        return Kept(uniform(total, keep).to(tokens.device), tokens)
     return pooling(tokens, keep)
 
 
@@ -73,13 +88,13 @@ def uniform(total: int, keep: int) -> Tensor:
     return torch.tensor(sorted(set(kept)))
 
 
-def pooling(tokens: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+def pooling(tokens: Tensor, keep: int) -> Kept:
     """Average square cells of the grid; each cell's mean stands at its center's place. At most `keep` cells."""
     total = len(tokens)
     side = round(total**0.5)
     if side * side != total or not keep:
         indices = uniform(total, keep).to(tokens.device)
-        return indices, tokens
+        return Kept(indices, tokens)
     cell = next(c for c in range(1, side + 1) if ceil(side / c) ** 2 <= keep)
     grid = tokens.T.reshape(1, -1, side, side)
     means = F.avg_pool2d(grid.float(), cell, ceil_mode=True)[0].flatten(1).T.to(tokens.dtype)
@@ -87,4 +102,45 @@ def pooling(tokens: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     indices = torch.tensor([y * side + x for y in centers for x in centers], device=tokens.device)
     pooled = tokens.clone()
     pooled[indices] = means
-    return indices, pooled
+    return Kept(indices, pooled)
+
+
+def euclidean(tokens: Tensor) -> Tensor:
+    """Distances between tokens [n, width]: float32 [n, n]."""
+    return torch.cdist(tokens.float(), tokens.float())
+
+
+def cosine(tokens: Tensor) -> Tensor:
+    """1 - cosine between tokens [n, width]: float32 [n, n]."""
+    unit = F.normalize(tokens.float(), dim=-1)
+    return 1 - unit @ unit.T
+
+
+def farthest_first(distance: Tensor, keep: int, weights: Tensor | None = None) -> Tensor:
+    """`keep` tokens, each the farthest from those chosen before it (max-min distance, as in DivPrune, arXiv 2503.02175).
+
+    distance [n, n]; `weights` [..., n] are logarithms that multiply it (ours): what matters is chosen sooner. Returns ascending
+    indices [..., keep].
+    """
+    weights = distance.new_zeros(len(distance)) if weights is None else weights
+    factor = (weights - weights.amax(-1, keepdim=True)).exp()
+    chosen = [(factor * distance.sum(0)).argmax(-1, keepdim=True)]
+    nearest = torch.full_like(factor, torch.inf)
+    for _ in range(keep - 1):
+        nearest = torch.minimum(nearest, distance[chosen[-1][..., 0]]).scatter(-1, chosen[-1], -1.0)
+        chosen.append((nearest * factor).argmax(-1, keepdim=True))
+    return torch.cat(chosen, -1).sort(-1).values
+
+
+def merge(tokens: Tensor, distance: Tensor, kept: Tensor) -> Kept:
+    """Give every dropped token to the kept one that is nearest: each kept one becomes their mean, at its own place.
+
+    With their sizes the picture weighs in attention what it weighed before (ToMe, arXiv 2210.09461).
+    """
+    owner = kept[distance[:, kept].argmin(1)]
+    owner[kept] = kept
+    sizes = torch.bincount(owner, minlength=len(tokens))
+    sums = torch.zeros_like(tokens, dtype=torch.float32).index_add(0, owner, tokens.float())
+    merged = tokens.clone()
+    merged[kept] = (sums[kept] / sizes[kept, None]).to(tokens.dtype)
+    return Kept(kept, merged, tuple(sizes[kept].tolist()))

@@ -108,6 +108,8 @@ def routes() -> dict[str, Route]:
         "skip": Route(VISUAL, tuple(range(VISUAL)), (True, False, True)),
         "both": Route(VISUAL, (5,), (False, True, True), drop_layer=1),
         "blind": Route(VISUAL, (), (True, True, False)),
+        "stays": Route(VISUAL, (0, 3, 7, 8, 15), (True, True, True), drop_layer=1, visual_stays=frozenset({0, 1})),
+        "merged": Route(VISUAL, (0, 5, 10), (True, True, True), sizes=(3, 12, 1)),
     }
 
 
@@ -130,12 +132,14 @@ def test_requests_may_join_while_others_decode():
     assert both[1] == alone[1][:5]
 
 
-@pytest.mark.parametrize("name", ["few", "late", "blind"])
+@pytest.mark.parametrize("name", ["few", "late", "blind", "stays", "merged"])
 def test_dropping_equals_a_reference_that_masks(name):
-    """transformers' layers run on all rows; from the drop layer on, dropped rows are masked as keys."""
+    """transformers' layers run on all rows: from the drop layer on, dropped ones are masked as keys; those that stay are put back."""
     reference, model = pair()
     route, ids, pics = routes()[name], prompt(1, 5, seed=6), pixels(1, seed=6)
-    got = forward(model, [Session(model, ids, pics, route).work])[0]
+    work = Session(model, ids, pics, route).work
+    work.tail = 3
+    got = forward(model, [work])
     text = reference.model.language_model
     with torch.no_grad():
         features = torch.cat(list(reference.model.get_image_features(pics, vision_feature_layer=-2,
@@ -152,9 +156,14 @@ def test_dropping_equals_a_reference_that_masks(name):
         for index, layer in enumerate(text.layers):
             if not route.layers[index]:
                 continue
-            mask = (masked if index >= route.drop_layer else causal)[None, None]
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=text.rotary_emb(hidden, positions))
-        expected = reference.lm_head(text.norm(hidden))[0, -1]
+            mask = torch.zeros(masked.shape).masked_fill(~(masked if index >= route.drop_layer else causal), -torch.inf)
+            mask[:, places[list(route.kept)]] += torch.tensor(route.sizes or [1.0]).log()
+            mask = mask[None, None]
+            out = layer(hidden, attention_mask=mask, position_embeddings=text.rotary_emb(hidden, positions))
+            changes = torch.ones(len(ids), dtype=torch.bool)
+            changes[places] = index not in route.visual_stays
+            hidden[0, changes] = out[0, changes]
+        expected = reference.lm_head(text.norm(hidden))[0, -3:]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -183,6 +192,8 @@ def test_nothing_is_computed_for_dropped_tokens_or_skipped_layers(monkeypatch):
             decoded = int(route.layers[layer])
             assert rows[f"language.{layer}.qkv"] == expected[layer] + decoded, (name, layer)
             after = 1 if layer == last else expected[layer]  # the last layer goes on with the one row that is read
+            if layer in route.visual_stays and layer != last:
+                after = len(ids) - VISUAL
             for matrix in ("out", "gate_up", "down"):
                 assert rows[f"language.{layer}.{matrix}"] == after + decoded, (name, layer, matrix)
         assert rows["head"] == 2

@@ -107,7 +107,7 @@ def test_a_route_holds_the_rows_that_were_reserved_for_it(images, ratio, layers,
 
 def test_off_is_the_whole_model():
     pictures = features(2)
-    route, visual = make_route(build_menu([0.0] * 4, 4)["off"], pictures, 4, [0.0] * 4, "cls_diversity", seed=0)
+    route, visual = make_route(build_menu([0.0] * 4, 4)["off"], pictures, 4, [0.0] * 4, "merging", seed=0)
     assert route.dropped == 0
     assert all(route.layers)
     assert torch.equal(visual, torch.cat([picture.tokens[0] for picture in pictures]))

@@ -67,7 +67,7 @@ def test_the_tiny_model_sees_pictures_questions_and_levels(engine):
     readers = [answer(engine, picture, level=level, logprobs=0) for picture in (0, 1) for level in LEVELS]
     readers.append(answer(engine, 0, text="Read the sign.", logprobs=0))
     assert len({tuple(round(one.logprob, 2) for one in reader.logprobs) for reader in readers}) == len(readers)
-    assert len({reader.text for reader in readers}) > len(readers) // 2
+    assert len({reader.text for reader in readers}) > 2
     assert all(reader.text.isascii() and len(reader.text) > 8 for reader in readers)
 
 
@@ -108,7 +108,7 @@ def test_an_answer_is_what_the_model_says_on_the_route(engine, tiny, level):
     model = tiny.model
     route, visual = make_route(
         engine.menu[level], [model.vision(image.pixels[None]) for image in request.images], LAYERS,
-        tiny.manifest.calibration.layer_change, "cls_diversity", seed=0,
+        tiny.manifest.calibration.layer_change, "merging", seed=0,
     )  # fmt: skip
     rows = [n + 8 if n else 0 for n in route.rows(len(request.prompt))]
     cache = RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device)
@@ -168,7 +168,7 @@ def test_the_receipt_is_the_route_and_the_memory_is_what_the_route_needs(engine,
     engine.step()
     features = [tiny.model.vision(image.pixels[None]) for image in request.images]
     change = tiny.manifest.calibration.layer_change
-    route, _ = make_route(engine.menu[level], features, LAYERS, change, "cls_diversity", seed=0)
+    route, _ = make_route(engine.menu[level], features, LAYERS, change, "merging", seed=0)
     receipt = reader.started.receipt
     assert (receipt.visual_tokens, receipt.visual_tokens_total) == (len(route.kept), 2 * VISUAL)
     assert (receipt.layers, receipt.layers_total) == (sum(route.layers), LAYERS)

@@ -1,0 +1,41 @@
+"""Every way to attend against torch's own, with grouped heads, a bias on keys, and only some rows asking."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.attention import _fused, attend
+
+
+def parts(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    return (
+        torch.randn(rows, 4, 8, generator=generator),
+        torch.randn(2, length, 8, generator=generator),
+        torch.randn(2, length, 8, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("length", "at"), [(300, None), (300, [299]), (40, [0, 3, 39]), (40, [7])])
+def test_attention_matches_torch(length, at, biased, causal):
+    places = torch.arange(length) if at is None else torch.tensor(at)
+    query, keys, values = parts(len(places), length)
+    bias = torch.linspace(0, 3, length) if biased else None
+    mask = torch.zeros(len(places), length) if bias is None else bias.repeat(len(places), 1)
+    if causal:
+        mask = mask.masked_fill(torch.arange(length) > places[:, None], -torch.inf)
+    wanted = F.scaled_dot_product_attention(query.transpose(0, 1), keys.repeat_interleave(2, 0), values.repeat_interleave(2, 0),
+                                            mask, scale=0.3).transpose(0, 1)  # fmt: skip
+    found = attend(query, keys, values, scale=0.3, causal=causal, at=None if at is None else places, bias=bias)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    if at is None:  # what a GPU runs
+        torch.testing.assert_close(_fused(query, keys, values, bias, 0.3, causal=causal), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_must_be_one_or_all_unless_their_places_are_given():
+    with pytest.raises(ValueError, match="unless `at` says which"):
+        attend(*parts(3, 10), scale=1.0)
