@@ -1,4 +1,4 @@
-"""The front door: `espalier serve | prune | eval | bench | calibrate | inspect`. A command imports what it needs when it runs."""
+"""The front door: `espalier serve | prune | route | eval | bench | calibrate | inspect`. A command imports only what it needs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ errors = Console(stderr=True)
 
 CHECKPOINT = Annotated[str, typer.Argument(help="A directory that transformers loads, embedded or embedded-dense.")]
 DEVICE = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+TOKEN_POLICY = Annotated[
+    str | None,
+    typer.Option(help="router (default where there is one), merging, divprune, cls_diversity, random, uniform or pooling."),
+]
 DTYPE = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 
 
@@ -30,7 +34,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = None,
     default_level: Annotated[str | None, typer.Option(help="Pruning level of requests that name none.")] = None,
-    token_policy: Annotated[str | None, typer.Option(help="merging, divprune, cls_diversity, random, uniform or pooling.")] = None,
+    token_policy: TOKEN_POLICY = None,
 ) -> None:
     """Serve a checkpoint over an OpenAI-compatible API. Every option is also an environment variable, ESPALIER_PORT and so on."""
     from server.run import run
@@ -48,7 +52,7 @@ def evaluate(
     level: Annotated[str, typer.Option(help="Pruning level.")] = "off",
     limit: Annotated[int, typer.Option(min=1, help="Questions, one per picture.")] = 4000,
     split: Annotated[str, typer.Option(help="test to report, validation to tune.")] = "test",
-    token_policy: Annotated[str, typer.Option(help="merging, divprune, cls_diversity, random, uniform or pooling.")] = "merging",
+    token_policy: TOKEN_POLICY = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "auto",
     json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
@@ -125,6 +129,32 @@ def prune(
         asked = read(recipe, {name: value for name, value in given.items() if value is not None})
         run(asked, checkpoint, out, device, dtype, ray, finish=lambda made: store(made, 128, 0, device, "auto"))
         Console().print(f"pruned into {out}; look at it with `espalier inspect {out}`", highlight=False)
+
+
+@app.command()
+def route(
+    checkpoint: CHECKPOINT,
+    out: Annotated[Path, typer.Option(help="The directory to make: the checkpoint with its router.")],
+    data: Annotated[str | None, typer.Option(help="world (default), or a JSONL file of pictures and questions.")] = None,
+    pictures: Annotated[int | None, typer.Option(help="Pictures that the model is watched on; 1200 by default.")] = None,
+    questions: Annotated[int | None, typer.Option(help="Questions about each, at most; 8 by default.")] = None,
+    answer: Annotated[int | None, typer.Option(help="Tokens of an answer that are watched; 24 by default.")] = None,
+    rows: Annotated[int | None, typer.Option(help="The router's width; a quarter of the model's by default.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the fit; 3000 by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which pictures, and every random choice; 0 by default.")] = None,
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Train a router, from pictures and questions alone. A run that was stopped goes on when it is started again."""
+    from pruning.dynamic.train import Lesson, run
+
+    given = {"data": data, "pictures": pictures, "questions": questions, "answer": answer, "rows": rows, "steps": steps,
+             "seed": seed}  # fmt: skip
+    with _plain_errors():
+        lesson = Lesson.model_validate({name: value for name, value in given.items() if value is not None})
+        record = run(lesson, checkpoint, out, device, dtype).router
+        assert record is not None
+        Console().print(f"router in {out}; it explains {record.report['foreseen']:.0%} of where the model looks", highlight=False)
 
 
 @app.command()

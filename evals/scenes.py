@@ -62,12 +62,12 @@ def make_request(preprocessor: Preprocessor, number: int, scene: Scene, question
 
 
 def run(
-    checkpoint: str, level: str, limit: int, split: str, token_policy: str, device: str, dtype: str, quiet: bool
+    checkpoint: str, level: str, limit: int, split: str, token_policy: str | None, device: str, dtype: str, quiet: bool
 ) -> dict[str, Any]:
     """Evaluate and print; the last line is one JSON document, which is also returned."""
     console = Console(stderr=True, quiet=quiet)
     loaded = load(checkpoint, device, dtype)
-    if token_policy not in get_args(TokenPolicy):
+    if token_policy not in (None, *get_args(TokenPolicy)):
         raise ValueError(f"token policy {token_policy!r} is not one of {', '.join(get_args(TokenPolicy))}")
     engine = Engine(loaded, Limits(max_running=16, max_waiting=64), token_policy=token_policy)  # type: ignore[arg-type]
     if level not in engine.menu:
@@ -86,7 +86,7 @@ def run(
         while not engine.scheduler.idle:
             engine.step()
         progress.update(task, completed=limit)
-    document = summarise(results, level, split, token_policy) | {
+    document = summarise(results, level, split, engine.token_policy) | {
         "checkpoint": loaded.name, "fingerprint": loaded.fingerprint, "seconds": round(time.monotonic() - started, 1)
     }  # fmt: skip
     _show(document, results, console)

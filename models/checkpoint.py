@@ -56,6 +56,17 @@ class Pruning(BaseModel):
     notes: dict[str, Any] = Field(default_factory=dict, description="What else was decided on the way.")
 
 
+class RouterRecord(BaseModel):
+    """The router beside the weights: what it is, for which of them, and how it was trained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shape: dict[str, int]
+    checkpoint: str = Field(description="Fingerprint of the weights that it was trained for.")
+    lesson: dict[str, Any] = Field(description="Every setting, by the names of `espalier route`.")
+    report: dict[str, Any] = Field(description="How well it foresees on held-out pictures.")
+
+
 class Manifest(BaseModel):
     """`espalier.json`. Everything in it is optional: a checkpoint without one serves, with tokens as its only saving."""
 
@@ -65,6 +76,7 @@ class Manifest(BaseModel):
     base_model: str | None = None
     calibration: Calibration | None = None
     pruning: Pruning | None = None
+    router: RouterRecord | None = None
     cards: dict[str, dict[str, Any]] = Field(default_factory=dict, description="What each level was measured to do.")
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of the weight files.")
 

@@ -33,7 +33,7 @@ def prefill_flops(config: LlavaConfig, route: Route, prompt: int) -> int:
     return 2 * int(total)
 
 
-def flops_ratio(config: LlavaConfig, route: Route, prompt: int) -> float:
-    """A route's prefill FLOPs over the dense ones, language model only."""
+def flops_ratio(config: LlavaConfig, route: Route, prompt: int, router: int = 0) -> float:
+    """A route's prefill FLOPs and those that its `router` took, over the dense ones, language model only."""
     dense = Route.full(route.visual_tokens, len(route.layers))
-    return prefill_flops(config, route, prompt) / prefill_flops(config, dense, prompt)
+    return (prefill_flops(config, route, prompt) + router) / prefill_flops(config, dense, prompt)

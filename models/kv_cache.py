@@ -29,6 +29,13 @@ class RequestCache:
         self.nbytes = flat.numel() * flat.element_size()
         self._bias: Tensor | None = None
 
+    def keys(self, layer: int) -> Tensor:
+        """A layer's keys so far: [kv_heads, length, head_dim]; a layer that does not run has none."""
+        slab = self._slabs[layer]
+        if slab is None:
+            raise ValueError(f"layer {layer} does not run for this request")
+        return slab[0, :, : self.lengths[layer]]
+
     def weigh(self, bias: Tensor) -> None:
         """Add `bias` [n] to the attention scores of the first n rows, in every layer."""
         self._bias = bias.new_zeros(max(self.capacity))

@@ -22,8 +22,10 @@ from models.forward import Work, forward, prompt_work, token_work
 from models.kv_cache import KVCache, RequestCache
 from models.route import Route
 from models.vision import ImageFeatures
+from pruning.dynamic.gaze import words
 from pruning.dynamic.levels import build_menu, expected_rows, make_route
 from pruning.dynamic.policies import TokenPolicy
+from pruning.dynamic.router import RouterFailed, load_router, score
 from server.detokenize import Detokenizer
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.metrics import Metrics
@@ -67,7 +69,7 @@ class Engine:
 
     def __init__(
         self, checkpoint: Checkpoint, limits: Limits | None = None, *, default_level: str = "off",
-        token_policy: TokenPolicy = "merging", name: str | None = None, metrics: Metrics | None = None,
+        token_policy: TokenPolicy | None = None, name: str | None = None, metrics: Metrics | None = None,
     ) -> None:  # fmt: skip
         limits = limits or Limits()
         self.checkpoint, self.model, self.preprocessor = checkpoint, checkpoint.model, checkpoint.preprocessor
@@ -77,7 +79,11 @@ class Engine:
         self.menu = build_menu(self._layer_change, self.model.layers, checkpoint.manifest.cards)
         if default_level not in self.menu:
             raise ValueError(f"default level {default_level!r} is not one of {', '.join(self.menu)}")
-        self.default_level, self.token_policy = default_level, token_policy
+        self.default_level = default_level
+        self.router = load_router(checkpoint)
+        self.token_policy: TokenPolicy = token_policy or ("router" if self.router else "merging")
+        if self.token_policy == "router" and not self.router:
+            raise ValueError(f"{checkpoint.directory} has no router; train one with `espalier route`, or name another policy")
         self.model_name = name or checkpoint.name
         self.context_length, self.fingerprint = self.model.context_length, checkpoint.fingerprint
         self.created = int(time.time())
@@ -128,7 +134,6 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request; its events come on the engine's thread. Raises ContextTooLong, Overloaded or ShuttingDown."""
-        level = self.menu[request.level]
         room = self.context_length - len(request.prompt)
         if room < 1:
             raise ContextTooLong(
@@ -136,11 +141,7 @@ class Engine:
                 "send a shorter question, fewer turns or fewer images",
                 param="messages",
             )
-        per_image, layers = self.preprocessor.visual_tokens_per_image, self.model.layers
-        answer = min(request.sampling.max_tokens, room)
-        prompt = expected_rows(level, len(request.prompt), len(request.images), per_image, layers)
-        running = layers - level.skipped_layers
-        job = Job(request.id, prompt + answer * running, prompt // running)
+        job = self._job(request)
         with self._changed:
             if self._draining or (self._thread and not self._thread.is_alive()):
                 raise ShuttingDown("the server is shutting down")
@@ -154,6 +155,14 @@ class Engine:
                 raise Overloaded(str(error), error.retry_after) from error
             self._requests[request.id] = request
             self._changed.notify_all()
+
+    def _job(self, request: Request) -> Job:
+        level, layers = self.menu[request.level], self.model.layers
+        answer = min(request.sampling.max_tokens, self.context_length - len(request.prompt))
+        per_image = self.preprocessor.visual_tokens_per_image
+        prompt = expected_rows(level, len(request.prompt), len(request.images), per_image, layers)
+        running = layers - level.skipped_layers
+        return Job(request.id, prompt + answer * running, prompt // running)
 
     def abort(self, request_id: str) -> None:
         """Forget a request, waiting or running; it emits nothing more. Unknown ids are ignored: it may just have ended."""
@@ -194,7 +203,12 @@ class Engine:
         with self._changed:
             admitted = [self._requests[job.id] for job in self.scheduler.admit()]
         for request in admitted:
-            self._guard(request, self._begin)
+            try:
+                self._begin(request)
+            except RouterFailed:
+                self._guard(request, self._degrade)
+            except Exception as error:
+                self._fail(request, error)
         if not self._running:
             return
         batch = list(self._running.values())
@@ -216,6 +230,15 @@ class Engine:
         except Exception as error:
             self._fail(request, error)
 
+    def _degrade(self, request: Request) -> None:
+        """Queue a request again at level off, which needs no router and more memory."""
+        log.warning("request %s: the router's scores are not finite; it runs at level off", request.id)
+        self.metrics.degradations.labels(request.level, "off").inc()
+        with self._changed:
+            self.scheduler.finish(request.id)
+            request.level, request.reason = "off", f"the router failed at level {request.level}"
+            self.scheduler.submit(self._job(request))
+
     def _fail(self, request: Request, error: Exception) -> None:
         log.error("request %s failed", request.id, exc_info=error)
         self._end(request, "error")
@@ -229,7 +252,8 @@ class Engine:
         encoded = time.monotonic()
         level = self.menu[request.level]
         seed = int(request.images[0].digest[:8], 16) if request.images else 0
-        route, visual = make_route(level, features, self.model.layers, self._layer_change, self.token_policy, seed)
+        scores, router_flops = self._score(request, features) if level.visual_ratio < 1 else (None, 0)
+        route, visual = make_route(level, features, self.model.layers, self._layer_change, self.token_policy, seed, scores)
         request.timings |= {"encode": encoded - now, "route": time.monotonic() - encoded}
         answer = min(request.sampling.max_tokens, self.context_length - len(request.prompt))
         rows = [n + answer if runs else 0 for n, runs in zip(route.rows(len(request.prompt)), route.layers, strict=True)]
@@ -239,12 +263,20 @@ class Engine:
         receipt = Receipt(
             level=level.name, reason=request.reason, visual_tokens=len(route.kept), visual_tokens_total=route.visual_tokens,
             layers=sum(route.layers), layers_total=self.model.layers, checkpoint=self.fingerprint,
-            flops_ratio=round(flops_ratio(self.model.config, route, len(request.prompt)), 4),
+            flops_ratio=round(flops_ratio(self.model.config, route, len(request.prompt), router_flops), 4),
         )  # fmt: skip
         self.metrics.routed(receipt, len(request.prompt))
         text = Detokenizer(self.preprocessor.tokenizer, request.sampling.stop)
         generator = new_generator(request.sampling.seed)
         self._running[request.id] = Running(request, route, cache, receipt, text, generator, work, admitted=time.monotonic())
+
+    def _score(self, request: Request, features: Sequence[ImageFeatures]) -> tuple[torch.Tensor | None, int]:
+        """The router's scores [images, visual tokens], where it chooses, and the FLOPs that they take."""
+        if self.router is None or self.token_policy != "router" or not features:
+            return None, 0
+        read = words(request.prompt, self.model.config.image_token_id)
+        scores = score(self.router, self.model, features, read)
+        return scores, len(features) * self.router.shape.flops(scores.shape[1] + len(read))
 
     def _encode(self, digest: str, pixels: torch.Tensor) -> ImageFeatures:
         """An image's features [1, visual_tokens, width], remembered by content: encoding does not depend on the level."""

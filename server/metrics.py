@@ -52,6 +52,8 @@ class Metrics:
         self.cache_hits = counter("cache_hits_total", "Images whose features were at hand.", "cache")
         self.rejections = counter("rejections_total", "Requests refused, by reason.", "reason")
 
+        self.degradations = counter("degradations_total", "Requests that ran at another level than theirs.", "from", "to")
+
     def watch_load(self, running: Callable[[], float], waiting: Callable[[], float], kv: Callable[[], float]) -> None:
         """Read the three load gauges when scraped, not when they change."""
         self.running.set_function(running)

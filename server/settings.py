@@ -29,7 +29,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto takes the checkpoint's.")
 
     default_level: str = Field("off", description="Pruning level of requests that name none.")
-    token_policy: TokenPolicy = Field("merging", description="How levels choose the visual tokens to keep.")
+    token_policy: TokenPolicy | None = Field(
+        None, description="How levels choose the visual tokens to keep: by the checkpoint's router, or by merging if it has none."
+    )
 
     max_batch: int = Field(8, ge=1, description="Requests that run at once.")
     max_queue: int = Field(64, ge=0, description="Requests that may wait for a place; more are answered 429.")

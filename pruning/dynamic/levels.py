@@ -66,18 +66,22 @@ def expected_rows(level: Level, prompt: int, images: int, visual_tokens_per_imag
 
 def make_route(
     level: Level, images: Sequence[ImageFeatures], layers: int, layer_change: Sequence[float] | None,
-    policy: TokenPolicy, seed: int,
+    policy: TokenPolicy, seed: int, scores: Tensor | None = None,
 ) -> tuple[Route, Tensor | None]:  # fmt: skip
-    """The route of one request, and its visual tokens [all images' tokens, width] (None without images)."""
+    """The route of one request, and its visual tokens [all images' tokens, width] (None without images).
+
+    `scores` [images, visual tokens] are the router's, for the policy of that name.
+    """
     runs = layers_to_run(layers, level.skipped_layers, layer_change)
     if not images:
         return Route(0, (), runs), None
     kept: list[int] = []
     sizes: list[int] = []
     parts, start = [], 0
-    for image in images:
+    for number, image in enumerate(images):
         tokens, attention = image.tokens[0], image.attention[0]
-        chosen = keep_tokens(policy, tokens, attention, level.kept(len(tokens)), seed)
+        own = None if scores is None else scores[number]
+        chosen = keep_tokens(policy, tokens, attention, level.kept(len(tokens)), seed, own)
         kept += [start + i for i in chosen.indices.tolist()]
         sizes += chosen.sizes
         parts.append(chosen.tokens)

@@ -1,6 +1,6 @@
-"""Training-free choices of visual tokens. Each takes one image's features and says which tokens stay.
+"""Choices of visual tokens: each takes one image's features and says which tokens stay.
 
-They need no attention scores from the language model, so they run before it; the learned router must beat them.
+They need no attention scores from the language model, so they run before it. All but `router` are training-free.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TokenPolicy = Literal["merging", "divprune", "cls_diversity", "random", "uniform", "pooling"]
+TokenPolicy = Literal["router", "merging", "divprune", "cls_diversity", "random", "uniform", "pooling"]
 TOKEN_POLICIES: tuple[str, ...] = get_args(TokenPolicy)
+STRENGTH = 0.3
+"""Weight of a router's scores beside the logarithm of the distance: 0.15 and 0.6 keep less (validation, docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,21 @@ class Kept:
     sizes: tuple[int, ...] = ()
 
 
-def keep_tokens(policy: TokenPolicy, tokens: Tensor, attention: Tensor, keep: int, seed: int) -> Kept:
+def keep_tokens(
+    policy: TokenPolicy, tokens: Tensor, attention: Tensor, keep: int, seed: int, scores: Tensor | None = None
+) -> Kept:
     """Choose `keep` of an image's visual tokens [visual_tokens, width].
 
-    `attention` [visual_tokens] is the class token's. `merging` and `pooling` change the kept tokens: each becomes a mean.
+    `attention` [visual_tokens] is the class token's; `scores` [visual_tokens] are the router's, which `router` needs. `merging`,
+    `router` and `pooling` change the kept tokens: each becomes a mean.
     """
     total = len(tokens)
     if keep >= total:
         return Kept(torch.arange(total, device=tokens.device), tokens)
-    if policy == "merging":
+    if policy in ("router", "merging"):
         distance = euclidean(tokens)
-        return merge(tokens, distance, farthest_first(distance, keep))
+        weights = STRENGTH * scores if policy == "router" and scores is not None else None
+        return merge(tokens, distance, farthest_first(distance, keep, weights))
     if policy == "divprune":
         return Kept(farthest_first(cosine(tokens), keep), tokens)
     if policy == "cls_diversity":

@@ -6,24 +6,18 @@ questions cost twice what one does, for nine times the answer tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from random import Random
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from models import pictures
 from models.embedded import world
 from models.preprocess import Preprocessor
-
-
-class DataError(ValueError):
-    """The calibration data cannot be used; the message names the line and what to do."""
 
 
 @dataclass(frozen=True)
@@ -63,47 +57,24 @@ def embedded_world(
     preprocessor: Preprocessor, count: int, seed: int, split: str = "train", families: Sequence[str] = world.FAMILIES
 ) -> list[Sample]:
     """`count` pictures of the world, its families in turn, with all that is asked about each."""
-    scenes = [world.draw(split, seed * 1_000_000 + i, families[i % len(families)]) for i in range(count)]
-    return [of_scene(preprocessor, scene) for scene in scenes]
+    return [_sample(preprocessor, picture) for picture in pictures.from_world(count, seed, split, families)]
 
 
 def of_scene(preprocessor: Preprocessor, scene: world.Scene) -> Sample:
     """A picture of the world with its questions; talk k is question k - 1."""
-    return _sample(preprocessor, scene.image, [(question.text, question.answer) for question in scene.questions])
+    return _sample(preprocessor, pictures.from_scene(scene))
 
 
 def from_file(preprocessor: Preprocessor, path: Path, count: int, seed: int) -> list[Sample]:
-    """`count` samples, drawn without repetition, of a JSONL file of {"image", "question", "answer"}, or of LLaVA's own
-    {"image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}, each turn a question of its own.
-
-    Image paths are relative to the file. Raises DataError for a line that cannot be read and for too few samples.
-    """
-    lines = [(number, line) for number, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()]
-    if len(lines) < count:
-        raise DataError(f"{path} has {len(lines)} samples and {count} are asked for; add some, or lower --samples")
-    return [_read(preprocessor, path, number, line) for number, line in Random(seed).sample(lines, count)]
+    """`count` samples of a JSONL file (see `models.pictures`). Raises DataError for a line that cannot be read and for too few."""
+    return [_sample(preprocessor, picture) for picture in pictures.from_file(path, count, seed)]
 
 
-def _read(preprocessor: Preprocessor, path: Path, number: int, line: str) -> Sample:
-    try:
-        entry = json.loads(line)
-        if "conversations" in entry:
-            values = [turn["value"] for turn in entry["conversations"]]
-            turns = list(zip(values[::2], values[1::2], strict=True))
-        else:
-            turns = [(entry["question"], entry["answer"])]
-        with Image.open(path.parent / entry["image"]) as image:
-            asked = [(question.replace("<image>", "").strip(), answer) for question, answer in turns]
-            return _sample(preprocessor, image.convert("RGB"), asked)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
-
-
-def _sample(preprocessor: Preprocessor, image: Image.Image, turns: Sequence[tuple[str, str]]) -> Sample:
+def _sample(preprocessor: Preprocessor, picture: pictures.Picture) -> Sample:
     tokenizer = preprocessor.tokenizer
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     prompts, answers = [], []
-    for question, answer in turns:
+    for question, answer in picture.turns:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         prompts.append(preprocessor.prompt([{"role": "user", "content": content}]))
         answers.append(tokenizer(f" {answer}", add_special_tokens=False).input_ids + end)
@@ -118,4 +89,4 @@ def _sample(preprocessor: Preprocessor, image: Image.Image, turns: Sequence[tupl
         talks += [talk] * len(own)
         positions += range(shared, shared + len(own))  # where it would be alone
     rows = (torch.tensor(column) for column in (spoken, talks, positions))
-    return Sample(torch.tensor(ids), preprocessor.pixels(image)[None], *rows)
+    return Sample(torch.tensor(ids), preprocessor.pixels(picture.image)[None], *rows)

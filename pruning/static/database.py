@@ -14,12 +14,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from models.work import read_record, write_tensors
 from pruning.static.allocation import Kept
 from pruning.static.blocks import walk
 from pruning.static.criteria import Criterion, solve_block
 from pruning.static.data import Sample
 from pruning.static.patterns import Pattern
-from pruning.static.work import read_record, write_tensors
 
 Policy = tuple[int, ...]
 """A level for every matrix, in the order of the database's names; their sum is zero, so the total is the target."""

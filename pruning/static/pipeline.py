@@ -18,6 +18,7 @@ from models.checkpoint import Manifest, Pruning, open_transformers, read_manifes
 from models.preprocess import Preprocessor
 from models.saving import derive
 from models.widths import Widths
+from models.work import Work
 from pruning.static import allocation, data, scores, searching, structured, wanda
 from pruning.static.allocation import Kept
 from pruning.static.blocks import Block, blocks, collect, first_calls, linears, walk
@@ -27,7 +28,6 @@ from pruning.static.fitness import Proxy
 from pruning.static.patterns import NM, kept_weights
 from pruning.static.recipe import WORLD, Recipe, RecipeError, check
 from pruning.static.reconstruct import reconstruct
-from pruning.static.work import Work
 
 
 def run(
@@ -60,7 +60,7 @@ def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, 
     identity = f"{source.name} {source.fingerprint}"
     samples = _samples(recipe, source.preprocessor)
     content = "" if recipe.data == WORLD else sha256(Path(recipe.data))
-    work = Work(out, recipe, f"{identity} {dtype} {content}")
+    work = Work(out, recipe.model_dump(mode="json"), f"{identity} {dtype} {content}")
     if work.resumed:
         console.print(f"going on with the run in {work.directory}", highlight=False)
     if work.draft.exists():  # stopped while it was completed
@@ -70,7 +70,7 @@ def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, 
         changed, report = Job(recipe, source.model, samples, work, progress, source.directory, ray).run()
     pruning = Pruning(recipe=recipe.model_dump(mode="json"), source=identity, **report)
     # What was measured on the dense checkpoint does not hold for this one.
-    manifest = source.manifest.model_copy(update={"pruning": pruning, "calibration": None, "cards": {}})
+    manifest = source.manifest.model_copy(update={"pruning": pruning, "calibration": None, "router": None, "cards": {}})
     settings, unread = structured.settle(source.model)
     derive(source.directory, work.draft, changed | unread, manifest, settings)
     return work

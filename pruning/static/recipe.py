@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from models.checkpoint import check_files, read_manifest, resolve
 from models.embedded.world import FAMILIES
+from models.work import work_directory
 from pruning.static import patterns
 
 WORLD = "world"
@@ -128,11 +129,6 @@ def _pattern(text: str) -> patterns.Pattern:
         return patterns.parse(text)
     except ValueError as error:
         raise RecipeError(f"pattern: {error}") from error
-
-
-def work_directory(out: Path) -> Path:
-    """Where a run keeps its finished parts."""
-    return out.with_name(out.name + ".work")
 
 
 def check(recipe: Recipe, checkpoint: str, out: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from models.work import Work
 from pruning.static.allocation import Kept, uniform
 from pruning.static.blocks import blocks, linears
 from pruning.static.criteria import Criterion
@@ -20,7 +21,6 @@ from pruning.static.fitness import Proxy, Risk
 from pruning.static.projector import Tuning, tune
 from pruning.static.recipe import Recipe
 from pruning.static.search import Plan, Search, State
-from pruning.static.work import Work
 
 TOWER = "language"
 

@@ -134,7 +134,7 @@ def test_requests_may_join_while_others_decode():
 
 @pytest.mark.parametrize("name", ["few", "late", "blind", "stays", "merged"])
 def test_dropping_equals_a_reference_that_masks(name):
-    """transformers' layers run on all rows: from the drop layer on, dropped ones are masked as keys; those that stay are put back."""
+    """transformers' layers run on all rows: from the drop layer on, dropped ones are masked as keys; those that stay are reset."""
     reference, model = pair()
     route, ids, pics = routes()[name], prompt(1, 5, seed=6), pixels(1, seed=6)
     work = Session(model, ids, pics, route).work

@@ -17,9 +17,11 @@ from transformers import LlavaForConditionalGeneration
 from evals.scenes import MAX_TOKENS, Answer, make_request
 from models.checkpoint import CheckpointError, load, open_transformers, read_manifest
 from models.embedded.world import draw
+from models.pictures import DataError
+from models.work import WorkError
 from pruning.static import pipeline, projector, scores
 from pruning.static.blocks import linears
-from pruning.static.data import DataError, embedded_world
+from pruning.static.data import embedded_world
 from pruning.static.recipe import Recipe, RecipeError, read
 from pruning.static.search import Search
 from tests.server.tiny import VISUAL, answer, new_engine, write
@@ -275,7 +277,7 @@ def test_another_recipe_does_not_go_on_with_a_killed_run(dense, tmp_path, monkey
         die_at(patch, pipeline, "solve_block", 2)
         with pytest.raises(Killed):
             prune(dense, tmp_path / "out")
-    with pytest.raises(RecipeError, match=r"out\.work holds an unfinished run of another recipe"):
+    with pytest.raises(WorkError, match=r"out\.work holds an unfinished run of another recipe"):
         prune(dense, tmp_path / "out", sparsity=0.7)
 
 
