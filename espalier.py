@@ -136,7 +136,7 @@ def route(
     checkpoint: CHECKPOINT,
     out: Annotated[Path, typer.Option(help="The directory to make: the checkpoint with its router.")],
     data: Annotated[str | None, typer.Option(help="world (default), or a JSONL file of pictures and questions.")] = None,
-    pictures: Annotated[int | None, typer.Option(help="Pictures that the model is watched on; 1200 by default.")] = None,
+    pictures: Annotated[int | None, typer.Option(help="Pictures that the model is watched on; 900 by default.")] = None,
     questions: Annotated[int | None, typer.Option(help="Questions about each, at most; 8 by default.")] = None,
     answer: Annotated[int | None, typer.Option(help="Tokens of an answer that are watched; 24 by default.")] = None,
     rows: Annotated[int | None, typer.Option(help="The router's width; a quarter of the model's by default.")] = None,

@@ -34,6 +34,13 @@ def run(name: str, picture: Path | None = None, device: str = "cpu", dtype: str 
         console.print(table)
     else:
         console.print("no calibration: levels skip no layers; run `espalier calibrate`")
+    if (router := manifest.router) is not None:
+        console.print(
+            f"router: {router.shape['depth']} layers, {router.shape['rows']} wide, taught on {router.report['questions']} questions; "
+            f"foresees {router.report['foreseen']:.0%} of where the model looks (R², held-out pictures)", highlight=False,
+        )  # fmt: skip
+    else:
+        console.print("no router: levels choose tokens by the picture alone; run `espalier route`")
     menu = build_menu(change, model.layers, manifest.cards)
     _show_levels(checkpoint, menu)
     if picture:

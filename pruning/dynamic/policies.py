@@ -125,17 +125,16 @@ def cosine(tokens: Tensor) -> Tensor:
 def farthest_first(distance: Tensor, keep: int, weights: Tensor | None = None) -> Tensor:
     """`keep` tokens, each the farthest from those chosen before it (max-min distance, as in DivPrune, arXiv 2503.02175).
 
-    distance [n, n]; `weights` [..., n] are logarithms that multiply it (ours): what matters is chosen sooner. Returns ascending
-    indices [..., keep].
+    distance [n, n]; `weights` [n] are logarithms that multiply it (ours): what matters is chosen sooner. Ascending indices [keep].
     """
-    weights = distance.new_zeros(len(distance)) if weights is None else weights
-    factor = (weights - weights.amax(-1, keepdim=True)).exp()
-    chosen = [(factor * distance.sum(0)).argmax(-1, keepdim=True)]
+    factor = distance.new_ones(len(distance)) if weights is None else weights.exp()
+    chosen = [(factor * distance.sum(0)).argmax()]
     nearest = torch.full_like(factor, torch.inf)
     for _ in range(keep - 1):
-        nearest = torch.minimum(nearest, distance[chosen[-1][..., 0]]).scatter(-1, chosen[-1], -1.0)
-        chosen.append((nearest * factor).argmax(-1, keepdim=True))
-    return torch.cat(chosen, -1).sort(-1).values
+        nearest = torch.minimum(nearest, distance[chosen[-1]])
+        nearest[chosen[-1]] = -1.0  # never again
+        chosen.append((nearest * factor).argmax())
+    return torch.stack(chosen).sort().values
 
 
 def merge(tokens: Tensor, distance: Tensor, kept: Tensor) -> Kept:

@@ -43,7 +43,7 @@ class Lesson(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str = Field(WORLD, description="`world`, or a JSONL file of pictures and questions.")
-    pictures: int = Field(1200, ge=2)
+    pictures: int = Field(900, ge=2)
     questions: int = Field(8, ge=1, description="Of each picture, at most.")
     answer: int = Field(24, ge=1, description="Tokens of an answer that are watched.")
     rows: int = Field(0, ge=0, multiple_of=8, description="The router's width; a quarter of the model's by default.")

@@ -1,0 +1,206 @@
+"""What each way of choosing visual tokens and layers costs in accuracy, at equal arithmetic; `make tables` shows what is stored.
+
+`python -m evals.routes embedded --runs docs/runs/routes.jsonl`: one JSON line a run, written as it ends; what is stored already is
+not run again. Exact match is read off one forward over the right answer, as in `evals.packed`: greedy decoding says it if and only
+if each of its tokens is the most likely one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from evals.packed import summary
+from evals.sweep import stored
+from models.checkpoint import Checkpoint, load
+from models.embedded.world import FAMILIES, Scene, draw
+from models.flops import flops_ratio
+from models.forward import forward, prompt_work, rotate
+from models.kv_cache import RequestCache
+from models.llava import Llava
+from models.route import Route
+from models.vision import ImageFeatures
+from pruning.dynamic.gaze import words
+from pruning.dynamic.levels import Level, layers_to_run, make_route
+from pruning.dynamic.policies import TokenPolicy
+from pruning.dynamic.router import Router, load_router, score
+
+POLICIES = ("router", "merging", "divprune", "cls_diversity", "uniform", "random", "pooling", "fastv", "layers")
+BUDGETS = (0.62, 0.56, 0.47, 0.46)
+"""Shares of the dense prefill's FLOPs: PAR's operating points on LLaVA-1.5-7B (arXiv 2412.06458, table 1)."""
+SHARES = (1 / 3, 2 / 9, 1 / 9)
+"""Of the visual tokens."""
+TYPICAL_TEXT = 16
+"""Text tokens of a typical prompt, by which a budget becomes a number of tokens."""
+FASTV_LAYER = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A policy, and how many visual tokens it keeps or, if it is `layers`, how many layers it skips."""
+
+    policy: str
+    budget: str
+    keep: int
+    skip: int = 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question, its right answer, and where the picture's tokens are among them."""
+
+    ids: list[int]
+    answer: list[int]
+
+
+def settings(checkpoint: Checkpoint, router: Router | None) -> Iterator[Setting]:
+    """Every policy at every budget: the most tokens, or layers, that it can afford."""
+    model = checkpoint.model
+    total, depth = model.visual_tokens_per_image, model.layers
+    yield Setting("off", "off", total)
+    for policy in POLICIES:
+        if policy == "router" and router is None:
+            continue
+        own = router.shape.flops(total + TYPICAL_TEXT) if router and policy == "router" else 0
+        choices = [(total, skip) for skip in range(depth - 1)] if policy == "layers" else [(k, 0) for k in range(total, 0, -1)]
+        for budget in BUDGETS:
+            affordable = (
+                choice for choice in choices
+                if flops_ratio(model.config, _typical(model, policy, *choice), total + TYPICAL_TEXT, own) <= budget
+            )  # fmt: skip
+            if best := next(affordable, None):
+                yield Setting(policy, f"{budget:.0%} FLOPs", *best)
+        for share in SHARES if policy != "layers" else ():
+            yield Setting(policy, f"{share:.3f} of the tokens", round(total * share))
+
+
+def _typical(model: Llava, policy: str, keep: int, skip: int) -> Route:
+    drop = FASTV_LAYER if policy == "fastv" else 0
+    runs = tuple(layer >= skip for layer in range(model.layers))
+    return Route(model.visual_tokens_per_image, tuple(range(keep)), runs, drop)
+
+
+def fastv(model: Llava, prompt: Prompt, visual: Tensor, keep: int) -> Route:
+    """FastV (arXiv 2403.06764): from layer 2 on, the tokens that the question's last row looked at most in the layer before."""
+    ids = torch.tensor(prompt.ids)
+    full = Route.full(len(visual), model.layers)
+    cache = RequestCache(full.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
+    inputs: list[Tensor] = []
+    forward(model, [prompt_work(model, ids, visual, full, cache)], watch=lambda _, hidden: inputs.append(hidden))
+    block = model.blocks[FASTV_LAYER - 1]
+    last = inputs[FASTV_LAYER - 1][-1:]
+    qkv = block.qkv(F.rms_norm(last, last.shape[-1:], block.input_norm, model.eps)).view(1, -1, model.head_dim)
+    query = rotate(qkv[:, : block.heads], *model.rope(torch.tensor([len(ids) - 1]))).view(block.kv_heads, -1, model.head_dim)
+    scores = (query @ cache.keys(FASTV_LAYER - 1).transpose(1, 2)).float() * model.head_dim**-0.5
+    looks = scores.softmax(-1).mean((0, 1))[ids == model.config.image_token_id]
+    kept = tuple(looks.topk(keep).indices.sort().values.tolist())
+    return Route(len(visual), kept, full.layers, FASTV_LAYER)
+
+
+def route_of(
+    setting: Setting, checkpoint: Checkpoint, router: Router | None, prompt: Prompt, image: ImageFeatures, seed: int
+) -> tuple[Route, Tensor, int]:
+    """The route of a question, its visual tokens, and the FLOPs of whoever chose."""
+    model, calibration = checkpoint.model, checkpoint.manifest.calibration
+    visual = image.tokens[0]
+    if setting.policy == "off":
+        return Route.full(len(visual), model.layers), visual, 0
+    if setting.policy == "layers":
+        runs = layers_to_run(model.layers, setting.skip, calibration.layer_change if calibration else None)
+        return Route(len(visual), tuple(range(len(visual))), runs), visual, 0
+    if setting.policy == "fastv":
+        return fastv(model, prompt, visual, setting.keep), visual, 0
+    level = Level(setting.budget, "", setting.keep / len(visual))
+    scores, flops = None, 0
+    if setting.policy == "router":
+        assert router is not None
+        read = words(prompt.ids, model.config.image_token_id)
+        scores, flops = score(router, model, [image], read), router.shape.flops(len(visual) + len(read))
+    policy: TokenPolicy = setting.policy  # type: ignore[assignment]
+    route, used = make_route(level, [image], model.layers, None, policy, seed, scores)
+    assert used is not None
+    return route, used, flops
+
+
+@torch.inference_mode()
+def ask(
+    setting: Setting, checkpoint: Checkpoint, router: Router | None, scene: Scene, seed: int
+) -> tuple[list[bool], list[float]]:
+    """Whether each question about a picture is answered right, and its FLOPs ratio."""
+    model = checkpoint.model
+    image = model.vision(checkpoint.preprocessor.pixels(scene.image)[None].to(model.device, model.dtype))
+    works, prompts, ratios = [], _prompts(checkpoint, scene), []
+    for prompt in prompts:
+        route, visual, flops = route_of(setting, checkpoint, router, prompt, image, seed)
+        ratios.append(flops_ratio(model.config, route, len(prompt.ids), flops))
+        ids = torch.tensor([*prompt.ids, *prompt.answer[:-1]], device=model.device)
+        cache = RequestCache(route.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
+        works.append(prompt_work(model, ids, visual, route, cache, tail=len(prompt.answer)))
+    said = forward(model, works).argmax(-1).cpu().split([len(prompt.answer) for prompt in prompts])
+    return [tokens.tolist() == prompt.answer for tokens, prompt in zip(said, prompts, strict=True)], ratios
+
+
+def _prompts(checkpoint: Checkpoint, scene: Scene) -> list[Prompt]:
+    preprocessor, tokenizer = checkpoint.preprocessor, checkpoint.preprocessor.tokenizer
+    prompts = []
+    for question in scene.questions:
+        content = [{"type": "image"}, {"type": "text", "text": question.text}]
+        answer = [*tokenizer(f" {question.answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        prompts.append(Prompt(preprocessor.prompt([{"role": "user", "content": content}]), answer))
+    return prompts
+
+
+def run(setting: Setting, checkpoint: Checkpoint, router: Router | None, pictures: int, split: str, seed: int) -> dict[str, Any]:
+    found: dict[str, list[list[bool]]] = {family: [] for family in FAMILIES}
+    ratios: list[float] = []
+    for index in track(range(pictures), f"{setting.policy}, {setting.budget}", console=Console(stderr=True), transient=True):
+        scene = draw(split, index)
+        right, spent = ask(setting, checkpoint, router, scene, seed + index)
+        found[scene.family].append(right)
+        ratios += spent
+    return summary(found) | {"flops_ratio": round(sum(ratios) / len(ratios), 4)}
+
+
+def key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry[name] for name in ("checkpoint", "policy", "budget", "split", "seed"))
+
+
+def main(
+    checkpoint: Annotated[str, typer.Argument(help="A directory, embedded or embedded-dense; with a router, if that is asked.")],
+    runs: Annotated[Path, typer.Option(help="Where results are kept, one JSON line a run.")] = Path("docs/runs/routes.jsonl"),
+    name: Annotated[str | None, typer.Option(help="What the checkpoint is called in the table.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="All of their questions are asked, about nine each.")] = 480,
+    split: Annotated[str, typer.Option(help="test to report, validation to tune.")] = "test",
+    seed: Annotated[int, typer.Option(help="Of the router, and of the random policy.")] = 0,
+    only: Annotated[str, typer.Option(help="Only settings whose policy and budget contain this text.")] = "",
+) -> None:
+    source = load(checkpoint)
+    router = load_router(source)
+    runs.parent.mkdir(parents=True, exist_ok=True)
+    done = {key(entry) for entry in stored(runs)}
+    for setting in settings(source, router):
+        entry = {"checkpoint": name or checkpoint, "policy": setting.policy, "budget": setting.budget, "split": split, "seed": seed}
+        if key(entry) in done or only not in f"{setting.policy}, {setting.budget}":
+            continue
+        started = time.monotonic()
+        entry |= {"keep": setting.keep, "skip": setting.skip} | run(setting, source, router, pictures, split, seed)
+        entry["seconds"] = round(time.monotonic() - started, 1)
+        with runs.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        typer.echo(f"{setting.policy}, {setting.budget}, {setting.keep} tokens: {entry['accuracy']:.2%} "
+                   f"at {entry['flops_ratio']:.1%} of the FLOPs in {entry['seconds']:.0f} s")  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,62 @@
+"""The routes' table: what is stored is not run again, budgets are kept, and the baselines choose what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+from typer.testing import CliRunner
+
+from evals import routes
+from models.checkpoint import load
+from models.embedded.world import draw
+from pruning.dynamic.router import Router, Shape
+from tests.server.tiny import write
+
+
+@pytest.fixture(scope="module", name="directory")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("tiny") / "tiny", layers=6)
+
+
+def test_every_policy_keeps_to_every_budget_its_own_arithmetic_included(directory):
+    checkpoint = load(directory)
+    router = Router(Shape(48, 16))
+    found = [one for one in routes.settings(checkpoint, router) if one.budget.endswith("FLOPs")]
+    assert {one.policy for one in found} == set(routes.POLICIES)
+    for setting in found:
+        right, ratios = routes.ask(setting, checkpoint, router, draw("test", 1), seed=0)
+        assert len(right) == len(ratios) == len(draw("test", 1).questions)
+        assert max(ratios) <= float(setting.budget.split("%")[0]) / 100 + 0.03, setting  # a longer question than the typical one
+
+
+def test_fastv_keeps_what_the_last_row_looks_at(directory):
+    checkpoint = load(directory)
+    reference = LlavaForConditionalGeneration.from_pretrained(directory, attn_implementation="eager")
+    scene = draw("test", 0)
+    prompt = routes._prompts(checkpoint, scene)[0]
+    pixels = checkpoint.preprocessor.pixels(scene.image)[None]
+    visual = checkpoint.model.vision(pixels).tokens[0]
+    ids = torch.tensor([prompt.ids])
+    with torch.no_grad():
+        maps = reference(input_ids=ids, pixel_values=pixels, output_attentions=True).attentions
+    looks = maps[routes.FASTV_LAYER - 1][0, :, -1].mean(0)[ids[0] == reference.config.image_token_id]
+    route = routes.fastv(checkpoint.model, prompt, visual, 20)
+    assert set(route.kept) == set(looks.topk(20).indices.tolist())
+    assert route.drop_layer == routes.FASTV_LAYER
+
+
+def test_what_is_stored_is_not_run_again(directory, tmp_path):
+    import typer
+
+    app = typer.Typer()
+    app.command()(routes.main)
+    asked = [str(directory), "--runs", str(tmp_path / "runs.jsonl"), "--pictures", "2", "--only", "uniform, 0.111"]
+    for _ in range(2):
+        assert CliRunner().invoke(app, asked).exit_code == 0
+    (entry,) = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert (entry["policy"], entry["keep"], entry["pictures"]) == ("uniform", 16, 2)
+    assert 0 < entry["flops_ratio"] < 0.4
