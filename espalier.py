@@ -56,14 +56,19 @@ def evaluate(
     device: DEVICE = "cpu",
     dtype: DTYPE = "auto",
     json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
+    cards: Annotated[bool, typer.Option("--cards", help="Ask at every level and write what each does into the manifest.")] = False,
 ) -> None:
     """Ask held-out questions and count exact matches, with 95 % intervals."""
+    from evals import cards as every_level
     from evals.scenes import run
 
     if task != "scenes":
         raise typer.BadParameter(f"task {task!r} is not known; scenes is", param_hint="--task")
     with _plain_errors():
-        run(checkpoint, level, limit, split, token_policy, device, dtype, quiet=json)
+        if cards:
+            every_level.run(checkpoint, limit, split, device, dtype, quiet=json)
+        else:
+            run(checkpoint, level, limit, split, token_policy, device, dtype, quiet=json)
 
 
 @app.command()

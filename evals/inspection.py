@@ -34,10 +34,11 @@ def run(name: str, picture: Path | None = None, device: str = "cpu", dtype: str 
         console.print(table)
     else:
         console.print("no calibration: levels skip no layers; run `espalier calibrate`")
-    if (router := manifest.router) is not None:
+    if manifest.router is not None:
+        shape, report = manifest.router.shape, manifest.router.report
         console.print(
-            f"router: {router.shape['depth']} layers, {router.shape['rows']} wide, taught on {router.report['questions']} questions; "
-            f"foresees {router.report['foreseen']:.0%} of where the model looks (R², held-out pictures)", highlight=False,
+            f"router: {shape['depth']} layers, {shape['rows']} wide, taught on {report['questions']} questions; "
+            f"foresees {report['foreseen']:.0%} of where the model looks (R², held-out pictures)", highlight=False,
         )  # fmt: skip
     else:
         console.print("no router: levels choose tokens by the picture alone; run `espalier route`")

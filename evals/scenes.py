@@ -23,6 +23,7 @@ from server.engine import Engine, Limits
 from server.request import Delta, Event, Failed, Finished, PreparedImage, Receipt, Request, Sampling
 
 MAX_TOKENS = 160  # the longest description takes about a hundred
+LIMITS = Limits(max_running=16, max_waiting=64)
 
 
 def exam(split: str, limit: int, seed: int = 0) -> Iterator[tuple[Scene, Question]]:
@@ -43,13 +44,16 @@ class Answer:
     def __init__(self) -> None:
         self.text = ""
         self.receipt: Receipt | None = None
+        self.prompt_tokens = 0
+        self.first_token_s = 0.0
         self.done = False
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Delta):
             self.text += event.text
         if isinstance(event, Finished):
-            self.receipt = event.receipt
+            self.receipt, self.prompt_tokens = event.receipt, event.prompt_tokens
+            self.first_token_s = sum(event.timings.get(stage, 0.0) for stage in ("encode", "route", "prefill"))
         self.done = self.done or isinstance(event, (Finished, Failed))
 
 
@@ -69,13 +73,24 @@ def run(
     loaded = load(checkpoint, device, dtype)
     if token_policy not in (None, *get_args(TokenPolicy)):
         raise ValueError(f"token policy {token_policy!r} is not one of {', '.join(get_args(TokenPolicy))}")
-    engine = Engine(loaded, Limits(max_running=16, max_waiting=64), token_policy=token_policy)  # type: ignore[arg-type]
+    engine = Engine(loaded, LIMITS, token_policy=token_policy)  # type: ignore[arg-type]
     if level not in engine.menu:
         raise ValueError(f"level {level!r} is not one of {', '.join(engine.menu)}")
     started = time.monotonic()
+    results = ask_all(engine, level, limit, split, console)
+    document = summarise(results, level, split, engine.token_policy) | {
+        "checkpoint": loaded.name, "fingerprint": loaded.fingerprint, "seconds": round(time.monotonic() - started, 1)
+    }  # fmt: skip
+    _show(document, results, console)
+    Console(soft_wrap=True, highlight=False, markup=False).print(json.dumps(document))
+    return document
+
+
+def ask_all(engine: Engine, level: str, limit: int, split: str, console: Console) -> list[tuple[Scene, Question, Answer]]:
+    """An exam at one level, in batches, with a progress bar."""
     results: list[tuple[Scene, Question, Answer]] = []
     with Progress(console=console) as progress:
-        task = progress.add_task(f"{limit} questions", total=limit)
+        task = progress.add_task(f"{limit} questions at {level}", total=limit)
         for number, (scene, question) in enumerate(exam(split, limit)):
             answer = Answer()
             engine.submit(make_request(engine.preprocessor, number, scene, question, level, answer))
@@ -86,12 +101,7 @@ def run(
         while not engine.scheduler.idle:
             engine.step()
         progress.update(task, completed=limit)
-    document = summarise(results, level, split, engine.token_policy) | {
-        "checkpoint": loaded.name, "fingerprint": loaded.fingerprint, "seconds": round(time.monotonic() - started, 1)
-    }  # fmt: skip
-    _show(document, results, console)
-    Console(soft_wrap=True, highlight=False, markup=False).print(json.dumps(document))
-    return document
+    return results
 
 
 def summarise(results: list[tuple[Scene, Question, Answer]], level: str, split: str, policy: str) -> dict[str, Any]:

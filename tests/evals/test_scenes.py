@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals import calibration
+from evals import calibration, cards
 from evals.scenes import Answer, exam, normalise, run, summarise
 from evals.statistics import wilson
 from models.checkpoint import load, read_manifest
 from models.embedded.world import FAMILIES, Question, Scene, draw
+from server.engine import Engine
 from server.request import Delta, Failed, Finished, Receipt
 from tests.server.tiny import LAYERS, VISUAL, write
 
@@ -142,3 +143,15 @@ def test_calibrating_a_directory_stores_it_in_the_manifest(directory, capsys):
     stored = read_manifest(load(directory).directory).calibration
     assert (stored.samples, stored.seed, len(stored.layer_change)) == (2, 5, LAYERS)
     assert "layer  0" in capsys.readouterr().out
+
+
+def test_cards_say_what_each_level_does_and_stand_on_the_menu(tmp_path):
+    directory = str(write(tmp_path / "tiny-llava"))
+    found = cards.run(directory, 6, "validation", "cpu", "float32", quiet=True)
+    engine = Engine(load(directory))
+    assert {name: level.card for name, level in engine.menu.items()} == json.loads(json.dumps(found))
+    off, strong = found["off"], found["strong"]
+    assert (off["agreement"], off["flops_ratio"], off["visual_tokens"], off["n"]) == (1.0, 1.0, VISUAL, 6)
+    assert strong["flops_ratio"] < 0.5 and strong["first_token_seconds"] > 0
+    text = off["kv_bytes"] / strong["kv_bytes"]
+    assert text == pytest.approx((VISUAL + 15) / (24 + 15), rel=0.1), "keys and values are those of the rows that stay"

@@ -1,0 +1,81 @@
+"""What each level of a checkpoint does, measured and written into its manifest: `espalier eval CHECKPOINT --cards`."""
+
+from __future__ import annotations
+
+from statistics import mean, median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from evals.scenes import LIMITS, Answer, ask_all, make_request, normalise
+from evals.statistics import wilson
+from models.checkpoint import load, write_manifest
+from models.embedded.world import Question, Scene
+from server.engine import Engine
+
+ALONE = 20
+"""Questions asked one at a time, for the latency."""
+Results = list[tuple[Scene, Question, Answer]]
+
+
+def run(checkpoint: str, limit: int, split: str, device: str, dtype: str, quiet: bool = False) -> dict[str, dict[str, Any]]:
+    """Ask the same questions at every level, and store the cards."""
+    console = Console(stderr=True, quiet=quiet)
+    loaded = load(checkpoint, device, dtype)
+    engine = Engine(loaded, LIMITS)
+    answered = {level: ask_all(engine, level, limit, split, console) for level in engine.menu}
+    cards = {level: card(engine, level, results, answered["off"]) | {"split": split} for level, results in answered.items()}
+    write_manifest(loaded.directory, loaded.manifest.model_copy(update={"cards": cards}))
+    _show(cards, loaded.name, console)
+    return cards
+
+
+def card(engine: Engine, level: str, results: Results, off: Results) -> dict[str, Any]:
+    """One level's: accuracy and agreement with `off` with their 95 % Wilson intervals, arithmetic, memory and latency."""
+    right = sum(normalise(answer.text) == normalise(question.answer) for _, question, answer in results)
+    same = sum(one[2].text == other[2].text for one, other in zip(results, off, strict=True))
+    receipts = [answer.receipt for _, _, answer in results if answer.receipt]
+    n = len(results)
+    return {
+        "accuracy": round(right / n, 4), "interval": wilson(right, n), "agreement": round(same / n, 4),
+        "agreement_interval": wilson(same, n), "n": n,
+        "flops_ratio": round(mean(receipt.flops_ratio for receipt in receipts), 4),
+        "visual_tokens": round(mean(receipt.visual_tokens for receipt in receipts)),
+        "layers": receipts[0].layers, "kv_bytes": round(mean(_kv_bytes(engine, answer) for _, _, answer in results)),
+        "first_token_seconds": round(_first_token(engine, level, results[:ALONE]), 4),
+        "measured_on": f"{engine.model.device.type}, {torch.get_num_threads()} threads, batch 1",
+        "token_policy": engine.token_policy,
+    }  # fmt: skip
+
+
+def _kv_bytes(engine: Engine, answer: Answer) -> float:
+    """Of the prompt: rows kept in the layers that run."""
+    receipt, model = answer.receipt, engine.model
+    assert receipt is not None
+    rows = answer.prompt_tokens - receipt.visual_tokens_total + receipt.visual_tokens
+    return rows * receipt.layers * 2 * mean(model.kv_heads) * model.head_dim * model.dtype.itemsize
+
+
+def _first_token(engine: Engine, level: str, results: Results) -> float:
+    """Median seconds of encoding, routing and prefill, one request at a time; pictures are new to the engine."""
+    fresh = Engine(engine.checkpoint, LIMITS)
+    seconds = []
+    for number, (scene, question, _) in enumerate(results):
+        answer = Answer()
+        fresh.submit(make_request(fresh.preprocessor, number, scene, question, level, answer))
+        while not fresh.scheduler.idle:
+            fresh.step()
+        seconds.append(answer.first_token_s)
+    return median(seconds)
+
+
+def _show(cards: dict[str, dict[str, Any]], name: str, console: Console) -> None:
+    table = Table("level", "accuracy", "agrees with off", "FLOPs", "visual tokens", "KV kB", "first token", title=name)
+    for level, one in cards.items():
+        shares = [f"{one[key]:.1%} ({100 * one[bounds][0]:.1f}–{100 * one[bounds][1]:.1f})"
+                  for key, bounds in (("accuracy", "interval"), ("agreement", "agreement_interval"))]  # fmt: skip
+        table.add_row(level, *shares, f"{one['flops_ratio']:.1%}", str(one["visual_tokens"]), f"{one['kv_bytes'] / 1e3:.0f}",
+                      f"{one['first_token_seconds'] * 1e3:.1f} ms")  # fmt: skip
+    console.print(table)
