@@ -25,8 +25,9 @@ serve: .venv/.installed ## serve the embedded checkpoint on PORT
 test: .venv/.installed-dev ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
-tables: .venv/.installed-dev ## make docs/pruning_results.md from the stored runs
+tables: .venv/.installed-dev ## make docs/pruning_results.md and docs/routing_results.md from the stored runs
 	@$(BIN)/python -m evals.tables
+	@$(BIN)/python -m evals.route_tables
 
 install: .venv/.installed ## prepare .venv, nothing else
 

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,9 @@ from pruning.dynamic.levels import Level, layers_to_run, make_route
 from pruning.dynamic.policies import TokenPolicy
 from pruning.dynamic.router import Router, load_router, score
 
-POLICIES = ("router", "merging", "divprune", "cls_diversity", "uniform", "random", "pooling", "fastv", "layers")
+SHUFFLED = "router, another's question"
+"""The router reads a question about the next picture: what its scores owe to the question."""
+POLICIES = ("router", SHUFFLED, "merging", "divprune", "cls_diversity", "uniform", "random", "pooling", "fastv", "layers")
 BUDGETS = (0.62, 0.56, 0.47, 0.46)
 """Shares of the dense prefill's FLOPs: PAR's operating points on LLaVA-1.5-7B (arXiv 2412.06458, table 1)."""
 SHARES = (1 / 3, 2 / 9, 1 / 9)
@@ -70,9 +73,10 @@ def settings(checkpoint: Checkpoint, router: Router | None) -> Iterator[Setting]
     total, depth = model.visual_tokens_per_image, model.layers
     yield Setting("off", "off", total)
     for policy in POLICIES:
-        if policy == "router" and router is None:
+        routed = policy in ("router", SHUFFLED)
+        if routed and router is None:
             continue
-        own = router.shape.flops(total + TYPICAL_TEXT) if router and policy == "router" else 0
+        own = router.shape.flops(total + TYPICAL_TEXT) if router and routed else 0
         choices = [(total, skip) for skip in range(depth - 1)] if policy == "layers" else [(k, 0) for k in range(total, 0, -1)]
         for budget in BUDGETS:
             affordable = (
@@ -109,9 +113,9 @@ def fastv(model: Llava, prompt: Prompt, visual: Tensor, keep: int) -> Route:
 
 
 def route_of(
-    setting: Setting, checkpoint: Checkpoint, router: Router | None, prompt: Prompt, image: ImageFeatures, seed: int
+    setting: Setting, checkpoint: Checkpoint, router: Router | None, prompt: Prompt, other: Prompt, image: ImageFeatures, seed: int
 ) -> tuple[Route, Tensor, int]:
-    """The route of a question, its visual tokens, and the FLOPs of whoever chose."""
+    """The route of a question, its visual tokens, and the FLOPs of whoever chose; `other` is about another picture."""
     model, calibration = checkpoint.model, checkpoint.manifest.calibration
     visual = image.tokens[0]
     if setting.policy == "off":
@@ -123,11 +127,12 @@ def route_of(
         return fastv(model, prompt, visual, setting.keep), visual, 0
     level = Level(setting.budget, "", setting.keep / len(visual))
     scores, flops = None, 0
-    if setting.policy == "router":
-        assert router is not None
-        read = words(prompt.ids, model.config.image_token_id)
-        scores, flops = score(router, model, [image], read), router.shape.flops(len(visual) + len(read))
     policy: TokenPolicy = setting.policy  # type: ignore[assignment]
+    if setting.policy in ("router", SHUFFLED):
+        assert router is not None
+        policy = "router"
+        read = words((other if setting.policy == SHUFFLED else prompt).ids, model.config.image_token_id)
+        scores, flops = score(router, model, [image], read), router.shape.flops(len(visual) + len(read))
     route, used = make_route(level, [image], model.layers, None, policy, seed, scores)
     assert used is not None
     return route, used, flops
@@ -135,14 +140,14 @@ def route_of(
 
 @torch.inference_mode()
 def ask(
-    setting: Setting, checkpoint: Checkpoint, router: Router | None, scene: Scene, seed: int
+    setting: Setting, checkpoint: Checkpoint, router: Router | None, scene: Scene, following: Scene, seed: int
 ) -> tuple[list[bool], list[float]]:
     """Whether each question about a picture is answered right, and its FLOPs ratio."""
     model = checkpoint.model
     image = model.vision(checkpoint.preprocessor.pixels(scene.image)[None].to(model.device, model.dtype))
     works, prompts, ratios = [], _prompts(checkpoint, scene), []
-    for prompt in prompts:
-        route, visual, flops = route_of(setting, checkpoint, router, prompt, image, seed)
+    for prompt, other in zip(prompts, cycle(_prompts(checkpoint, following)), strict=False):
+        route, visual, flops = route_of(setting, checkpoint, router, prompt, other, image, seed)
         ratios.append(flops_ratio(model.config, route, len(prompt.ids), flops))
         ids = torch.tensor([*prompt.ids, *prompt.answer[:-1]], device=model.device)
         cache = RequestCache(route.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
@@ -166,7 +171,7 @@ def run(setting: Setting, checkpoint: Checkpoint, router: Router | None, picture
     ratios: list[float] = []
     for index in track(range(pictures), f"{setting.policy}, {setting.budget}", console=Console(stderr=True), transient=True):
         scene = draw(split, index)
-        right, spent = ask(setting, checkpoint, router, scene, seed + index)
+        right, spent = ask(setting, checkpoint, router, scene, draw(split, index + 1), seed + index)
         found[scene.family].append(right)
         ratios += spent
     return summary(found) | {"flops_ratio": round(sum(ratios) / len(ratios), 4)}

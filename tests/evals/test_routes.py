@@ -10,7 +10,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
-from evals import routes
+from evals import route_tables, routes
 from models.checkpoint import load
 from models.embedded.world import draw
 from pruning.dynamic.router import Router, Shape
@@ -28,7 +28,7 @@ def test_every_policy_keeps_to_every_budget_its_own_arithmetic_included(director
     found = [one for one in routes.settings(checkpoint, router) if one.budget.endswith("FLOPs")]
     assert {one.policy for one in found} == set(routes.POLICIES)
     for setting in found:
-        right, ratios = routes.ask(setting, checkpoint, router, draw("test", 1), seed=0)
+        right, ratios = routes.ask(setting, checkpoint, router, draw("test", 1), draw("test", 2), seed=0)
         assert len(right) == len(ratios) == len(draw("test", 1).questions)
         assert max(ratios) <= float(setting.budget.split("%")[0]) / 100 + 0.03, setting  # a longer question than the typical one
 
@@ -60,3 +60,19 @@ def test_what_is_stored_is_not_run_again(directory, tmp_path):
     (entry,) = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert (entry["policy"], entry["keep"], entry["pictures"]) == ("uniform", 16, 2)
     assert 0 < entry["flops_ratio"] < 0.4
+
+
+def test_the_page_and_its_picture_are_made_from_stored_runs(tmp_path):
+    runs = tmp_path / "runs.jsonl"
+    common = {"checkpoint": "embedded", "split": "test", "pictures": 2, "questions": 18, "keep": 16, "skip": 0}
+    entries = [
+        {"policy": "off", "budget": "off", "seed": 0, "accuracy": 0.9, "flops_ratio": 1.0},
+        *({"policy": "router", "budget": "46% FLOPs", "seed": s, "accuracy": 0.8 + s / 100, "flops_ratio": 0.455} for s in (0, 1)),
+        {"policy": "random", "budget": "46% FLOPs", "seed": 0, "accuracy": 0.45, "flops_ratio": 0.45},
+    ]
+    runs.write_text("".join(json.dumps(common | entry) + "\n" for entry in entries))
+    route_tables.main(runs, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| router | 80.5% ± 6.4 (89.4%; 46%) |" in page
+    assert "| random | 45.0% (50.0%; 45%) |" in page
+    assert (tmp_path / "page_embedded.png").stat().st_size > 1000
