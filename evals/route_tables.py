@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from evals.routes import POLICIES
 from evals.sweep import stored
 from evals.tables import half_width
 
@@ -17,10 +18,10 @@ Entry = dict[str, Any]
 
 HEAD = """# What routing costs the embedded checkpoints
 
-Made by `make tables` from `docs/runs/routes.jsonl`. Accuracy is exact match on every question of {pictures} held-out test pictures
-({questions} questions), teacher-forced; in brackets, its share of what the same checkpoint reaches at `off`, then the prefill FLOPs over
-the dense ones, the router's own included. Where a router was trained with several seeds, the mean ± the half-width of its 95 %
-interval (Student's t). One run's 95 % bootstrap interval over pictures is about ± 0.5 points.
+Made by `make tables` from `docs/runs/routes.jsonl`. Accuracy is exact match on every question of {pictures} held-out test
+pictures ({questions} questions), teacher-forced; in brackets, its share of what the same checkpoint reaches at `off`, then the
+prefill FLOPs over the dense ones, the router's own included. Where a router was trained with several seeds, the mean ± the
+half-width of its 95 % interval (Student's t). One run's 95 % bootstrap interval over pictures is about ± 0.5 points.
 A budget in FLOPs is PAR's (arXiv 2412.06458, table 1), which kept 95.8, 93.8, 92.8 and 91.1 % of LLaVA-1.5-7B's accuracy there.
 """
 
@@ -48,7 +49,7 @@ def _table(entries: Sequence[Entry]) -> list[str]:
     for entry in routed:
         cells[entry["policy"], entry["budget"]].append(entry)
     lines = [f"`off`: {off:.2%}\n", f"| policy | {' | '.join(budgets)} |", "|---|" + "---|" * len(budgets)]
-    for policy in dict.fromkeys(entry["policy"] for entry in routed):
+    for policy in sorted({entry["policy"] for entry in routed}, key=POLICIES.index):
         row = [_cell(cells[policy, budget], off) for budget in budgets]
         lines.append(f"| {policy} | {' | '.join(row)} |")
     return lines

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from scipy.stats import t
 
-from evals.sweep import ALLOCATIONS, CRITERIA, stored
+from evals.sweep import ALLOCATIONS, CRITERIA, grid, key, stored
 from models.embedded.world import FAMILIES
 
 Entry = dict[str, Any]
@@ -36,7 +36,9 @@ def main(
     dense = next((entry for entry in entries if entry["pattern"] == "dense"), None)
     if dense is None:
         raise typer.BadParameter(f"{runs} has no run of the dense checkpoint; run `python -m evals.sweep` first")
+    order = [key({**setting, "seed": 0})[:-1] for setting in grid()]
     pruned = [entry for entry in entries if entry["pattern"] != "dense"]
+    pruned.sort(key=lambda entry: order.index(key(entry)[:-1]))
     low, high = dense["interval"]
     head = HEAD.format(
         pictures=dense["pictures"], questions=dense["questions"], seeds=1 + max((e["seed"] for e in pruned), default=0),
