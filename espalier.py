@@ -159,7 +159,7 @@ def route(
         lesson = Lesson.model_validate({name: value for name, value in given.items() if value is not None})
         record = run(lesson, checkpoint, out, device, dtype).router
         assert record is not None
-        Console().print(f"router in {out}; it explains {record.report['foreseen']:.0%} of where the model looks", highlight=False)
+        Console().print(f"router in {out}; foresees held-out gaze with R² {record.report['foreseen']:.2f} (1 is all)", highlight=False)
 
 
 @app.command()

@@ -38,7 +38,7 @@ def run(name: str, picture: Path | None = None, device: str = "cpu", dtype: str 
         shape, report = manifest.router.shape, manifest.router.report
         console.print(
             f"router: {shape['depth']} layers, {shape['rows']} wide, taught on {report['questions']} questions; "
-            f"foresees {report['foreseen']:.0%} of where the model looks (R², held-out pictures)", highlight=False,
+            f"foresees where the model looks with R² {report['foreseen']:.2f} (held-out pictures)", highlight=False, soft_wrap=True,
         )  # fmt: skip
     else:
         console.print("no router: levels choose tokens by the picture alone; run `espalier route`")
