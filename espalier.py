@@ -159,7 +159,8 @@ def route(
         lesson = Lesson.model_validate({name: value for name, value in given.items() if value is not None})
         record = run(lesson, checkpoint, out, device, dtype).router
         assert record is not None
-        Console().print(f"router in {out}; foresees held-out gaze with R² {record.report['foreseen']:.2f} (1 is all)", highlight=False)
+        foreseen = record.report["foreseen"]
+        Console().print(f"router in {out}; foresees where the model looks with R² {foreseen:.2f}", highlight=False)
 
 
 @app.command()
