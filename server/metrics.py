@@ -51,7 +51,6 @@ class Metrics:
         self.generated_tokens = counter("generated_tokens_total", "Tokens made.")
         self.cache_hits = counter("cache_hits_total", "Images whose features were at hand.", "cache")
         self.rejections = counter("rejections_total", "Requests refused, by reason.", "reason")
-
         self.degradations = counter("degradations_total", "Requests that ran at another level than theirs.", "from", "to")
 
     def watch_load(self, running: Callable[[], float], waiting: Callable[[], float], kv: Callable[[], float]) -> None:

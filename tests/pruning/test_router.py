@@ -19,6 +19,7 @@ from pruning.dynamic.gaze import WORDS, Asked, answers, gaze, words
 from pruning.dynamic.router import FILE, Router, RouterFailed, Shape, load_router, score
 from pruning.dynamic.train import Lesson, run
 from server.engine import Engine
+from tests.pruning.kills import Killed, die_at
 from tests.server.tiny import VISUAL, answer, ask, drain, new_engine, submit, write
 
 QUICK: dict[str, Any] = {"pictures": 10, "questions": 2, "answer": 4, "steps": 30, "batch": 4}
@@ -136,32 +137,15 @@ def test_scores_that_are_not_finite_send_the_request_to_level_off(routed):
 # ---- training
 
 
-class Killed(BaseException):
-    pass
-
-
-def die_in(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> list[int]:
-    calls, real = [0], getattr(train, name)
-
-    def counted(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise Killed
-        return real(*args, **options)
-
-    monkeypatch.setattr(train, name, counted)
-    return calls
-
-
 @pytest.mark.parametrize(("name", "call", "left"), [("_watch", 2, 1), ("_foresee", 25, 11), ("derive", 1, 1)])
 def test_a_killed_run_goes_on_and_ends_as_one_that_never_stopped(plain, routed, tmp_path, monkeypatch, name, call, left):
     monkeypatch.setattr(train, "SAVE_EVERY", 10)
     with monkeypatch.context() as patch:
-        die_in(patch, name, call)
+        die_at(patch, train, name, call)
         with pytest.raises(Killed):
             run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
-    again = die_in(monkeypatch, name, -1)
+    again = die_at(monkeypatch, train, name, -1)
     run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
     assert again[0] == left  # of the fit: ten steps, and once the pictures that were held out
     assert read_manifest(tmp_path / "out").files == read_manifest(routed).files
@@ -170,7 +154,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_never_stopped(plain, routed, 
 
 def test_another_lesson_does_not_go_on_with_a_killed_run(plain, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        die_in(patch, "_watch", 2)
+        die_at(patch, train, "_watch", 2)
         with pytest.raises(Killed):
             run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
     with pytest.raises(WorkError, match="unfinished run of another recipe"):

@@ -24,6 +24,7 @@ from pruning.static.blocks import linears
 from pruning.static.data import embedded_world
 from pruning.static.recipe import Recipe, RecipeError, read
 from pruning.static.search import Search
+from tests.pruning.kills import Killed, die_at
 from tests.server.tiny import VISUAL, answer, new_engine, write
 
 QUICK: dict[str, Any] = {"samples": 4, "block_size": 16}
@@ -208,24 +209,6 @@ def test_calibration_data_may_come_from_files_in_both_formats(dense, tmp_path):
 
 
 # ---- kills
-
-
-class Killed(BaseException):
-    """As SIGKILL would: nothing of ours may catch it and tidy up."""
-
-
-def die_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> list[int]:
-    """Let the `call`-th call of owner.name be the last; returns the list that counts calls."""
-    real, calls = getattr(owner, name), [0]
-
-    def counted(*args: Any, **named: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise Killed
-        return real(*args, **named)
-
-    monkeypatch.setattr(owner, name, counted)
-    return calls
 
 
 @pytest.mark.parametrize(
