@@ -141,26 +141,28 @@ def route(
     checkpoint: CHECKPOINT,
     out: Annotated[Path, typer.Option(help="The directory to make: the checkpoint with its router.")],
     data: Annotated[str | None, typer.Option(help="world (default), or a JSONL file of pictures and questions.")] = None,
-    pictures: Annotated[int | None, typer.Option(help="Pictures that the model is watched on; 900 by default.")] = None,
+    pictures: Annotated[int | None, typer.Option(help="Pictures that the model is watched on; 1200 by default.")] = None,
     questions: Annotated[int | None, typer.Option(help="Questions about each, at most; 8 by default.")] = None,
-    answer: Annotated[int | None, typer.Option(help="Tokens of an answer that are watched; 24 by default.")] = None,
+    answer: Annotated[int | None, typer.Option(help="Tokens of an answer that are watched; 64 by default.")] = None,
     rows: Annotated[int | None, typer.Option(help="The router's width; a quarter of the model's by default.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the fit; 3000 by default.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of learning to foresee; 3000 by default.")] = None,
+    writing: Annotated[int | None, typer.Option(help="Steps of learning to write into merged tokens; 1500 by default.")] = None,
+    target: Annotated[float | None, typer.Option(help="Share of answers that level `auto` is to keep; 0.99 by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Which pictures, and every random choice; 0 by default.")] = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "auto",
 ) -> None:
     """Train a router, from pictures and questions alone. A run that was stopped goes on when it is started again."""
-    from pruning.dynamic.train import Lesson, run
+    from pruning.dynamic.lesson import Lesson
+    from pruning.dynamic.train import run
 
     given = {"data": data, "pictures": pictures, "questions": questions, "answer": answer, "rows": rows, "steps": steps,
-             "seed": seed}  # fmt: skip
+             "writing": writing, "target": target, "seed": seed}  # fmt: skip
     with _plain_errors():
         lesson = Lesson.model_validate({name: value for name, value in given.items() if value is not None})
         record = run(lesson, checkpoint, out, device, dtype).router
         assert record is not None
-        foreseen = record.report["foreseen"]
-        Console().print(f"router in {out}; foresees where the model looks with R² {foreseen:.2f}", highlight=False)
+        Console().print(f"router in {out}; look at it with `espalier inspect {out}`", highlight=False)
 
 
 @app.command()

@@ -17,8 +17,7 @@ from pruning.dynamic.calibrate import layer_change
 def samples(checkpoint: Checkpoint, count: int, seed: int) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Prompts and pixels of `count` validation pictures."""
     for scene, question in exam("validation", count, seed):
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
-        yield checkpoint.preprocessor.prompt(messages), checkpoint.preprocessor.pixels(scene.image)[None]
+        yield checkpoint.preprocessor.question(question.text), checkpoint.preprocessor.pixels(scene.image)[None]
 
 
 def calibrate(checkpoint: Checkpoint, count: int, seed: int) -> Calibration:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from models.checkpoint import Checkpoint, Pruning, load
-from pruning.dynamic.levels import Level, build_menu
+from pruning.dynamic.levels import Level, menu_of
 
 console = Console(highlight=False)
 
@@ -38,11 +38,12 @@ def run(name: str, picture: Path | None = None, device: str = "cpu", dtype: str 
         shape, report = manifest.router.shape, manifest.router.report
         console.print(
             f"router: {shape['depth']} layers, {shape['rows']} wide, taught on {report['questions']} questions; "
-            f"foresees where the model looks with R² {report['foreseen']:.2f} (held-out pictures)", highlight=False, soft_wrap=True,
+            f"foresees where the model looks with R² {report['foreseen']['attention']:.2f}, and which layers visual rows need with "
+            f"{report['foreseen']['costs']:.2f} (held-out pictures)", highlight=False, soft_wrap=True,
         )  # fmt: skip
     else:
         console.print("no router: levels choose tokens by the picture alone; run `espalier route`")
-    menu = build_menu(change, model.layers, manifest.cards)
+    menu = menu_of(manifest, model.layers)
     _show_levels(checkpoint, menu)
     if picture:
         if not manifest.pruning:

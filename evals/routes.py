@@ -33,17 +33,22 @@ from models.llava import Llava
 from models.route import Route
 from models.vision import ImageFeatures
 from pruning.dynamic.gaze import words
-from pruning.dynamic.levels import Level, layers_to_run, make_route
+from pruning.dynamic.levels import Level, layers_passed, layers_to_run, make_route
 from pruning.dynamic.policies import TokenPolicy
-from pruning.dynamic.router import Router, load_router, score
+from pruning.dynamic.router import Router, read_request
+from pruning.dynamic.router_file import load_router
 
 SHUFFLED = "router, another's question"
 """The router reads a question about the next picture: what its scores owe to the question."""
-POLICIES = ("router", SHUFFLED, "merging", "divprune", "cls_diversity", "uniform", "random", "pooling", "fastv", "layers")
+LAYERS = "router and layers"
+"""The same, with visual rows passing a quarter of the layers by, those that the router foresees to cost least."""
+ROUTED = ("router", LAYERS, SHUFFLED)
+POLICIES = (*ROUTED, "merging", "divprune", "cls_diversity", "uniform", "random", "pooling", "fastv", "layers")
 BUDGETS = (0.62, 0.56, 0.47, 0.46)
 """Shares of the dense prefill's FLOPs: PAR's operating points on LLaVA-1.5-7B (arXiv 2412.06458, table 1)."""
 SHARES = (1 / 3, 2 / 9, 1 / 9)
 """Of the visual tokens."""
+PASSED = 1 / 4
 TYPICAL_TEXT = 16
 """Text tokens of a typical prompt, by which a budget becomes a number of tokens."""
 FASTV_LAYER = 2
@@ -51,12 +56,13 @@ FASTV_LAYER = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """A policy, and how many visual tokens it keeps or, if it is `layers`, how many layers it skips."""
+    """A policy, how many visual tokens it keeps, how many layers it leaves out, and how many visual rows pass by."""
 
     policy: str
     budget: str
     keep: int
     skip: int = 0
+    passed: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,26 +79,26 @@ def settings(checkpoint: Checkpoint, router: Router | None) -> Iterator[Setting]
     total, depth = model.visual_tokens_per_image, model.layers
     yield Setting("off", "off", total)
     for policy in POLICIES:
-        routed = policy in ("router", SHUFFLED)
-        if routed and router is None:
+        if policy in ROUTED and router is None:
             continue
-        own = router.shape.flops(total + TYPICAL_TEXT) if router and routed else 0
+        passed = int(depth * PASSED) if policy == LAYERS else 0
         choices = [(total, skip) for skip in range(depth - 1)] if policy == "layers" else [(k, 0) for k in range(total, 0, -1)]
         for budget in BUDGETS:
-            affordable = (
-                choice for choice in choices
-                if flops_ratio(model.config, _typical(model, policy, *choice), total + TYPICAL_TEXT, own) <= budget
-            )  # fmt: skip
-            if best := next(affordable, None):
-                yield Setting(policy, f"{budget:.0%} FLOPs", *best)
-        for share in SHARES if policy != "layers" else ():
+            settings = (Setting(policy, f"{budget:.0%} FLOPs", keep, skip, passed) for keep, skip in choices)
+            if best := next((one for one in settings if _typical_ratio(model, router, one) <= budget), None):
+                yield best
+        for share in SHARES if policy not in ("layers", LAYERS) else ():
             yield Setting(policy, f"{share:.3f} of the tokens", round(total * share))
 
 
-def _typical(model: Llava, policy: str, keep: int, skip: int) -> Route:
-    drop = FASTV_LAYER if policy == "fastv" else 0
-    runs = tuple(layer >= skip for layer in range(model.layers))
-    return Route(model.visual_tokens_per_image, tuple(range(keep)), runs, drop)
+def _typical_ratio(model: Llava, router: Router | None, setting: Setting) -> float:
+    """FLOPs ratio of a setting for a prompt of typical length."""
+    total, keep = model.visual_tokens_per_image, setting.keep
+    drop = FASTV_LAYER if setting.policy == "fastv" else 0
+    runs = tuple(layer >= setting.skip for layer in range(model.layers))
+    route = Route(total, tuple(range(keep)), runs, drop, layers_passed(runs, setting.passed, range(model.layers)))
+    own = router.shape.flops(total, TYPICAL_TEXT, keep) if router and setting.policy in ROUTED else 0
+    return flops_ratio(model.config, route, total + TYPICAL_TEXT, own)
 
 
 def fastv(model: Llava, prompt: Prompt, visual: Tensor, keep: int) -> Route:
@@ -125,17 +131,16 @@ def route_of(
         return Route(len(visual), tuple(range(len(visual))), runs), visual, 0
     if setting.policy == "fastv":
         return fastv(model, prompt, visual, setting.keep), visual, 0
-    level = Level(setting.budget, "", setting.keep / len(visual))
-    scores, flops = None, 0
-    policy: TokenPolicy = setting.policy  # type: ignore[assignment]
-    if setting.policy in ("router", SHUFFLED):
+    level = Level(setting.budget, "", setting.keep / len(visual), passed_layers=setting.passed)
+    reading = None
+    if setting.policy in ROUTED:
         assert router is not None
-        policy = "router"
         read = words((other if setting.policy == SHUFFLED else prompt).ids, model.config.image_token_id)
-        scores, flops = score(router, model, [image], read), router.shape.flops(len(visual) + len(read))
-    route, used = make_route(level, [image], model.layers, None, policy, seed, scores)
+        reading = read_request(router, model, [image], read)
+    policy: TokenPolicy = "router" if reading else setting.policy  # type: ignore[assignment]
+    route, used = make_route(level, [image], model.layers, None, policy, seed, reading)
     assert used is not None
-    return route, used, flops
+    return route, used, reading.flops(setting.keep) if reading else 0
 
 
 @torch.inference_mode()
@@ -160,9 +165,8 @@ def _prompts(checkpoint: Checkpoint, scene: Scene) -> list[Prompt]:
     preprocessor, tokenizer = checkpoint.preprocessor, checkpoint.preprocessor.tokenizer
     prompts = []
     for question in scene.questions:
-        content = [{"type": "image"}, {"type": "text", "text": question.text}]
         answer = [*tokenizer(f" {question.answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        prompts.append(Prompt(preprocessor.prompt([{"role": "user", "content": content}]), answer))
+        prompts.append(Prompt(preprocessor.question(question.text), answer))
     return prompts
 
 
@@ -199,7 +203,8 @@ def main(
         if key(entry) in done or only not in f"{setting.policy}, {setting.budget}":
             continue
         started = time.monotonic()
-        entry |= {"keep": setting.keep, "skip": setting.skip} | run(setting, source, router, pictures, split, seed)
+        entry |= {"keep": setting.keep, "skip": setting.skip, "passed": setting.passed}
+        entry |= run(setting, source, router, pictures, split, seed)
         entry["seconds"] = round(time.monotonic() - started, 1)
         with runs.open("a") as file:
             file.write(json.dumps(entry) + "\n")

@@ -58,10 +58,9 @@ class Answer:
 
 
 def make_request(preprocessor: Preprocessor, number: int, scene: Scene, question: Question, level: str, answer: Answer) -> Request:
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
     image = PreparedImage(preprocessor.pixels(scene.image), sha256(scene.image.tobytes()).hexdigest())
     return Request(
-        f"exam-{number}", preprocessor.prompt(messages), [image], level, Sampling(max_tokens=MAX_TOKENS), answer
+        f"exam-{number}", preprocessor.question(question.text), [image], level, Sampling(max_tokens=MAX_TOKENS), answer
     )
 
 

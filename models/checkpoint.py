@@ -65,6 +65,9 @@ class RouterRecord(BaseModel):
     checkpoint: str = Field(description="Fingerprint of the weights that it was trained for.")
     lesson: dict[str, Any] = Field(description="Every setting, by the names of `espalier route`.")
     report: dict[str, Any] = Field(description="How well it foresees on held-out pictures.")
+    levels: dict[str, dict[str, Any]] = Field(description="Each level's budget: visual_ratio, skipped_layers and passed_layers.")
+    compared: dict[str, list[dict[str, float]]] = Field(description="Ways to spend it that were compared, on held-out pictures.")
+    auto: dict[str, Any] = Field(description="From which chance of keeping its answer on a level is taken, and what came of it.")
 
 
 class Manifest(BaseModel):

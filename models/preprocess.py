@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,16 @@ class Preprocessor:
         except Exception as error:  # templates raise jinja2's own errors, with a message meant for the caller
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         return self._expand(self._tokenize(text))
+
+    def question(self, text: str, before: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """The prompt of one question about one picture; `before` are the questions and answers that it follows."""
+        turns = [*(said for turn in before for said in turn), text]
+        messages: list[dict[str, Any]] = [
+            {"role": ("user", "assistant")[number % 2], "content": [{"type": "text", "text": said}]}
+            for number, said in enumerate(turns)
+        ]
+        messages[0]["content"].insert(0, {"type": "image"})
+        return self.prompt(messages)
 
     def _tokenize(self, text: str) -> list[int]:
         first, *rest = text.split(_BREAK)

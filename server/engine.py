@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,9 +23,10 @@ from models.kv_cache import KVCache, RequestCache
 from models.route import Route
 from models.vision import ImageFeatures
 from pruning.dynamic.gaze import words
-from pruning.dynamic.levels import build_menu, expected_rows, make_route
+from pruning.dynamic.levels import AUTO, PRUNED, Level, expected_rows, make_route, menu_of
 from pruning.dynamic.policies import TokenPolicy
-from pruning.dynamic.router import RouterFailed, load_router, score
+from pruning.dynamic.router import Reading, RouterFailed, read_request
+from pruning.dynamic.router_file import load_router
 from server.detokenize import Detokenizer
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.metrics import Metrics
@@ -76,14 +77,16 @@ class Engine:
         self.metrics = metrics or Metrics()
         calibration = checkpoint.manifest.calibration
         self._layer_change = calibration.layer_change if calibration else None
-        self.menu = build_menu(self._layer_change, self.model.layers, checkpoint.manifest.cards)
-        if default_level not in self.menu:
-            raise ValueError(f"default level {default_level!r} is not one of {', '.join(self.menu)}")
-        self.default_level = default_level
         self.router = load_router(checkpoint)
         self.token_policy: TokenPolicy = token_policy or ("router" if self.router else "merging")
         if self.token_policy == "router" and not self.router:
             raise ValueError(f"{checkpoint.directory} has no router; train one with `espalier route`, or name another policy")
+        self.menu = menu_of(checkpoint.manifest, self.model.layers, routed=self.token_policy == "router")
+        if default_level not in self.menu:
+            raise ValueError(f"default level {default_level!r} is not one of {', '.join(self.menu)}")
+        self.default_level = default_level
+        record = checkpoint.manifest.router
+        self._threshold = float(record.auto["threshold"]) if record else 1.0
         self.model_name = name or checkpoint.name
         self.context_length, self.fingerprint = self.model.context_length, checkpoint.fingerprint
         self.created = int(time.time())
@@ -252,8 +255,10 @@ class Engine:
         encoded = time.monotonic()
         level = self.menu[request.level]
         seed = int(request.images[0].digest[:8], 16) if request.images else 0
-        scores, router_flops = self._score(request, features) if level.visual_ratio < 1 else (None, 0)
-        route, visual = make_route(level, features, self.model.layers, self._layer_change, self.token_policy, seed, scores)
+        reading = self._read(request, features) if level.routed else None
+        if level.name == AUTO:
+            level = self._choose(request, reading)
+        route, visual = make_route(level, features, self.model.layers, self._layer_change, self.token_policy, seed, reading)
         request.timings |= {"encode": encoded - now, "route": time.monotonic() - encoded}
         answer = min(request.sampling.max_tokens, self.context_length - len(request.prompt))
         rows = [n + answer if runs else 0 for n, runs in zip(route.rows(len(request.prompt)), route.layers, strict=True)]
@@ -263,20 +268,29 @@ class Engine:
         receipt = Receipt(
             level=level.name, reason=request.reason, visual_tokens=len(route.kept), visual_tokens_total=route.visual_tokens,
             layers=sum(route.layers), layers_total=self.model.layers, checkpoint=self.fingerprint,
-            flops_ratio=round(flops_ratio(self.model.config, route, len(request.prompt), router_flops), 4),
+            flops_ratio=round(flops_ratio(self.model.config, route, len(request.prompt), _router_flops(reading, route)), 4),
         )  # fmt: skip
         self.metrics.routed(receipt, len(request.prompt))
         text = Detokenizer(self.preprocessor.tokenizer, request.sampling.stop)
         generator = new_generator(request.sampling.seed)
         self._running[request.id] = Running(request, route, cache, receipt, text, generator, work, admitted=time.monotonic())
 
-    def _score(self, request: Request, features: Sequence[ImageFeatures]) -> tuple[torch.Tensor | None, int]:
-        """The router's scores [images, visual tokens], where it chooses, and the FLOPs that they take."""
+    def _read(self, request: Request, features: Sequence[ImageFeatures]) -> Reading | None:
+        """What the router makes of a request, where it chooses."""
         if self.router is None or self.token_policy != "router" or not features:
-            return None, 0
-        read = words(request.prompt, self.model.config.image_token_id)
-        scores = score(self.router, self.model, features, read)
-        return scores, len(features) * self.router.shape.flops(scores.shape[1] + len(read))
+            return None
+        return read_request(self.router, self.model, features, words(request.prompt, self.model.config.image_token_id))
+
+    def _choose(self, request: Request, reading: Reading | None) -> Level:
+        """The cheapest level that is expected to keep this answer; `off` was reserved for, so that any of them fits."""
+        chances = dict(zip(PRUNED, reading.stays, strict=True)) if reading else {}
+        chosen = next((name for name, chance in chances.items() if chance >= self._threshold), "off")
+        request.reason = f"auto: {_expectation(chances, chosen, self._threshold)}"
+        self.metrics.degradations.labels(AUTO, chosen).inc()
+        request.level = chosen
+        with self._changed:
+            self.scheduler.shrink(self._job(request))
+        return self.menu[chosen]
 
     def _encode(self, digest: str, pixels: torch.Tensor) -> ImageFeatures:
         """An image's features [1, visual_tokens, width], remembered by content: encoding does not depend on the level."""
@@ -376,6 +390,20 @@ class Engine:
         except Exception:  # the reader is gone (its event loop is closed); the answer has nowhere to go
             log.warning("request %s has no reader any more", request.id)
             self.abort(request.id)
+
+
+def _expectation(chances: Mapping[str, float], chosen: str, threshold: float) -> str:
+    """Why `auto` chose a level, in words."""
+    if not chances:
+        return "no picture, and nothing to leave out"
+    if chosen == "off":
+        return f"no level is expected to keep this answer with a chance of {threshold:.3f}"
+    return f"{chosen} keeps this answer with an expected chance of {chances[chosen]:.3f}, and {threshold:.3f} are asked for"
+
+
+def _router_flops(reading: Reading | None, route: Route) -> int:
+    images = len(reading.visual) if reading else 0
+    return reading.flops(len(route.kept) // images) if reading and images else 0
 
 
 def _rows_for_free_memory(checkpoint: Checkpoint, limits: Limits, share: float = 0.3) -> int:

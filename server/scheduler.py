@@ -73,6 +73,14 @@ class Scheduler:
             admitted.append(job)
         return admitted
 
+    def shrink(self, job: Job) -> None:
+        """A running job turned out to need no more than this; the rest is free for others."""
+        held = self.running[job.id].rows
+        if job.rows > held:
+            raise ValueError(f"job {job.id} holds {held} rows and cannot shrink to {job.rows}")
+        self.running[job.id] = job
+        self.used -= held - job.rows
+
     def finish(self, job_id: str) -> bool:
         """Give back all that a job holds, wherever it is; False if it is unknown (it ended already)."""
         job = self.running.pop(job_id, None)

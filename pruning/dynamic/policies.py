@@ -1,6 +1,6 @@
-"""Choices of visual tokens: each takes one image's features and says which tokens stay.
+"""Choices of visual tokens that need no training: each takes one image's features and says which tokens stay.
 
-They need no attention scores from the language model, so they run before it. All but `router` are training-free.
+They need no attention scores from the language model, so they run before it. `router`, the policy that is learned, is in `router`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from torch import Tensor
 
 TokenPolicy = Literal["router", "merging", "divprune", "cls_diversity", "random", "uniform", "pooling"]
 TOKEN_POLICIES: tuple[str, ...] = get_args(TokenPolicy)
-STRENGTH = 0.3
-"""Weight of a router's scores beside the logarithm of the distance: 0.15 and 0.6 keep less (validation, docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +26,19 @@ class Kept:
     sizes: tuple[int, ...] = ()
 
 
-def keep_tokens(
-    policy: TokenPolicy, tokens: Tensor, attention: Tensor, keep: int, seed: int, scores: Tensor | None = None
-) -> Kept:
+def keep_tokens(policy: TokenPolicy, tokens: Tensor, attention: Tensor, keep: int, seed: int) -> Kept:
     """Choose `keep` of an image's visual tokens [visual_tokens, width].
 
-    `attention` [visual_tokens] is the class token's; `scores` [visual_tokens] are the router's, which `router` needs. `merging`,
-    `router` and `pooling` change the kept tokens: each becomes a mean.
+    `attention` [visual_tokens] is the class token's. `merging` and `pooling` change the kept tokens: each becomes a mean.
     """
     total = len(tokens)
     if keep >= total:
         return Kept(torch.arange(total, device=tokens.device), tokens)
-    if policy in ("router", "merging"):
+    if policy == "merging":
         distance = euclidean(tokens)
-        weights = STRENGTH * scores if policy == "router" and scores is not None else None
-        return merge(tokens, distance, farthest_first(distance, keep, weights))
+        kept = farthest_first(distance, keep)
+        shares = members(distance, kept)
+        return replaced(tokens, kept, shares, means(tokens, shares))
     if policy == "divprune":
         return Kept(farthest_first(cosine(tokens), keep), tokens)
     if policy == "cls_diversity":
@@ -52,7 +48,9 @@ def keep_tokens(
         return Kept(order[:keep].sort().values.to(tokens.device), tokens)
     if policy == "uniform":
         return Kept(uniform(total, keep).to(tokens.device), tokens)
-    return pooling(tokens, keep)
+    if policy == "pooling":
+        return pooling(tokens, keep)
+    raise ValueError(f"policy {policy!r} needs what a router read")
 
 
 def cls_diversity(tokens: Tensor, attention: Tensor, keep: int, salient: float = 0.5) -> Tensor:
@@ -112,40 +110,52 @@ def pooling(tokens: Tensor, keep: int) -> Kept:
 
 
 def euclidean(tokens: Tensor) -> Tensor:
-    """Distances between tokens [n, width]: float32 [n, n]."""
+    """Distances between tokens [..., n, width]: float32 [..., n, n]."""
     return torch.cdist(tokens.float(), tokens.float())
 
 
 def cosine(tokens: Tensor) -> Tensor:
-    """1 - cosine between tokens [n, width]: float32 [n, n]."""
+    """1 - cosine between tokens [..., n, width]: float32 [..., n, n]."""
     unit = F.normalize(tokens.float(), dim=-1)
-    return 1 - unit @ unit.T
+    return 1 - unit @ unit.mT
 
 
 def farthest_first(distance: Tensor, keep: int, weights: Tensor | None = None) -> Tensor:
     """`keep` tokens, each the farthest from those chosen before it (max-min distance, as in DivPrune, arXiv 2503.02175).
 
-    distance [n, n]; `weights` [n] are logarithms that multiply it (ours): what matters is chosen sooner. Ascending indices [keep].
+    distance [..., n, n]; `weights` [..., n] are logarithms that multiply it (ours): what matters is chosen sooner. Ascending
+    indices [..., keep].
     """
-    factor = distance.new_ones(len(distance)) if weights is None else weights.exp()
-    chosen = [(factor * distance.sum(0)).argmax()]
+    factor = torch.ones_like(distance[..., 0]) if weights is None else weights.exp()
+    picks = [(factor * distance.sum(-2)).argmax(-1, keepdim=True)]
     nearest = torch.full_like(factor, torch.inf)
     for _ in range(keep - 1):
-        nearest = torch.minimum(nearest, distance[chosen[-1]])
-        nearest[chosen[-1]] = -1.0  # never again
-        chosen.append((nearest * factor).argmax())
-    return torch.stack(chosen).sort().values
+        latest = distance.take_along_dim(picks[-1][..., None], -2)[..., 0, :]
+        nearest = torch.minimum(nearest, latest).scatter(-1, picks[-1], -1.0)  # never again
+        picks.append((nearest * factor).argmax(-1, keepdim=True))
+    return torch.cat(picks, -1).sort(-1).values
 
 
-def merge(tokens: Tensor, distance: Tensor, kept: Tensor) -> Kept:
-    """Give every dropped token to the kept one that is nearest: each kept one becomes their mean, at its own place.
+def members(distance: Tensor, kept: Tensor) -> Tensor:
+    """Which token each kept one stands for, itself and those that are nearer to it than to other kept ones.
+
+    distance [..., n, n], kept [..., keep]; 0 or 1, float32 [..., n, keep], one 1 in every row.
+    """
+    owner = distance.take_along_dim(kept[..., None, :], -1).argmin(-1)
+    places = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
+    return F.one_hot(owner.scatter(-1, kept, places), kept.shape[-1]).float()
+
+
+def means(tokens: Tensor, shares: Tensor) -> Tensor:
+    """Mean of the tokens [..., n, width] that each kept one stands for: float32 [..., keep, width]."""
+    return (shares / shares.sum(-2, keepdim=True)).mT @ tokens.float()
+
+
+def replaced(tokens: Tensor, kept: Tensor, shares: Tensor, values: Tensor) -> Kept:
+    """The kept tokens of one picture as `values` [keep, width], at their own places, with the number of tokens they stand for.
 
     With their sizes the picture weighs in attention what it weighed before (ToMe, arXiv 2210.09461).
     """
-    owner = kept[distance[:, kept].argmin(1)]
-    owner[kept] = kept
-    sizes = torch.bincount(owner, minlength=len(tokens))
-    sums = torch.zeros_like(tokens, dtype=torch.float32).index_add(0, owner, tokens.float())
-    merged = tokens.clone()
-    merged[kept] = (sums[kept] / sizes[kept, None]).to(tokens.dtype)
-    return Kept(kept, merged, tuple(sizes[kept].tolist()))
+    out = tokens.clone()
+    out[kept] = values.to(tokens.dtype)
+    return Kept(kept, out, tuple(shares.sum(-2).long().tolist()))

@@ -1,46 +1,61 @@
-"""The meta-router: reads picture and question once and scores every visual token, for any budget.
+"""The meta-router: reads picture and question once and serves any budget.
 
-After PAR's meta-router (Pruning All-Rounder, arXiv 2412.06458, figure 3), with three changes of ours. Attention is bidirectional,
-so that a visual token's score depends on the question. The rows are narrow, so that all of it costs under 3 % of a dense prefill.
-And a score is a quantity that can be checked: the logarithm of the attention that the un-pruned model will pay (see `gaze`).
+It foresees how much the model will look at each visual token and what it would cost if visual rows passed a layer by; it writes
+into the tokens that stay what those that go had to say; and it foresees at which levels the answer will stay what it is.
+
+After PAR's meta-router (Pruning All-Rounder, arXiv 2412.06458, figure 3: visual tokens, question and one learnable token a layer
+in, a score for each out), with four changes of ours. Attention is bidirectional, so that a visual token's score depends on the
+question. The rows are narrow, so that all of it costs under 3 % of a dense prefill. A score is a quantity that can be checked: the
+logarithm of the attention that the un-pruned model will pay, or of the divergence that it would suffer (see `gaze`). And tokens
+are not dropped: they are merged, and the merged ones are corrected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.checkpoint import Checkpoint, CheckpointError
 from models.llava import Llava
 from models.vision import ImageFeatures
+from pruning.dynamic.policies import Kept, euclidean, farthest_first, means, members, replaced
 
-FILE = "router.safetensors"
 PERIOD = 100.0
 """Longest wave of the places' encoding, in patches or words."""
+STRENGTH = 0.3
+"""Weight of the scores beside the logarithm of the distance: 0.15 and 0.6 keep less (validation, docs/log.md)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The language model's `width`, and the router's own width of `rows`, `depth` in layers, and `heads`."""
+    """The language model's `width` and `layers`, the router's own width of `rows`, `depth` in layers, and `heads`.
+
+    `levels` are those whose answers it foresees, cheapest first.
+    """
 
     width: int
+    layers: int
     rows: int
     depth: int = 2
     heads: int = 4
+    levels: int = 3
 
     def document(self) -> dict[str, int]:
         return asdict(self)
 
-    def flops(self, rows: int) -> int:
-        """Multiply-adds times two for `rows` visual tokens and words."""
-        return 2 * rows * (self.rows * self.width + self.depth * (12 * self.rows**2 + 2 * rows * self.rows))
+    def flops(self, tokens: int, words: int, kept: int) -> int:
+        """Multiply-adds times two for a picture of `tokens`, of which `kept` stay, and `words` of a question."""
+        reading, writing = tokens + words + self.layers, kept + words
+        in_and_out = self.width * (2 * tokens + words + kept) + self.rows * (tokens + kept)
+        blocks = self._block(reading, reading) + self._block(writing, writing + tokens)
+        return 2 * self.rows * (in_and_out + self.depth * blocks)
+
+    def _block(self, rows: int, seen: int) -> int:
+        return rows * 10 * self.rows + seen * 2 * self.rows + 2 * rows * seen
 
 
 class RouterBlock(nn.Module):
@@ -48,14 +63,63 @@ class RouterBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.RMSNorm(rows), nn.RMSNorm(rows)
-        self.qkv, self.out = nn.Linear(rows, 3 * rows), nn.Linear(rows, rows)
+        self.query, self.key_value, self.out = nn.Linear(rows, rows), nn.Linear(rows, 2 * rows), nn.Linear(rows, rows)
         self.up, self.down = nn.Linear(rows, 4 * rows), nn.Linear(4 * rows, rows)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    def forward(self, x: Tensor, mask: Tensor | None, beside: Tensor | None = None) -> Tensor:
+        """x [batch, n, rows] sees itself and what is `beside` it [batch, m, rows]; `mask` [batch, n + m] tells which are there."""
+        seen = self.norm1(x if beside is None else torch.cat([x, beside], 1))
+        query = self.query(seen[:, : x.shape[1]]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key, value = self.key_value(seen).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask[:, None, None])
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         out: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return out
+
+
+class Read(NamedTuple):
+    """What the router made of a batch of pictures and questions, all float32.
+
+    visual [batch, tokens, rows] and words [batch, n, rows]: its own last rows; `present` [batch, n] or None: which words are there.
+    looks [batch, tokens]: the logarithm of the attention that each visual token will get. costs [batch, layers]: the logarithm of
+    the divergence if visual rows pass that layer by.
+    """
+
+    visual: Tensor
+    words: Tensor
+    present: Tensor | None
+    looks: Tensor
+    costs: Tensor
+
+
+class Writer(nn.Module):
+    """Corrects merged tokens, so that the model can tell from them what those that went would have said."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        rows = shape.rows
+        self.see, self.mix = nn.Linear(shape.width, rows), nn.Linear(rows, rows)
+        self.own, self.size = nn.Linear(rows, rows), nn.Linear(1, rows)
+        self.blocks = nn.ModuleList(RouterBlock(rows, shape.heads) for _ in range(shape.depth))
+        self.norm, self.out = nn.RMSNorm(rows), nn.Linear(rows, shape.width)
+        # It begins by writing nothing: an untrained one leaves the plain means.
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, read: Read, visual: Tensor, kept: Tensor, shares: Tensor) -> Tensor:
+        """The kept tokens' new values, float32 [batch, keep, width]: the mean of what each stands for, and a correction.
+
+        kept [batch, keep], ascending; shares [batch, tokens, keep], see `policies.members`.
+        """
+        keep = kept.shape[1]
+        seen = self.see(_normal(visual)) + self.mix(read.visual)
+        own = self.own(seen.take_along_dim(kept[..., None], 1))
+        x = torch.cat([means(seen, shares) + own + self.size(shares.sum(1).log()[..., None]), read.words], 1)
+        mask = None if read.present is None else F.pad(F.pad(read.present, (keep, 0), value=True), (0, seen.shape[1]), value=True)
+        for block in self.blocks:
+            x = block(x, mask, seen)
+        scale = visual.float().square().mean((-2, -1), keepdim=True).sqrt()
+        out: Tensor = means(visual, shares) + scale * self.out(self.norm(x[:, :keep]))
         return out
 
 
@@ -65,24 +129,42 @@ class Router(nn.Module):
         self.shape = shape
         width, rows = shape.width, shape.rows
         self.see, self.read = nn.Linear(width, rows), nn.Linear(width, rows)
+        self.layers = nn.Parameter(0.02 * torch.randn(shape.layers, rows))
         self.blocks = nn.ModuleList(RouterBlock(rows, shape.heads) for _ in range(shape.depth))
-        self.norm, self.head = nn.RMSNorm(rows), nn.Linear(rows, 1)
+        self.norm = nn.RMSNorm(rows)
+        self.look, self.cost = nn.Linear(rows, 1), nn.Linear(rows, 1)
+        self.write = Writer(shape)
+        self.trust = nn.Linear(3 * rows, shape.levels)
 
-    def forward(self, visual: Tensor, words: Tensor, present: Tensor | None = None) -> Tensor:
-        """Scores [batch, tokens], float32, of one picture each.
+    def forward(self, visual: Tensor, words: Tensor, present: Tensor | None = None) -> Read:
+        """Read pictures, one a question.
 
         visual [batch, tokens, width], projected; words [batch, n, width], the question's embeddings, of which `present` [batch, n]
         are there.
         """
-        tokens, n, rows = visual.shape[1], words.shape[1], self.shape.rows
+        (batch, tokens, _), n, rows = visual.shape, words.shape[1], self.shape.rows
         seen = self.see(_normal(visual)) + grid(tokens, rows).to(visual.device)
         read = self.read(_normal(words)) + waves(torch.arange(n), rows).to(visual.device)
-        x = torch.cat([seen, read], 1)
-        mask = None if present is None else F.pad(present, (tokens, 0), value=True)[:, None, None]
+        x = torch.cat([seen, read, self.layers.expand(batch, -1, -1)], 1)
+        mask = None if present is None else F.pad(F.pad(present, (tokens, 0), value=True), (0, self.shape.layers), value=True)
         for block in self.blocks:
             x = block(x, mask)
-        out: Tensor = self.head(self.norm(x[:, :tokens]))[..., 0]
-        return out
+        seen, read, layers = self.norm(x).split([tokens, n, self.shape.layers], 1)
+        return Read(seen, read, present, self.look(seen)[..., 0], self.cost(layers)[..., 0])
+
+    def impression(self, read: Read) -> Tensor:
+        """What `trust` judges by, [batch, 3 * rows]: the mean word, the mean visual row, and the largest of each of its values."""
+        present = torch.ones_like(read.words[..., 0]) if read.present is None else read.present.float()
+        asked = (read.words * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp_min(1)
+        return torch.cat([asked, read.visual.mean(1), read.visual.amax(1)], -1)
+
+
+def select(read: Read, visual: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Which `keep` tokens stay, [batch, keep], and what each stands for, [batch, tokens, keep]: farthest-first by distance times
+    the attention that is foreseen."""
+    distance = euclidean(visual)
+    kept = farthest_first(distance, keep, STRENGTH * read.looks)
+    return kept, members(distance, kept)
 
 
 def _normal(x: Tensor) -> Tensor:
@@ -109,39 +191,52 @@ class RouterFailed(ArithmeticError):
     """Scores that are not finite: nothing can be chosen by them."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a router made of one request: all that a route at any level needs. `visual` [images, tokens, width], projected."""
+
+    router: Router
+    visual: Tensor
+    read: Read
+
+    @torch.inference_mode()
+    def keep(self, image: int, keep: int) -> Kept:
+        """The tokens of one image that stay, with what was written into them."""
+        here = slice(image, image + 1)
+        one = Read(self.read.visual[here], self.read.words[here], None, self.read.looks[here], self.read.costs[here])
+        visual = self.visual[here]
+        if keep >= visual.shape[1]:
+            return Kept(torch.arange(visual.shape[1], device=visual.device), visual[0])
+        kept, shares = select(one, visual, keep)
+        values = self.router.write(one, visual, kept, shares)
+        if not torch.isfinite(values).all():
+            raise RouterFailed("what the router wrote is not finite")
+        return replaced(visual[0], kept[0], shares[0], values[0])
+
+    @property
+    def costs(self) -> list[float]:
+        """Foreseen cost of each layer that visual rows pass by, mean over the images: logarithms."""
+        found: list[float] = self.read.costs.mean(0).tolist()
+        return found
+
+    @property
+    def stays(self) -> list[float]:
+        """Chance that the answer stays what it is at each level, cheapest first, by the picture that is hardest."""
+        found: list[float] = self.router.trust(self.router.impression(self.read)).sigmoid().amin(0).tolist()
+        return found
+
+    def flops(self, keep: int) -> int:
+        """What reading and writing took, all images."""
+        images, tokens, _ = self.visual.shape
+        return images * self.router.shape.flops(tokens, self.read.words.shape[1], keep)
+
+
 @torch.inference_mode()
-def score(router: Router, model: Llava, images: Sequence[ImageFeatures], read: Sequence[int]) -> Tensor:
-    """Scores [images, visual tokens] of a request's pictures for the tokens of its question. Raises RouterFailed."""
-    words = model.embed(torch.tensor(read, dtype=torch.long, device=model.device))
-    scores: Tensor = router(torch.cat([image.tokens for image in images]), words.expand(len(images), -1, -1))
-    if not torch.isfinite(scores).all():
+def read_request(router: Router, model: Llava, images: Sequence[ImageFeatures], words: Sequence[int]) -> Reading:
+    """Read a request's pictures and the tokens of its question. Raises RouterFailed."""
+    visual = torch.cat([image.tokens for image in images])
+    embedded = model.embed(torch.tensor(words, dtype=torch.long, device=model.device))
+    read = router(visual, embedded.expand(len(images), -1, -1))
+    if not (torch.isfinite(read.looks).all() and torch.isfinite(read.costs).all()):
         raise RouterFailed("the router's scores are not finite")
-    return scores
-
-
-def save_router(router: Router, path: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in router.state_dict().items()}, path, {"format": "pt"})
-
-
-def load_router(checkpoint: Checkpoint) -> Router | None:
-    """The checkpoint's router, on the model's device; None if it has none.
-
-    Raises CheckpointError for a file that is missing or damaged, and for a router that was trained for another checkpoint.
-    """
-    record = checkpoint.manifest.router
-    path = checkpoint.directory / FILE
-    if record is None:
-        return None
-    if record.checkpoint != checkpoint.fingerprint:
-        raise CheckpointError(
-            f"{path} was trained for checkpoint {record.checkpoint} and this one is {checkpoint.fingerprint}: its scores foresee "
-            "another model; run `espalier route`"
-        )
-    try:
-        router = Router(Shape(**record.shape))
-        router.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path} does not load ({str(error).splitlines()[0]}); run `espalier route`") from error
-    if router.shape.width != checkpoint.model.config.text_config.hidden_size:
-        raise CheckpointError(f"{path} reads rows of {router.shape.width}, and the model's are others; run `espalier route`")
-    return router.requires_grad_(False).eval().to(checkpoint.model.device)
+    return Reading(router, visual, read)

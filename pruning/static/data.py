@@ -75,8 +75,7 @@ def _sample(preprocessor: Preprocessor, picture: pictures.Picture) -> Sample:
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     prompts, answers = [], []
     for question, answer in picture.turns:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        prompts.append(preprocessor.prompt([{"role": "user", "content": content}]))
+        prompts.append(preprocessor.question(question))
         answers.append(tokenizer(f" {answer}", add_special_tokens=False).input_ids + end)
     # What every prompt begins with; its last row, which says the answer's first token, is each question's own.
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)

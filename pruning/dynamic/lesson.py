@@ -1,0 +1,32 @@
+"""What a router is taught, and how long."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+WORLD = "world"
+"""The data that ships with Espalier."""
+
+
+class Lesson(BaseModel):
+    """Written into the manifest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str = Field(WORLD, description="`world`, or a JSONL file of pictures and questions.")
+    pictures: int = Field(1200, ge=4, description="A quarter of them is held out, to judge by.")
+    questions: int = Field(8, ge=1, description="Of each picture, at most; drawn from those that there are.")
+    answer: int = Field(64, ge=1, description="Tokens of an answer that are watched.")
+    rows: int = Field(0, ge=0, multiple_of=8, description="The router's width; a quarter of the model's by default.")
+    steps: int = Field(3000, ge=1, description="Of learning to foresee.")
+    writing: int = Field(1500, ge=0, description="Steps of learning to write into merged tokens.")
+    batch: int = Field(32, ge=1)
+    rate: float = Field(3e-3, gt=0)
+    writing_rate: float = Field(2e-3, gt=0)
+    target: float = Field(0.99, gt=0, le=1, description="Share of answers that level `auto` is to keep.")
+    seed: int = 0
+
+    @property
+    def taught(self) -> int:
+        """Pictures that are learned from; the others are held out."""
+        return self.pictures - max(1, self.pictures // 4)

@@ -1,0 +1,130 @@
+"""Ask the un-pruned model about pictures and note what the router is to foresee."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from models.checkpoint import Checkpoint
+from models.pictures import Picture, from_file, from_world
+from models.work import Work
+from pruning.dynamic.gaze import Asked, answers, observe, passing_costs, words
+from pruning.dynamic.lesson import WORLD, Lesson
+
+CHUNK = 8
+"""Pictures watched between two saves."""
+COSTLY = 3
+"""Of every so many pictures the cost of passing each layer by is measured: it takes a forward pass a layer."""
+ALTERNATIVES = 32
+"""Most likely tokens whose probabilities are kept at each step of an answer; the others count as one."""
+LEFT_OVER = 1e-6
+"""Least that those others share."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Questions and what the model made of them.
+
+    visual [pictures, tokens, width]; and by question: picture [n]; words [n, most], what a router reads; head [n], tokens before
+    the picture; text [n, most], the prompt without its picture; answer [n, most], the model's own; alternatives [n, most, k] tokens
+    and likely [n, most, k + 1] log-probabilities, all others' together last; gaze [n, tokens]; costs [n, layers]. Behind the last
+    token of a row stand -1; costs that were not measured are NaN.
+    """
+
+    visual: Tensor
+    picture: Tensor
+    words: Tensor
+    head: Tensor
+    text: Tensor
+    answer: Tensor
+    alternatives: Tensor
+    likely: Tensor
+    gaze: Tensor
+    costs: Tensor
+
+    def of(self, questions: Tensor) -> Watched:
+        """Those questions alone; pictures stay."""
+        parts = {name: part if name == "visual" else part[questions] for name, part in vars(self).items()}
+        return Watched(**parts)
+
+
+def watch(lesson: Lesson, source: Checkpoint, work: Work, progress: Progress) -> Watched:
+    """Watch every picture of a lesson. What is on disk already is not watched again."""
+    task = progress.add_task("watching", total=lesson.pictures)
+    found: list[dict[str, Tensor]] = []
+    pictures = iter(_pictures(lesson))
+    for number in range(0, lesson.pictures, CHUNK):
+        here = list(islice(pictures, CHUNK))
+        stored = work.read_tensors(f"watched-{number}")
+        if stored is None:
+            work.write_tensors(f"watched-{number}", _watch(lesson, source, here, number), {})
+            stored = work.read_tensors(f"watched-{number}")
+        assert stored is not None
+        found.append(stored[0] | {"picture": stored[0]["picture"] + number})
+        progress.advance(task, len(here))
+    return Watched(**{name: _rows([row for chunk in found for row in chunk[name]]) for name in found[0]})
+
+
+def _rows(parts: list[Tensor]) -> Tensor:
+    """One below the other, all as long as the longest."""
+    return torch.stack(parts) if parts[0].dim() == 0 else pad_sequence(parts, batch_first=True, padding_value=-1)
+
+
+def _pictures(lesson: Lesson) -> Iterator[Picture]:
+    if lesson.data == WORLD:
+        return from_world(lesson.pictures, lesson.seed + 1000, "train")  # not those that masks were made on
+    return from_file(Path(lesson.data), lesson.pictures, lesson.seed, answered=False)
+
+
+@torch.inference_mode()
+def _watch(lesson: Lesson, source: Checkpoint, pictures: Iterable[Picture], first: int) -> dict[str, Tensor]:
+    found: list[dict[str, Tensor]] = []
+    visual = []
+    for number, shown in enumerate(pictures):
+        pixels = source.preprocessor.pixels(shown.image)[None].to(source.model.device, source.model.dtype)
+        visual.append(source.model.vision(pixels).tokens[0])
+        turns = Random(f"{lesson.seed}/{first + number}").sample(shown.turns, min(lesson.questions, len(shown.turns)))
+        asked, made = _talk(lesson, source, visual[-1], [question for question, _ in turns])
+        found += _observe(source, asked, made, number, costly=(first + number) % COSTLY == 0)
+    return {"visual": torch.stack(visual), **{name: _rows([one[name] for one in found]) for name in found[0]}}
+
+
+def _talk(lesson: Lesson, source: Checkpoint, visual: Tensor, questions: list[str]) -> tuple[list[Asked], list[list[int]]]:
+    """Every other question in a chat of its own, the one after it in the same chat; with the model's answers."""
+    model, preprocessor = source.model, source.preprocessor
+    asked = [Asked(preprocessor.question(text), visual) for text in questions[::2]]
+    made = answers(model, asked, source.eos, lesson.answer)
+    spoken = [preprocessor.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in made]
+    later = [
+        Asked(preprocessor.question(text, [(before, reply)]), visual)
+        for text, (before, reply) in zip(questions[1::2], zip(questions[::2], spoken, strict=True), strict=False)
+    ]
+    return asked + later, made + answers(model, later, source.eos, lesson.answer)
+
+
+def _observe(
+    source: Checkpoint, asked: list[Asked], made: list[list[int]], picture: int, *, costly: bool
+) -> list[dict[str, Tensor]]:
+    model, image = source.model, source.model.config.image_token_id
+    dense, looks = observe(model, asked, made)
+    costs = passing_costs(model, asked, made, dense) if costly else torch.full((len(asked), model.layers), torch.nan)
+    found = []
+    for one, answer, own, look, cost in zip(asked, made, dense, looks, costs, strict=True):
+        likely, alternatives = own.topk(min(ALTERNATIVES, own.shape[-1] - 1))
+        rest = torch.log1p(-likely.exp().sum(-1, keepdim=True).clamp_max(1 - LEFT_OVER))
+        found.append({
+            "picture": torch.tensor(picture), "head": torch.tensor(one.prompt.index(image)),
+            "words": torch.tensor(words(one.prompt, image)),
+            "text": torch.tensor([token for token in one.prompt if token != image]), "answer": torch.tensor(answer),
+            "alternatives": alternatives.int(), "likely": torch.cat([likely, rest], -1), "gaze": look,
+            "costs": cost,
+        })  # fmt: skip
+    return found
