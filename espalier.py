@@ -190,13 +190,14 @@ def bench_engine(
     dtype: DTYPE = "bfloat16",
     sparsity: Annotated[float | None, typer.Option(help="Measure pruned weights too, with this share of zeros.")] = None,
     pattern: Annotated[str, typer.Option(help="Where the zeros lie: unstructured or 2:4.")] = "unstructured",
+    router: Annotated[bool, typer.Option("--router", help="Let an untrained router of real size choose the tokens.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
 ) -> None:
     """Random weights at real geometry: the ceiling first, then us and transformers in the same run."""
     from benchmarks.engine import run
 
     with _plain_errors():
-        run(geometry, route, batch, new_tokens, repeats, device, dtype, quiet=json, sparsity=sparsity, pattern=pattern)
+        run(geometry, route, batch, new_tokens, repeats, device, dtype, json, sparsity, pattern, router)
 
 
 @bench.command("http")

@@ -16,23 +16,36 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from benchmarks import ceiling
 from benchmarks.memory import peak_bytes
 from benchmarks.report import finish
-from benchmarks.sides import Questions, Run, answer, draw_questions, generate, prune, share_weights, transformers_only_bytes
+from benchmarks.sides import (
+    TEXT_TOKENS,
+    Questions,
+    Run,
+    answer,
+    draw_questions,
+    generate,
+    prune,
+    share_weights,
+    transformers_only_bytes,
+)
 from models.checkpoint import DTYPES
+from models.flops import flops_ratio
 from models.llava import Llava
 from models.random_llava import geometry_config, random_model
 from models.route import Route
+from pruning.dynamic.router import Router, Shape, default_rows
 
 
 def run(
     geometry: str, routes: Sequence[str] | None, batch: int, new_tokens: int, repeats: int, device: str, dtype: str,
-    quiet: bool, sparsity: float | None = None, pattern: str = "unstructured",
+    quiet: bool, sparsity: float | None = None, pattern: str = "unstructured", routed: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure and print; the last line is one JSON document, which is also returned.
 
     TTFT and time per token are those of the whole batch, answered at once. transformers answers one request after
     another and does not prune, so that its one figure, times the batch, is the baseline of every route. Memory is that
     of one request on the full route. With a `sparsity` every route runs twice, on the dense weights and, as `... sparse`, on
-    pruned ones. `new_tokens` is at least 2. Raises ValueError for what cannot be run.
+    pruned ones. With `routed`, an untrained router of real size chooses each route's tokens. `new_tokens` is at
+    least 2. Raises ValueError for what cannot be run.
     """
     console = Console(stderr=True, quiet=quiet)
     config, place, precision = geometry_config(geometry), pick_device(device), pick_dtype(dtype)
@@ -60,7 +73,8 @@ def run(
     }
     for name, bound in bounds.items():
         console.print(f"ceiling of {name}: first token {bound['ttft_s']:.3g} s, then {bound['tpot_s']:.3g} s each")
-    ours, theirs = measure(sides, reference, questions, new_tokens, repeats, console)
+    router = untrained_router(model) if routed else None
+    ours, theirs = measure(sides, reference, questions, new_tokens, repeats, console, router)
     document = {
         "geometry": geometry,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
@@ -71,7 +85,10 @@ def run(
         "repeats": repeats,
         "threads": torch.get_num_threads(),
         "ceiling": {"bytes_per_s": limits.bytes_per_s, "flops_per_s": limits.flops_per_s, "routes": bounds},
-        "routes": {name: compare(runs, theirs, bounds[name], batch) for name, runs in ours.items()},
+        "routes": {
+            name: compare(runs, theirs, bounds[name], batch) | parts(config, sides[name][1], router, ours, name, prompt)
+            for name, runs in ours.items()
+        },
         "sparse": sparse | {"over_dense": {name: gain(ours[f"{name} sparse"], ours[name]) for name in chosen}} if sparse else None,
         "transformers": summarise(theirs, 1),
         "peak_bytes": peak,  # vision layers that only transformers runs, counted next, lie in it too
@@ -135,17 +152,17 @@ def parse_route(name: str, config: LlavaConfig) -> Route:
 
 def measure(
     sides: dict[str, tuple[Llava, Route]], reference: LlavaForConditionalGeneration, questions: Questions,
-    new_tokens: int, repeats: int, console: Console,
+    new_tokens: int, repeats: int, console: Console, router: Router | None = None,
 ) -> tuple[dict[str, list[Run]], list[Run]]:  # fmt: skip
     """Every model on its route and transformers in turn, `repeats` times, so that a machine that slows down slows all."""
     for model, route in sides.values():
-        answer(model, questions, route, 2)
+        answer(model, questions, route, 2, router)
     generate(reference, questions.first(), 2)
     ours: dict[str, list[Run]] = {name: [] for name in sides}
     theirs = []
     for _ in track(range(repeats), "measuring", console=console):
         for name, (model, route) in sides.items():
-            ours[name].append(answer(model, questions, route, new_tokens))
+            ours[name].append(answer(model, questions, route, new_tokens, router))
         theirs.append(generate(reference, questions.first(), new_tokens))
     return ours, theirs
 
@@ -173,6 +190,34 @@ def compare(ours: Sequence[Run], theirs: Sequence[Run], bound: dict[str, float],
         "ttft_over_ceiling": own["ttft_s"] / bound["ttft_s"],
         "tpot_over_ceiling": own["tpot_s"] / bound["tpot_s"],
     }
+
+
+def parts(
+    config: LlavaConfig, route: Route, router: Router | None, ours: dict[str, list[Run]], name: str, prompt: int
+) -> dict[str, float]:
+    """Where a route's first token goes, and its arithmetic: share of the dense prefill's FLOPs, the router's own beside it, and how
+    many times that share its prompt takes of the full route's time in the same run (0 where that was not run). Medians."""
+    full = f"{config.image_seq_length}x{len(route.layers)}" + name.removeprefix(name.split()[0])
+    share = flops_ratio(config, route, prompt)
+    pairs = zip(ours[name], ours.get(full, []), strict=False)
+    times = [run.prefill / dense.prefill for run, dense in pairs]
+    own = router.shape.flops(route.visual_tokens, TEXT_TOKENS, len(route.kept)) if router and route.dropped else 0
+    return {
+        "encode_s": median(run.encode for run in ours[name]),
+        "route_s": median(run.route for run in ours[name]),
+        "prefill_s": median(run.prefill for run in ours[name]),
+        "kv_bytes": ours[name][0].kv_bytes,
+        "flops_ratio": share,
+        "router_flops_ratio": flops_ratio(config, route, prompt, own) - share,
+        "prefill_over_flops": median(times) / share if times else 0.0,
+    }
+
+
+def untrained_router(model: Llava) -> Router:
+    """One of the width that `espalier route` gives it: what it costs does not depend on what it has learned."""
+    torch.manual_seed(0)
+    width = model.config.text_config.hidden_size
+    return Router(Shape(width, model.layers, default_rows(width))).requires_grad_(False).to(model.device)
 
 
 def describe(pruned: Llava, model: Llava, full: Route) -> dict[str, Any]:
@@ -206,6 +251,11 @@ def show(document: dict[str, Any], console: Console) -> None:
             f"{row['requests_per_s']:.4g}{ratios.get('requests_speedup', '')}",
         )
     console.print(table)
+    for name, row in document["routes"].items():
+        console.print(
+            f"{name}: picture {row['encode_s']:.3g} s, router {row['route_s']:.3g} s, prompt {row['prefill_s']:.3g} s for "
+            f"{row['flops_ratio']:.1%} of the dense FLOPs; {row['kv_bytes'] / 1e6:.2f} MB of keys and values"
+        )
     if sparse := document["sparse"]:
         speed = ", ".join(f"{name} {row['tpot_speedup']:.2f}×" for name, row in sparse["over_dense"].items())
         console.print(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
@@ -19,6 +20,9 @@ from models.kv_cache import RequestCache
 from models.linear import Linear, Matrix
 from models.llava import Llava, from_transformers
 from models.route import Route
+from models.vision import ImageFeatures
+from pruning.dynamic.gaze import words
+from pruning.dynamic.router import Router, read_request
 
 TEXT_TOKENS = 40
 
@@ -36,18 +40,29 @@ class Questions:
 
 @dataclass(frozen=True)
 class Run:
-    """One timed run. `ttft`, the median `tpot` of the later tokens and `total` in seconds; `tokens` [request][step]."""
+    """One timed run. `ttft`, the median `tpot` of the later tokens and `total` in seconds; `tokens` [request][step].
+
+    Of `ttft`, `encode` and `route` went to the pictures and to the router, `prefill` to the prompts, as far as that can be told.
+    `kv_bytes` are those of one request's cache.
+    """
 
     ttft: float
     tpot: float
     total: float
     tokens: list[list[int]]
+    encode: float = 0.0
+    route: float = 0.0
+    kv_bytes: int = 0
+
+    @property
+    def prefill(self) -> float:
+        return self.ttft - self.encode - self.route
 
     @classmethod
-    def of(cls, start: float, marks: Sequence[float], tokens: list[list[int]]) -> Run:
+    def of(cls, start: float, marks: Sequence[float], tokens: list[list[int]], **parts: Any) -> Run:
         """`marks` are the times when each token was in the caller's hands."""
         steps = [after - before for before, after in pairwise(marks)]
-        return cls(marks[0] - start, median(steps), marks[-1] - start, tokens)
+        return cls(marks[0] - start, median(steps), marks[-1] - start, tokens, **parts)
 
 
 def draw_questions(model: Llava, batch: int) -> Questions:
@@ -129,16 +144,24 @@ def transformers_only_bytes(reference: LlavaForConditionalGeneration, model: Lla
 
 
 @torch.inference_mode()
-def answer(model: Llava, questions: Questions, route: Route, new_tokens: int) -> Run:
-    """All questions at once, greedily: one pass for the pictures, one for the prompts, then one per new token."""
+def answer(model: Llava, questions: Questions, route: Route, new_tokens: int, router: Router | None = None) -> Run:
+    """All questions at once, greedily: one pass for the pictures, one for the prompts, then one per new token.
+
+    With a `router` it is that which chooses the visual tokens, as many as the route keeps.
+    """
     start = time.perf_counter()
     prompt = questions.ids.shape[1]
     rows = [n + new_tokens - 1 if n else 0 for n in route.rows(prompt)]
     caches = [RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device) for _ in questions.ids]
     visual = model.vision(questions.pixels).tokens
+    encoded = _finished(model)
+    chosen = [(route, seen) for seen in visual]
+    if router and route.dropped:
+        chosen = [choose_tokens(router, model, ids, seen, route) for ids, seen in zip(questions.ids, visual, strict=True)]
+    routed = _finished(model)
     work = [
-        prompt_work(model, ids, seen, route, cache)
-        for ids, seen, cache in zip(questions.ids, visual, caches, strict=True)
+        prompt_work(model, ids, seen, own, cache)
+        for ids, (own, seen), cache in zip(questions.ids, chosen, caches, strict=True)
     ]
     marks, steps = [], []
     for position in range(prompt, prompt + new_tokens):
@@ -146,10 +169,26 @@ def answer(model: Llava, questions: Questions, route: Route, new_tokens: int) ->
         steps.append(tokens.tolist())  # waits for the device, as a server must to send the token
         marks.append(time.perf_counter())
         work = [
-            token_work(model, token, position, route, cache)
-            for token, cache in zip(tokens.split(1), caches, strict=True)
+            token_work(model, token, position, own.route, own.cache)
+            for token, own in zip(tokens.split(1), work, strict=True)
         ]
-    return Run.of(start, marks, [list(made) for made in zip(*steps, strict=True)])
+    made = [list(tokens) for tokens in zip(*steps, strict=True)]
+    return Run.of(start, marks, made, encode=encoded - start, route=routed - encoded, kv_bytes=caches[0].nbytes)
+
+
+def choose_tokens(router: Router, model: Llava, ids: Tensor, visual: Tensor, route: Route) -> tuple[Route, Tensor]:
+    """The route with the tokens that the router keeps, and the visual tokens [visual tokens, width] as it leaves them."""
+    read = words(ids.tolist(), model.config.image_token_id)
+    reading = read_request(router, model, [ImageFeatures(visual[None], visual.new_empty(1, 0))], read)
+    kept = reading.keep(0, len(route.kept))
+    return replace(route, kept=tuple(kept.indices.tolist()), sizes=kept.sizes), kept.tokens
+
+
+def _finished(model: Llava) -> float:
+    """The time, once the device has done what it was given."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
 
 
 class Marks(BaseStreamer):

@@ -24,10 +24,19 @@ prefill FLOPs over the dense ones, the router's own included. Where a router was
 half-width of its 95 % interval (Student's t). One run's 95 % bootstrap interval over pictures is about ± 0.5 points.
 A budget in FLOPs is PAR's (arXiv 2412.06458, table 1), which kept 95.8, 93.8, 92.8 and 91.1 % of LLaVA-1.5-7B's accuracy there.
 """
+LEVELS = """### Levels
+
+From `docs/runs/levels.jsonl`: agreement with the un-pruned model's own greedy answer, accuracy, and FLOPs ratio, of questions asked alone
+and of the same questions after another one about the same picture; means over {seeds} router(s), with each run's 95 % bootstrap
+interval over pictures for agreement.
+
+| level | alone: agreement | accuracy | FLOPs | second: agreement | accuracy | FLOPs |
+|---|---|---|---|---|---|---|"""
 
 
 def main(
-    runs: Annotated[Path, typer.Option(help="Stored runs.")] = Path("docs/runs/routes.jsonl"),
+    runs: Annotated[Path, typer.Option(help="Stored runs of policies.")] = Path("docs/runs/routes.jsonl"),
+    levels: Annotated[Path, typer.Option(help="Stored runs of levels.")] = Path("docs/runs/levels.jsonl"),
     out: Annotated[Path, typer.Option(help="The page to write; its picture goes beside it.")] = Path("docs/routing_results.md"),
 ) -> None:
     entries = [entry for entry in stored(runs) if entry["split"] == "test"]
@@ -38,7 +47,34 @@ def main(
         own = [entry for entry in entries if entry["checkpoint"] == checkpoint]
         picture = _picture(own, checkpoint, out.with_name(f"{out.stem}_{checkpoint}.png"))
         parts += [f"## {checkpoint}\n", f"![accuracy against arithmetic]({picture.name})\n", *_table(own), ""]
+        parts += _levels([one for one in stored(levels) if one["checkpoint"] == checkpoint and one["split"] == "test"])
     out.write_text("\n".join(parts))
+
+
+def _levels(runs: Sequence[Entry]) -> list[str]:
+    if not runs:
+        return []
+    lines = [LEVELS.format(seeds=len(runs))]
+    menu = [name for name in runs[0]["levels"]["second"] if name != "off"]
+    for name in ["off", *menu]:
+        cells = [cell for place in ("alone", "second") for cell in _level_cells([run["levels"][place][name] for run in runs])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append("")
+    for run in runs:
+        fixed, auto = run["against_fixed"], run["levels"]["alone"]["auto"]
+        low, high = (f"{bound:.1%}" for bound in fixed["saved_interval"])
+        lines.append(
+            f"- Router {run['seed']}: `auto` agrees at {auto['agreement']:.2%} with {auto['flops_ratio']:.1%} of the FLOPs. The cheapest "
+            f"fixed budget that agrees as often, {fixed['level']}, takes {fixed['flops_ratio']:.1%}: {fixed['saved']:.1%} are saved "
+            f"({low} to {high})."
+        )
+    return [*lines, ""]
+
+
+def _level_cells(found: Sequence[Entry]) -> list[str]:
+    low, high = (mean(one["agreement_interval"][side] for one in found) for side in (0, 1))
+    agreement = f"{mean(one['agreement'] for one in found):.1%} ({100 * low:.1f}–{100 * high:.1f})"
+    return [agreement, *(f"{mean(one[name] for one in found):.1%}" for name in ("accuracy", "flops_ratio"))]
 
 
 def _table(entries: Sequence[Entry]) -> list[str]:

@@ -86,7 +86,7 @@ class Engine:
             raise ValueError(f"default level {default_level!r} is not one of {', '.join(self.menu)}")
         self.default_level = default_level
         record = checkpoint.manifest.router
-        self._threshold = float(record.auto["threshold"]) if record else 1.0
+        self.auto_threshold = float(record.auto["threshold"]) if record else 1.0
         self.model_name = name or checkpoint.name
         self.context_length, self.fingerprint = self.model.context_length, checkpoint.fingerprint
         self.created = int(time.time())
@@ -284,8 +284,8 @@ class Engine:
     def _choose(self, request: Request, reading: Reading | None) -> Level:
         """The cheapest level that is expected to keep this answer; `off` was reserved for, so that any of them fits."""
         chances = dict(zip(PRUNED, reading.stays, strict=True)) if reading else {}
-        chosen = next((name for name, chance in chances.items() if chance >= self._threshold), "off")
-        request.reason = f"auto: {_expectation(chances, chosen, self._threshold)}"
+        chosen = next((name for name, chance in chances.items() if chance >= self.auto_threshold), "off")
+        request.reason = f"auto: {_expectation(chances, chosen, self.auto_threshold)}"
         self.metrics.degradations.labels(AUTO, chosen).inc()
         request.level = chosen
         with self._changed:

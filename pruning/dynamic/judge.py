@@ -40,18 +40,18 @@ FOLDS = 5
 
 
 def affordable(model: Llava, router: Router, budget: float, text: int, passed: int, skipped: int = 0) -> int:
-    """The most visual tokens that a share of the dense FLOPs affords on routes that leave so many layers out; 0 if none.
+    """The most visual tokens that a share of the dense FLOPs affords on routes that leave so many layers out; 1 at least.
 
     `text` is how many text tokens a typical prompt has.
     """
     total = model.visual_tokens_per_image
     prompt, runs = total + text, layers_to_run(model.layers, skipped, range(model.layers))
     stays = layers_passed(runs, passed, range(model.layers))
-    for keep in range(total, 0, -1):
+    for keep in range(total, 1, -1):
         route = Route(total, tuple(range(keep)), runs, visual_stays=stays)
         if flops_ratio(model.config, route, prompt, router.shape.flops(total, min(text, WORDS), keep)) <= budget:
             return keep
-    return 0
+    return 1
 
 
 def agreement(
@@ -64,7 +64,7 @@ def agreement(
         here = (watched.picture[questions] == picture).nonzero()[:, 0]
         asked, made, routes = [], [], []
         for question in questions[here].tolist():
-            prompt, words_read, answer = _as_asked(watched, question, source.model.config.image_token_id)
+            prompt, words_read, answer = as_asked(watched, question, source.model.config.image_token_id)
             image = ImageFeatures(watched.visual[picture][None].to(source.model.device), torch.empty(1, 0))
             reading = read_request(router, source.model, [image], words_read)
             route, visual = make_route(level, [image], source.model.layers, change, "router", 0, reading)
@@ -78,7 +78,7 @@ def agreement(
     return found
 
 
-def _as_asked(watched: Watched, question: int, image: int) -> tuple[list[int], list[int], list[int]]:
+def as_asked(watched: Watched, question: int, image: int) -> tuple[list[int], list[int], list[int]]:
     """A question's prompt with its picture, what the router reads of it, and the answer."""
     text, words, answer = (
         [token for token in part[question].tolist() if token >= 0] for part in (watched.text, watched.words, watched.answer)
@@ -116,8 +116,8 @@ def _candidates(name: str, source: Checkpoint, router: Router, text: int) -> lis
     model, found = source.model, []
     left_out = sorted({int(model.layers * share) for share in (SKIPPED if source.manifest.calibration else (0.0,))})
     for passed, skipped in product(sorted({int(model.layers * share) for share in PASSED}), left_out):
-        if keep := affordable(model, router, BUDGETS[name], text, passed, skipped):
-            found.append(Level(name, "", round(keep / model.visual_tokens_per_image, 4), skipped, passed))
+        keep = affordable(model, router, BUDGETS[name], text, passed, skipped)
+        found.append(Level(name, "", round(keep / model.visual_tokens_per_image, 4), skipped, passed))
     return found
 
 
@@ -175,7 +175,7 @@ def least_trust(chances: Tensor, kept: Tensor, target: float) -> float:
 
 def logistic(features: Tensor, labels: Tensor, decay: float = 3e-3) -> tuple[Tensor, Tensor]:
     """Logistic regression of labels [n, k] on features [n, d], with a penalty on the weights [k, d]; and biases [k]."""
-    spread = features.std(0).clamp_min(1e-6)
+    spread = features.std(0, correction=0).clamp_min(1e-6)
     middle = features.mean(0)
     normal = ((features - middle) / spread).detach()
     weight = torch.zeros(labels.shape[1], features.shape[1], device=features.device, requires_grad=True)

@@ -14,7 +14,7 @@ class Lesson(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str = Field(WORLD, description="`world`, or a JSONL file of pictures and questions.")
-    pictures: int = Field(1200, ge=4, description="A quarter of them is held out, to judge by.")
+    pictures: int = Field(1200, ge=8, description="A quarter of them is held out, to judge by.")
     questions: int = Field(8, ge=1, description="Of each picture, at most; drawn from those that there are.")
     answer: int = Field(64, ge=1, description="Tokens of an answer that are watched.")
     rows: int = Field(0, ge=0, multiple_of=8, description="The router's width; a quarter of the model's by default.")

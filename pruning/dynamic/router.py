@@ -48,14 +48,23 @@ class Shape:
         return asdict(self)
 
     def flops(self, tokens: int, words: int, kept: int) -> int:
-        """Multiply-adds times two for a picture of `tokens`, of which `kept` stay, and `words` of a question."""
-        reading, writing = tokens + words + self.layers, kept + words
-        in_and_out = self.width * (2 * tokens + words + kept) + self.rows * (tokens + kept)
-        blocks = self._block(reading, reading) + self._block(writing, writing + tokens)
-        return 2 * self.rows * (in_and_out + self.depth * blocks)
+        """Multiply-adds times two for a picture of `tokens`, of which `kept` stay, and `words` of a question. Nothing is written
+        where all stay."""
+        rows = tokens + words + self.layers
+        reading = self.width * (tokens + words) + self.depth * self._block(rows, rows)
+        if kept >= tokens:
+            return 2 * self.rows * reading
+        writing = self.width * (tokens + kept) + self.rows * (tokens + kept)
+        writing += self.depth * self._block(kept + words, kept + words + tokens)
+        return 2 * self.rows * (reading + writing)
 
     def _block(self, rows: int, seen: int) -> int:
         return rows * 10 * self.rows + seen * 2 * self.rows + 2 * rows * seen
+
+
+def default_rows(width: int) -> int:
+    """The router's width for a model's: a quarter, in whole heads."""
+    return max(16, width // 32 * 8)
 
 
 class RouterBlock(nn.Module):

@@ -21,7 +21,7 @@ from models.work import Work
 from pruning.dynamic.fit import foreseen, foresight_error, learn, read
 from pruning.dynamic.judge import judge
 from pruning.dynamic.lesson import WORLD, Lesson
-from pruning.dynamic.router import Router, Shape
+from pruning.dynamic.router import Router, Shape, default_rows
 from pruning.dynamic.router_file import FILE, save_router
 from pruning.dynamic.watch import Watched, watch
 from pruning.dynamic.writing import writing_error
@@ -71,7 +71,7 @@ def teach(
     """Both lessons. The second one runs through transformers' model, which is loaded for it and let go."""
     torch.manual_seed(lesson.seed)
     model, width = source.model, watched.visual.shape[-1]
-    router = Router(Shape(width, model.layers, lesson.rows or max(16, width // 32 * 8))).to(model.device)
+    router = Router(Shape(width, model.layers, lesson.rows or default_rows(width))).to(model.device)
 
     def foresee(step: int, asked: Watched) -> Tensor:
         return foresight_error(read(router, model.embed, asked))

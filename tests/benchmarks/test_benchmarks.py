@@ -64,13 +64,24 @@ def test_engine_benchmark_end_to_end(tiny, capsys, device, batch):
     for name, route in document["routes"].items():
         assert set(route) == {
             "ttft_s", "tpot_s", "tokens_per_s", "requests_per_s", "ttft_speedup", "tpot_speedup", "requests_speedup",
-            "ttft_over_ceiling", "tpot_over_ceiling",
+            "ttft_over_ceiling", "tpot_over_ceiling", "encode_s", "route_s", "prefill_s", "kv_bytes", "flops_ratio",
+            "router_flops_ratio", "prefill_over_flops",
         }  # fmt: skip
-        assert all(value > 0 for value in route.values()), name
+        assert all(value > 0 for key, value in route.items() if key != "router_flops_ratio"), name
+        assert route["ttft_s"] >= max(route[part] for part in ("encode_s", "route_s", "prefill_s"))
         assert route["tokens_per_s"] == pytest.approx(4 * route["requests_per_s"], rel=1e-2)
     assert set(document["transformers"]) == {"ttft_s", "tpot_s", "tokens_per_s", "requests_per_s"}
     assert document["peak_bytes"] > document["weight_bytes"] > document["transformers_only_bytes"] > 0
     assert document["peak_over_weights"] == pytest.approx(document["peak_bytes"] / document["weight_bytes"], rel=1e-2)
+
+
+def test_a_router_of_real_size_chooses_the_tokens_and_is_counted(tiny, capsys):
+    routes = engine.run("tiny", ["16x3", "4x2"], 2, 3, 1, "cpu", "float32", quiet=False, routed=True)["routes"]
+    assert routes["16x3"]["router_flops_ratio"] == 0 < routes["4x2"]["router_flops_ratio"]
+    assert routes["4x2"]["route_s"] > routes["16x3"]["route_s"]
+    rows = {name: 40 + int(name.split("x")[0]) + 2 for name in routes}
+    assert routes["4x2"]["kv_bytes"] / routes["16x3"]["kv_bytes"] == rows["4x2"] * 2 / (rows["16x3"] * 3)
+    assert "router" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("sparsity", "pattern"), [(0.7, "unstructured"), (0.5, "2:4")])

@@ -24,7 +24,7 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_policy_keeps_to_every_budget_its_own_arithmetic_included(directory):
     checkpoint = load(directory)
-    router = Router(Shape(48, 16))
+    router = Router(Shape(48, 6, 8, depth=1, heads=2))
     found = [one for one in routes.settings(checkpoint, router) if one.budget.endswith("FLOPs")]
     assert {one.policy for one in found} == set(routes.POLICIES)
     for setting in found:

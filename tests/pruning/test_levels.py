@@ -80,7 +80,7 @@ def test_the_layers_that_change_least_are_skipped_never_the_first_or_the_last(ch
 
 @given(
     images=st.integers(0, 3), ratio=st.floats(0.001, 1), layers=st.integers(3, 10), text=st.integers(1, 50),
-    policy=st.sampled_from(TOKEN_POLICIES), data=st.data(),
+    policy=st.sampled_from([policy for policy in TOKEN_POLICIES if policy != "router"]), data=st.data(),
 )  # fmt: skip
 def test_a_route_holds_the_rows_that_were_reserved_for_it(images, ratio, layers, text, policy, data):
     """Memory is reserved before the route is made; a route may need less (pooling), never more."""

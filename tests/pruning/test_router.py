@@ -1,70 +1,27 @@
-"""The router: what it is taught, what it makes of a question, how it is trained, and when it is refused."""
+"""The router: what it reads, what it makes of a request at each level, and when it is refused."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models.checkpoint import CheckpointError, load, read_manifest, sha256
-from models.pictures import DataError
-from models.work import WorkError
-from pruning.dynamic import train
-from pruning.dynamic.gaze import WORDS, Asked, answers, gaze, words
-from pruning.dynamic.router import FILE, Router, RouterFailed, Shape, load_router, score
-from pruning.dynamic.train import Lesson, run
+from models.flops import flops_ratio
+from models.vision import ImageFeatures
+from pruning.dynamic.gaze import WORDS, words
+from pruning.dynamic.levels import AUTO, PRUNED, layers_passed, make_route
+from pruning.dynamic.policies import euclidean, means, members
+from pruning.dynamic.router import Reading, Router, RouterFailed, Shape, read_request
+from pruning.dynamic.router_file import FILE, load_router
 from server.engine import Engine
-from tests.pruning.kills import Killed, die_at
-from tests.server.tiny import VISUAL, answer, ask, drain, new_engine, submit, write
-
-QUICK: dict[str, Any] = {"pictures": 10, "questions": 2, "answer": 4, "steps": 30, "batch": 4}
-
-
-@pytest.fixture(scope="module", name="plain")
-def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("plain") / "plain")
-
-
-@pytest.fixture(scope="module", name="routed")
-def routed_checkpoint(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("routed") / "routed"
-    run(Lesson(**QUICK), str(plain), out, quiet=True)
-    return out
-
-
-def question(checkpoint: Any, text: str = "What color is the star?", picture: int = 0) -> Asked:
-    engine = Engine(checkpoint)
-    request = ask(engine, (picture,), text)
-    return Asked(request.prompt, checkpoint.model.vision(request.images[0].pixels[None]).tokens[0])
-
-
-def test_the_gaze_is_the_most_attention_that_transformers_computes(plain):
-    checkpoint = load(plain)
-    asked, answer_ids = question(checkpoint), [40, 41, 42]
-    reference = LlavaForConditionalGeneration.from_pretrained(plain, attn_implementation="eager")
-    ids = torch.tensor([[*asked.prompt, *answer_ids]])
-    engine = Engine(checkpoint)
-    pixels = ask(engine).images[0].pixels[None]
-    with torch.no_grad():
-        maps = torch.cat(reference(input_ids=ids, pixel_values=pixels, output_attentions=True).attentions)
-    visual = (ids[0] == reference.config.image_token_id).nonzero()[:, 0]
-    after = torch.arange(int(visual[-1]) + 1, ids.shape[1])
-    wanted = maps[:, :, after][..., visual].amax((0, 1, 2))
-    torch.testing.assert_close(gaze(checkpoint.model, asked, answer_ids), wanted, rtol=1e-3, atol=1e-5)
-
-
-def test_answers_are_what_the_engine_says_at_level_off(plain):
-    checkpoint = load(plain)
-    asked = [question(checkpoint, picture=i) for i in range(2)]
-    said = answers(checkpoint.model, asked, checkpoint.eos, 6)
-    decode = checkpoint.preprocessor.tokenizer.decode
-    for number, tokens in enumerate(said):
-        assert decode(tokens).strip() == answer(new_engine(checkpoint), number, max_tokens=6).text.strip()
+from tests.pruning.tiny_router import plain_checkpoint, routed_checkpoint  # noqa: F401
+from tests.server.tiny import VISUAL, answer, ask, drain, new_engine, submit
 
 
 def test_the_router_reads_the_end_of_the_prompt_but_nothing_before_the_picture():
@@ -75,23 +32,54 @@ def test_the_router_reads_the_end_of_the_prompt_but_nothing_before_the_picture()
 
 def test_scores_depend_on_the_question_and_not_on_what_stands_beside():
     torch.manual_seed(0)
-    router = Router(Shape(width=24, rows=16))
-    visual, read = torch.randn(2, 9, 24), torch.randn(2, 5, 24)
+    router = Router(Shape(width=24, layers=3, rows=16))
+    visual, asked = torch.randn(2, 9, 24), torch.randn(2, 5, 24)
     present = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    together = router(visual, read, present)
-    torch.testing.assert_close(together[1], router(visual[1:], read[1:, :3])[0])
-    assert not torch.allclose(together[:1], router(visual[:1], read[1:]), atol=1e-3)
+    together, alone = router(visual, asked, present), router(visual[1:], asked[1:, :3])
+    other = router(visual[:1], asked[1:])
+    for part in ("looks", "costs"):
+        torch.testing.assert_close(getattr(together, part)[1], getattr(alone, part)[0])
+        assert not torch.allclose(getattr(together, part)[:1], getattr(other, part), atol=1e-3)
+    torch.testing.assert_close(router.impression(together)[1], router.impression(alone)[0])
+    kept = torch.tensor([[0, 4, 7]])
+    shares = members(euclidean(visual[1:]), kept)
+    torch.nn.init.normal_(router.write.out.weight)
+    written = router.write(type(together)(*(part[1:] for part in together)), visual[1:], kept, shares)
+    torch.testing.assert_close(written, router.write(alone, visual[1:], kept, shares))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 577])
-def test_pictures_of_any_number_of_tokens_and_no_question_have_scores(tokens):
-    assert Router(Shape(24, 16))(torch.randn(1, tokens, 24), torch.randn(1, 0, 24)).shape == (1, tokens)
+def test_pictures_of_any_number_of_tokens_and_no_question_are_read(tokens):
+    read = Router(Shape(24, 4, 16))(torch.randn(1, tokens, 24), torch.randn(1, 0, 24))
+    assert (read.looks.shape, read.costs.shape) == ((1, tokens), (1, 4))
+
+
+def test_an_untrained_router_leaves_the_plain_means():
+    torch.manual_seed(0)
+    router, visual = Router(Shape(24, 4, 16)), torch.randn(1, 12, 24)
+    kept = Reading(router, visual, router(visual, torch.randn(1, 3, 24))).keep(0, 5)
+    expected = means(visual[0], members(euclidean(visual[0]), kept.indices))
+    torch.testing.assert_close(kept.tokens[kept.indices], expected)
+    assert sum(kept.sizes) == 12
 
 
 def test_it_costs_under_three_percent_of_a_prefill_at_7b():
-    shape, rows = Shape(4096, 1024), 576 + 40
+    shape, rows = Shape(4096, 32, 1024), 576 + 40
     dense = 2 * rows * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert shape.flops(rows) < 0.03 * dense
+    assert shape.flops(576, 40, 0) < shape.flops(576, 40, 288) < 0.03 * dense
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 12), st.data())
+def test_visual_rows_pass_the_cheapest_layers_by_never_the_first_the_last_or_one_that_is_left_out(runs, passed, data):
+    costs = data.draw(st.lists(st.floats(-9, 9), min_size=len(runs), max_size=len(runs)))
+    chosen = layers_passed(runs, passed, costs)
+    inner = [layer for layer in range(1, len(runs) - 1) if runs[layer]]
+    assert chosen <= set(inner)
+    assert len(chosen) == min(passed, len(inner))
+    assert all(costs[a] <= costs[b] for a in chosen for b in inner if b not in chosen)
+
+
+# ---- serving
 
 
 def test_a_checkpoint_with_a_router_holds_the_same_weights_and_serves_it(plain, routed):
@@ -99,87 +87,119 @@ def test_a_checkpoint_with_a_router_holds_the_same_weights_and_serves_it(plain, 
     assert load(plain).fingerprint == load(routed).fingerprint
     engine = new_engine(load(routed))
     assert engine.token_policy == "router"
-    receipts = [answer(engine, 0, level=level).finished.receipt for level in ("off", "balanced")]
-    assert [receipt.visual_tokens for receipt in receipts] == [VISUAL, VISUAL // 3]
-    assert receipts[0].flops_ratio == 1.0
-    merging = answer(Engine(load(routed), token_policy="merging"), 0, level="balanced").finished.receipt
-    assert receipts[1].flops_ratio > merging.flops_ratio, "the router's own work is counted"
+    for level in ("off", *PRUNED):
+        receipt = answer(engine, 0, level=level).finished.receipt
+        assert (receipt.level, receipt.visual_tokens) == (level, engine.menu[level].kept(VISUAL))
+        assert (receipt.flops_ratio == 1.0) == (level == "off")
 
 
-def test_the_router_is_asked_for_every_picture_of_a_request(routed):
+def test_levels_are_the_budgets_that_were_measured(plain, routed):
+    measured = read_manifest(routed).router.levels
+    menu = Engine(load(routed)).menu
+    for name, budget in measured.items():
+        assert {key: getattr(menu[name], key) for key in budget} == budget
+    assert list(menu) == ["off", "light", "balanced", "strong", AUTO]
+    assert AUTO not in Engine(load(plain)).menu
+    assert AUTO not in Engine(load(routed), token_policy="merging").menu, "nobody is there to choose"
+
+
+def test_the_routers_own_work_is_counted(routed):
+    engine = Engine(load(routed))
+    request = ask(engine, (0,), level="balanced")
+    level = engine.menu["balanced"]
+    image = engine.model.vision(request.images[0].pixels[None])
+    reading = read_request(engine.router, engine.model, [image], words(request.prompt, engine.model.config.image_token_id))
+    receipt = answer(engine, 0, level="balanced").finished.receipt
+    shape = engine.router.shape
+    assert reading.flops(level.kept(VISUAL)) == shape.flops(VISUAL, len(reading.read.words[0]), level.kept(VISUAL)) > 0
+    route, _ = make_route(level, [image], 3, None, "router", 0, reading)
+    prompt, config = len(request.prompt), engine.model.config
+    assert receipt.flops_ratio == pytest.approx(flops_ratio(config, route, prompt, reading.flops(len(route.kept))), abs=1e-4)
+    assert receipt.flops_ratio > flops_ratio(config, route, prompt)
+
+
+def test_every_picture_of_a_request_is_routed(routed):
     engine = new_engine(load(routed))
     receipt = answer(engine, 0, 1, level="balanced").finished.receipt
-    assert (receipt.visual_tokens, receipt.visual_tokens_total) == (2 * (VISUAL // 3), 2 * VISUAL)
+    assert (receipt.visual_tokens, receipt.visual_tokens_total) == (2 * engine.menu["balanced"].kept(VISUAL), 2 * VISUAL)
 
 
-def test_without_a_picture_there_is_nothing_to_route(routed):
-    request = ask(new_engine(load(routed)), (), level="balanced")
+@pytest.mark.parametrize("level", ["balanced", AUTO])
+def test_without_a_picture_there_is_nothing_to_route(routed, level):
     engine = new_engine(load(routed))
+    request = ask(engine, (), level=level)
     engine.submit(request)
     drain(engine)
     assert request.emit.finished.receipt.visual_tokens_total == 0
 
 
-def test_scores_that_are_not_finite_send_the_request_to_level_off(routed):
+@pytest.mark.parametrize(("threshold", "chosen"), [(0.0, PRUNED[0]), (1.01, "off")])
+def test_auto_says_what_it_chose_and_forcing_that_gives_the_same_answer(routed, threshold, chosen):
+    engine = new_engine(load(routed))
+    engine.auto_threshold = threshold
+    _, reader = submit(engine, 0, level=AUTO)
+    drain(engine)
+    receipt = reader.finished.receipt
+    assert receipt.level == chosen
+    assert receipt.reason.startswith("auto: ")
+    assert chosen == "off" or f"{chosen} keeps this answer with an expected chance of" in receipt.reason
+    forced = answer(engine, 0, level=chosen)
+    assert reader.answer == forced.answer
+    assert receipt.visual_tokens == forced.finished.receipt.visual_tokens
+    count = engine.metrics.registry.get_sample_value("espalier_degradations_total", {"from": AUTO, "to": chosen})
+    assert count == 1
+
+
+def test_auto_gives_back_the_memory_that_it_does_not_need(routed):
+    engine = new_engine(load(routed))
+    engine.auto_threshold = 0.0
+    submit(engine, 0, level=AUTO, max_tokens=4)
+    engine.step()
+    assert engine.scheduler.used == engine.kv.used < VISUAL * 3
+    drain(engine)
+
+
+def test_auto_is_as_careful_as_the_hardest_picture_asks_for(routed):
+    checkpoint = load(routed)
+    router = load_router(checkpoint)
+    pictures = [ask(new_engine(checkpoint), (number,)).images[0].pixels[None] for number in range(3)]
+    features = [checkpoint.model.vision(pixels) for pixels in pictures]
+    one_by_one = [read_request(router, checkpoint.model, [image], [40, 41]).stays for image in features]
+    together = read_request(router, checkpoint.model, features, [40, 41]).stays
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(one_by_one).amin(0))
+
+
+def test_mixed_with_other_levels_auto_answers_as_it_would_alone(routed):
+    engine = new_engine(load(routed, dtype="float32"))
+    engine.auto_threshold = 0.0
+    alone = [answer(engine, number, level=level).answer for number, level in enumerate((AUTO, "off", "light"))]
+    together = [submit(engine, number, level=level)[1] for number, level in enumerate((AUTO, "off", "light"))]
+    drain(engine)
+    assert [reader.answer for reader in together] == alone
+
+
+@pytest.mark.parametrize("level", ["balanced", AUTO])
+def test_scores_that_are_not_finite_send_the_request_to_level_off(routed, level):
     engine = new_engine(load(routed))
     expected = answer(engine, 0, level="off")
-    engine.router.head.bias.fill_(torch.nan)
-    request, reader = submit(engine, 0, level="balanced")
+    engine.router.look.bias.fill_(torch.nan)
+    request, reader = submit(engine, 0, level=level)
     drain(engine)
     assert reader.answer == expected.answer
-    assert (reader.finished.receipt.level, request.reason) == ("off", "the router failed at level balanced")
-    count = engine.metrics.registry.get_sample_value("espalier_degradations_total", {"from": "balanced", "to": "off"})
+    assert (reader.finished.receipt.level, request.reason) == ("off", f"the router failed at level {level}")
+    count = engine.metrics.registry.get_sample_value("espalier_degradations_total", {"from": level, "to": "off"})
     assert count == 1
     with pytest.raises(RouterFailed):
-        score(engine.router, engine.model, [engine.model.vision(request.images[0].pixels[None])], [5])
+        read_request(engine.router, engine.model, [engine.model.vision(request.images[0].pixels[None])], [5])
 
 
-# ---- training
-
-
-@pytest.mark.parametrize(("name", "call", "left"), [("_watch", 2, 1), ("_foresee", 25, 11), ("derive", 1, 1)])
-def test_a_killed_run_goes_on_and_ends_as_one_that_never_stopped(plain, routed, tmp_path, monkeypatch, name, call, left):
-    monkeypatch.setattr(train, "SAVE_EVERY", 10)
-    with monkeypatch.context() as patch:
-        die_at(patch, train, name, call)
-        with pytest.raises(Killed):
-            run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
-    assert not (tmp_path / "out").exists()
-    again = die_at(monkeypatch, train, name, -1)
-    run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
-    assert again[0] == left  # of the fit: ten steps, and once the pictures that were held out
-    assert read_manifest(tmp_path / "out").files == read_manifest(routed).files
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
-
-
-def test_another_lesson_does_not_go_on_with_a_killed_run(plain, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        die_at(patch, train, "_watch", 2)
-        with pytest.raises(Killed):
-            run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
-    with pytest.raises(WorkError, match="unfinished run of another recipe"):
-        run(Lesson(**QUICK, seed=1), str(plain), tmp_path / "out", quiet=True)
-
-
-def test_it_learns_from_a_file_without_answers(plain, tmp_path):
-    lines = []
-    for number in range(3):
-        shutil.copy("docs/samples/sign.png", tmp_path / f"{number}.png")
-        lines.append(json.dumps({"image": f"{number}.png", "question": "What is written?"}))
-    data = tmp_path / "questions.jsonl"
-    data.write_text("\n".join(lines))
-    lesson = Lesson(data=str(data), pictures=3, questions=1, answer=3, steps=2, batch=2)
-    record = run(lesson, str(plain), tmp_path / "out", quiet=True).router
-    assert record.report["questions"] == 3
-    with pytest.raises(DataError, match="has 3 samples and 4 are asked for"):
-        run(lesson.model_copy(update={"pictures": 4}), str(plain), tmp_path / "more", quiet=True)
-
-
-def test_what_cannot_be_done_is_said_before_the_work(plain, tmp_path):
-    with pytest.raises(ValueError, match="exists; name a directory that does not"):
-        run(Lesson(), str(plain), tmp_path, quiet=True)
-    with pytest.raises(ValueError, match=r"none\.jsonl is not a file"):
-        run(Lesson(data="none.jsonl"), str(plain), tmp_path / "out", quiet=True)
+def test_what_is_written_and_not_finite_fails_the_router(routed):
+    checkpoint = load(routed)
+    router = load_router(checkpoint)
+    router.write.out.bias.fill_(torch.nan)
+    image = ImageFeatures(torch.randn(1, VISUAL, 48), torch.rand(1, VISUAL))
+    with pytest.raises(RouterFailed, match="what the router wrote"):
+        read_request(router, checkpoint.model, [image], [5]).keep(0, 3)
 
 
 # ---- refusals

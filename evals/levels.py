@@ -1,0 +1,211 @@
+"""What each level does to questions that come first and second in a chat, and what `auto` makes of them.
+
+`python -m evals.levels embedded --runs docs/runs/levels.jsonl`: one JSON line a run. Agreement is with the un-pruned model's own
+greedy answer in the same chat, token by token; accuracy with the right one. The second question follows another one about the same
+picture, with the model's own answer to it. Both are read off one forward pass over the answer, as in `evals.packed`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from evals.packed import RESAMPLES
+from evals.scenes import MAX_TOKENS
+from evals.sweep import stored
+from models.checkpoint import Checkpoint, load
+from models.embedded.world import Scene, draw
+from models.flops import flops_ratio
+from models.route import Route
+from models.vision import ImageFeatures
+from pruning.dynamic.gaze import Asked, answers, said, words
+from pruning.dynamic.levels import AUTO, PRUNED, Level, make_route, menu_of
+from pruning.dynamic.router import Reading, Router, read_request
+from pruning.dynamic.router_file import load_router
+
+SHARES = (5 / 6, 3 / 4, 2 / 3, 1 / 2, 5 / 12, 1 / 3, 1 / 4, 1 / 6)
+"""Of the visual tokens: fixed budgets beside the levels, against which `auto` has to be worth it."""
+
+
+@dataclass
+class Column:
+    """One level's answers, by picture: how many agreed, were right, were asked, and their FLOPs ratios summed."""
+
+    counts: list[tuple[float, float, float, float]] = field(default_factory=list)
+
+    def add(self, agreed: Sequence[bool], right: Sequence[bool], ratios: Sequence[float]) -> None:
+        self.counts.append((sum(agreed), sum(right), len(agreed), sum(ratios)))
+
+    def shares(self, drawn: np.ndarray | None = None) -> np.ndarray:
+        """Agreement, accuracy and mean FLOPs ratio; of pictures `drawn` [resamples, pictures], one row each."""
+        counts = np.array(self.counts)
+        sums = counts.sum(0) if drawn is None else counts[drawn].sum(1)
+        return np.stack([sums[..., 0], sums[..., 1], sums[..., 3]], -1) / sums[..., 2:3]
+
+
+Talks = tuple[list[Asked], list[list[int]], list[list[int]]]
+"""Questions about one picture, the model's own answers, and the right ones."""
+
+
+def talks(checkpoint: Checkpoint, scene: Scene, visual: torch.Tensor) -> dict[str, Talks]:
+    """The picture's questions, each alone and each after the one before it."""
+    preprocessor, tokenizer = checkpoint.preprocessor, checkpoint.preprocessor.tokenizer
+    right = [[*tokenizer(f" {q.answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id] for q in scene.questions]
+    alone = [Asked(preprocessor.question(q.text), visual) for q in scene.questions]
+    own = answers(checkpoint.model, alone, checkpoint.eos, MAX_TOKENS)
+    spoken = [(q.text, tokenizer.decode(a, skip_special_tokens=True).strip()) for q, a in zip(scene.questions, own, strict=True)]
+    before = [spoken[-1], *spoken[:-1]]
+    second = [
+        Asked(preprocessor.question(q.text, [turn]), visual) for q, turn in zip(scene.questions, before, strict=True)
+    ]
+    return {"alone": (alone, own, right), "second": (second, answers(checkpoint.model, second, checkpoint.eos, MAX_TOKENS), right)}
+
+
+def read_all(checkpoint: Checkpoint, router: Router, asked: Sequence[Asked]) -> list[Reading]:
+    model = checkpoint.model
+    return [
+        read_request(router, model, [_image(one)], words(one.prompt, model.config.image_token_id)) for one in asked
+    ]
+
+
+def _image(asked: Asked) -> ImageFeatures:
+    return ImageFeatures(asked.visual[None], asked.visual.new_empty(1, 0))
+
+
+def ask(
+    checkpoint: Checkpoint, level: Level, talk: Talks, readings: Sequence[Reading]
+) -> tuple[list[bool], list[bool], list[float]]:
+    """Of each question: whether its answer agrees, whether it is right, and its FLOPs ratio."""
+    asked, own, right = talk
+    model, calibration = checkpoint.model, checkpoint.manifest.calibration
+    change = calibration.layer_change if calibration else None
+    routes: list[Route] = []
+    routed: list[Asked] = []
+    ratios = []
+    for one, reading in zip(asked, readings, strict=True):
+        route, visual = make_route(level, [_image(one)], model.layers, change, "router", 0, reading if level.routed else None)
+        assert visual is not None
+        flops = reading.flops(len(route.kept)) if level.routed else 0
+        ratios.append(flops_ratio(model.config, route, len(one.prompt), flops))
+        routes.append(route)
+        routed.append(Asked(one.prompt, visual))
+    agreed, correct = (
+        [tokens.argmax(-1).tolist() == answer for tokens, answer in zip(said(model, routed, wanted, routes), wanted, strict=True)]
+        for wanted in (own, right)
+    )
+    return agreed, correct, ratios
+
+
+def run(checkpoint: Checkpoint, router: Router, pictures: int, split: str) -> dict[str, Any]:
+    menu = menu_of(checkpoint.manifest, checkpoint.model.layers)
+    assert checkpoint.manifest.router is not None
+    threshold = float(checkpoint.manifest.router.auto["threshold"])
+    fixed = [Level(f"{share:.3f} of the tokens", "", share) for share in SHARES]
+    columns: dict[tuple[str, str], Column] = defaultdict(Column)
+    taken: dict[str, int] = defaultdict(int)
+    for index in track(range(pictures), "asking", console=Console(stderr=True)):
+        scene = draw(split, index)
+        pixels = checkpoint.preprocessor.pixels(scene.image)[None].to(checkpoint.model.device, checkpoint.model.dtype)
+        visual = checkpoint.model.vision(pixels).tokens[0]
+        for place, talk in talks(checkpoint, scene, visual).items():
+            readings = read_all(checkpoint, router, talk[0])
+            outcome = {level.name: ask(checkpoint, level, talk, readings) for level in menu.values() if level.name != AUTO}
+            chosen = [choose(reading, threshold) for reading in readings]
+            for name, found in outcome.items():
+                columns[place, name].add(*found)
+            agreed, right, ratios = [], [], []
+            for i, name in enumerate(chosen):
+                agreed.append(outcome[name][0][i])
+                right.append(outcome[name][1][i])
+                # A request that is sent to `off` was read all the same.
+                ratios.append(outcome[name][2][i] + (_reading(checkpoint, talk[0][i], readings[i]) if name == "off" else 0))
+                taken[f"{place}/{name}"] += 1
+            columns[place, AUTO].add(agreed, right, ratios)
+            for level in fixed if place == "alone" else ():
+                columns[place, level.name].add(*ask(checkpoint, level, talk, readings))
+    levels: dict[str, dict[str, Any]] = defaultdict(dict)
+    for (place, name), column in columns.items():
+        levels[place][name] = summary(column)
+    return {
+        "levels": dict(levels), "taken": dict(taken), "against_fixed": against_fixed(columns), "threshold": threshold,
+    }  # fmt: skip
+
+
+def choose(reading: Reading, threshold: float) -> str:
+    return next((name for name, chance in zip(PRUNED, reading.stays, strict=True) if chance >= threshold), "off")
+
+
+def _reading(checkpoint: Checkpoint, asked: Asked, reading: Reading) -> float:
+    """FLOPs of reading alone over those of the dense prefill."""
+    config, full = checkpoint.model.config, Route.full(len(asked.visual), checkpoint.model.layers)
+    return flops_ratio(config, full, len(asked.prompt), reading.flops(len(asked.visual))) - 1
+
+
+def _drawn(pictures: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, pictures, (RESAMPLES, pictures))
+
+
+def summary(column: Column) -> dict[str, Any]:
+    """Shares, with 95 % bootstrap intervals over pictures."""
+    shares, spread = column.shares(), np.quantile(column.shares(_drawn(len(column.counts))), (0.025, 0.975), axis=0)
+    named = {}
+    for place, name in enumerate(("agreement", "accuracy", "flops_ratio")):
+        named[name] = round(float(shares[place]), 4)
+        named[f"{name}_interval"] = [round(float(bound), 4) for bound in spread[:, place]]  # type: ignore[assignment]
+    return {**named, "n": int(sum(count[2] for count in column.counts))}
+
+
+def against_fixed(columns: dict[tuple[str, str], Column]) -> dict[str, Any]:
+    """The cheapest fixed budget, levels among them, that agrees as often as `auto`; and their FLOPs, paired by picture."""
+    auto = columns["alone", AUTO]
+    agreement, _, ratio = auto.shares()
+    others = {name: column for (place, name), column in columns.items() if place == "alone" and name != AUTO}
+    equal = {name: column for name, column in others.items() if column.shares()[0] >= agreement}
+    name = min(equal, key=lambda name: equal[name].shares()[2])
+    drawn = _drawn(len(auto.counts))
+    saved = 1 - auto.shares(drawn)[:, 2] / equal[name].shares(drawn)[:, 2]
+    found = equal[name].shares().tolist()
+    return {
+        "level": name, "agreement": round(found[0], 4), "flops_ratio": round(found[2], 4),
+        "saved": round(1 - float(ratio) / found[2], 4),
+        "saved_interval": [round(float(bound), 4) for bound in np.quantile(saved, (0.025, 0.975))],
+    }  # fmt: skip
+
+
+def main(
+    checkpoint: Annotated[str, typer.Argument(help="A directory with a router, embedded or embedded-dense.")],
+    runs: Annotated[Path, typer.Option(help="Where results are kept, one JSON line a run.")] = Path("docs/runs/levels.jsonl"),
+    name: Annotated[str | None, typer.Option(help="What the checkpoint is called in the table.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="All of their questions are asked, about nine each.")] = 480,
+    split: Annotated[str, typer.Option(help="test to report, validation to tune.")] = "test",
+    seed: Annotated[int, typer.Option(help="Of the router.")] = 0,
+) -> None:
+    source = load(checkpoint)
+    router = load_router(source)
+    if router is None:
+        raise typer.BadParameter(f"{checkpoint} has no router; train one with `espalier route`")
+    entry: dict[str, Any] = {"checkpoint": name or checkpoint, "split": split, "seed": seed, "pictures": pictures}
+    if any(entry.items() <= done.items() for done in stored(runs)):
+        typer.echo("stored already")
+        return
+    started = time.monotonic()
+    entry |= run(source, router, pictures, split)
+    entry["seconds"] = round(time.monotonic() - started, 1)
+    with runs.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    typer.echo(json.dumps(entry, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,255 @@
+"""How a router is taught: what it is shown, the gradient through the frozen model, what it is trusted with, kills and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from models.checkpoint import load, open_transformers, read_manifest
+from models.pictures import DataError
+from models.route import Route
+from models.vision import ImageFeatures
+from models.work import Work, WorkError
+from pruning.dynamic import fit, train
+from pruning.dynamic import watch as watching
+from pruning.dynamic.gaze import Asked, answers, observe, passing_costs, said
+from pruning.dynamic.judge import as_asked, cheapest, least_trust, logistic
+from pruning.dynamic.lesson import Lesson
+from pruning.dynamic.levels import PRUNED, Level, make_route
+from pruning.dynamic.router import Router, Shape, read_request
+from pruning.dynamic.train import run
+from pruning.dynamic.watch import LEFT_OVER, Watched
+from pruning.dynamic.writing import divergence
+from tests.pruning.kills import Killed, die_at
+from tests.pruning.tiny_router import QUICK, plain_checkpoint, routed_checkpoint  # noqa: F401
+from tests.server.tiny import LAYERS, VISUAL, answer, ask, new_engine
+
+
+def question(checkpoint, text="What color is the star?", picture=0):
+    request = ask(new_engine(checkpoint), (picture,), text)
+    return Asked(request.prompt, checkpoint.model.vision(request.images[0].pixels[None]).tokens[0])
+
+
+# ---- what is watched
+
+
+def test_the_gaze_is_the_most_attention_that_transformers_computes(plain):
+    checkpoint = load(plain)
+    asked, own = [question(checkpoint), question(checkpoint, "How many?", 1)], [[40, 41, 42], [43, 44]]
+    reference = LlavaForConditionalGeneration.from_pretrained(plain, attn_implementation="eager")
+    said_, gazes = observe(checkpoint.model, asked, own)
+    for number, (one, made) in enumerate(zip(asked, own, strict=True)):
+        ids = torch.tensor([[*one.prompt, *made[:-1]]])
+        pixels = ask(new_engine(checkpoint), (number,)).images[0].pixels[None]
+        with torch.no_grad():
+            out = reference(input_ids=ids, pixel_values=pixels, output_attentions=True)
+        visual = (ids[0] == reference.config.image_token_id).nonzero()[:, 0]
+        after = torch.arange(int(visual[-1]) + 1, ids.shape[1])
+        wanted = torch.cat(out.attentions)[:, :, after][..., visual].amax((0, 1, 2))
+        torch.testing.assert_close(gazes[number], wanted, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(said_[number], out.logits[0, -len(made) :].log_softmax(-1), rtol=1e-3, atol=1e-3)
+
+
+def test_answers_are_what_the_engine_says_at_level_off(plain):
+    checkpoint = load(plain)
+    asked = [question(checkpoint, picture=i) for i in range(2)]
+    made = answers(checkpoint.model, asked, checkpoint.eos, 6)
+    decode = checkpoint.preprocessor.tokenizer.decode
+    for number, tokens in enumerate(made):
+        assert decode(tokens).strip() == answer(new_engine(checkpoint), number, max_tokens=6).text.strip()
+
+
+def test_what_passing_a_layer_by_costs_is_the_divergence_of_that_route(plain):
+    checkpoint = load(plain)
+    asked, own = [question(checkpoint)], [[40, 41, 42]]
+    dense, _ = observe(checkpoint.model, asked, own)
+    costs = passing_costs(checkpoint.model, asked, own, dense)
+    assert costs.isnan().tolist() == [[True, False, True]]
+    (passed,) = said(checkpoint.model, asked, own, [Route(VISUAL, tuple(range(VISUAL)), (True,) * 3, visual_stays=frozenset({1}))])
+    wanted = (dense[0].exp() * (dense[0] - passed)).sum()
+    torch.testing.assert_close(costs[0, 1], wanted, rtol=1e-3, atol=1e-4)
+    assert wanted > 0
+
+
+@pytest.fixture(scope="module", name="watched")
+def watched_lesson(plain, tmp_path_factory) -> Watched:
+    work = Work(tmp_path_factory.mktemp("watched") / "out", {}, "")
+    with train.Progress(disable=True) as progress:
+        return watching.watch(Lesson(**{**QUICK, "questions": 3}), load(plain), work, progress)
+
+
+def test_every_other_question_follows_one_in_the_same_chat_with_the_models_own_answer(plain, watched):
+    decode = load(plain).preprocessor.tokenizer.decode
+    texts = [decode(text[text >= 0]) for text in watched.text[watched.picture == 0]]
+    assert [text.count("ASSISTANT") for text in texts] == [1, 1, 2]
+    spoken = decode(watched.answer[0][watched.answer[0] >= 0], skip_special_tokens=True).strip()
+    assert spoken in texts[2]
+    assert texts[0].removesuffix(" ASSISTANT:").removeprefix("<s>") in texts[2]
+
+
+def test_likely_tokens_and_the_rest_are_a_distribution(watched):
+    there = watched.answer >= 0
+    torch.testing.assert_close(watched.likely[there].exp().sum(-1), torch.ones(int(there.sum())), rtol=1e-3, atol=1e-3)
+    assert torch.equal(watched.alternatives[there][:, 0].long(), watched.answer[there]), "the model says what it finds most likely"
+
+
+# ---- the gradient through the frozen model
+
+
+@pytest.mark.parametrize(("keep", "passed"), [(VISUAL, 0), (VISUAL, 1), (20, 0), (20, 1)])
+def test_the_divergence_that_is_learned_from_is_that_of_the_route_that_is_served(plain, watched, keep, passed):
+    """Through transformers' model while learning, through the packed forward when serving: merged, sized, passed by alike."""
+    checkpoint = load(plain)
+    torch.manual_seed(1)
+    router = Router(Shape(48, LAYERS, 16)).requires_grad_(False)
+    if keep < VISUAL:  # where all stay, serving writes nothing
+        torch.nn.init.normal_(router.write.out.weight, std=0.3)
+    teacher = open_transformers(plain).model
+    teacher.set_attn_implementation("eager")
+    asked = watched.of(torch.arange(5))
+    learned = divergence(router, teacher, asked, keep, passed)
+    served = torch.stack([
+        _served(checkpoint, router, watched, number, keep, passed) for number in range(5)
+    ])
+    torch.testing.assert_close(learned, served.clamp_max(20), rtol=2e-2, atol=2e-3)
+    if (keep, passed) == (VISUAL, 0):
+        assert learned.abs().max() < 2e-3
+    else:
+        assert learned.max() > 0.01
+
+
+def _served(checkpoint, router, watched, number, keep, passed):
+    """KL over the likely tokens and the rest, from our own forward."""
+    prompt, read, own = as_asked(watched, number, checkpoint.model.config.image_token_id)
+    image = ImageFeatures(watched.visual[watched.picture[number]][None], torch.empty(1, 0))
+    reading = read_request(router, checkpoint.model, [image], read)
+    level = Level("some", "", keep / VISUAL, passed_layers=passed)
+    route, visual = make_route(level, [image], LAYERS, None, "router", 0, reading)
+    assert (len(route.kept), len(route.visual_stays)) == (keep, passed)
+    (found,) = said(checkpoint.model, [Asked(prompt, visual)], [own], [route])
+    count = len(own)
+    here = found.gather(-1, watched.alternatives[number, :count].long())
+    rest = torch.log1p(-here.exp().sum(-1, keepdim=True).clamp_max(1 - LEFT_OVER))
+    likely = watched.likely[number, :count]
+    return (likely.exp() * (likely - torch.cat([here, rest], -1))).sum()
+
+
+def test_learning_to_write_lowers_the_divergence(plain, watched):
+    torch.manual_seed(0)
+    router = Router(Shape(48, LAYERS, 16))
+    teacher = open_transformers(plain).model.requires_grad_(False)
+    teacher.set_attn_implementation("eager")
+    asked = watched.of(torch.arange(12))
+    optimizer = torch.optim.AdamW(router.write.parameters(), 3e-3)
+    course = []
+    for _ in range(40):
+        loss = divergence(router, teacher, asked, 12, 0).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        course.append(float(loss.detach()))
+    assert course[-1] < 0.7 * course[0]
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+# ---- what it is trusted with
+
+
+def test_the_cheapest_level_that_is_trusted_enough_is_taken():
+    chances = torch.tensor([[0.9, 0.95, 0.99], [0.5, 0.95, 0.9], [0.1, 0.2, 0.3]])
+    assert cheapest(chances, 0.9).tolist() == [0, 1, 3]
+
+
+def test_the_threshold_keeps_the_share_that_is_asked_for_and_is_no_higher_than_it_must_be():
+    torch.manual_seed(0)
+    chances = torch.rand(400, 3)
+    kept = torch.rand(400, 3) < chances
+    threshold = least_trust(chances, kept, 0.9)
+    stayed = torch.cat([kept, torch.ones(400, 1, dtype=torch.bool)], 1)
+
+    def share(at: float) -> float:
+        return float(stayed.gather(1, cheapest(chances, at)[:, None]).float().mean())
+
+    lower = max(round(value, 3) for value in chances.flatten().tolist() if round(value, 3) < threshold)
+    assert share(threshold) >= 0.9 - 1e-6
+    assert share(lower) < 0.9
+    assert least_trust(0.9 * chances, torch.zeros_like(kept), 1.0) > 1, "where no level keeps anything, all goes to off"
+
+
+def test_logistic_regression_finds_what_separates():
+    torch.manual_seed(0)
+    features = 5 + 3 * torch.randn(500, 4)
+    labels = torch.stack([features[:, 1] > 5, features[:, 2] + features[:, 3] > 10], 1).float()
+    weight, bias = logistic(features, labels)
+    assert (((features @ weight.T + bias) > 0) == labels.bool()).float().mean() > 0.95
+
+
+def test_the_manifest_says_what_was_compared_and_what_auto_keeps(routed):
+    record = read_manifest(routed).router
+    assert set(record.levels) == set(record.compared) == set(PRUNED)
+    for name, chosen in record.levels.items():
+        best = max(record.compared[name], key=lambda one: one["agreement"])
+        assert best["agreement"] == max(one["agreement"] for one in record.compared[name] if one.items() >= chosen.items())
+    assert record.auto["questions"] == 4
+    assert 0 <= record.auto["agreement"] <= 1
+    assert sum(record.auto["levels"].values()) == pytest.approx(1, abs=1e-3)
+
+
+# ---- training
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "left"),
+    [(watching, "_watch", 2, 1), (train, "foresight_error", 25, 10), (train, "writing_error", 12, 10), (train, "judge", 1, 1),
+     (train, "derive", 1, 1)],
+)  # fmt: skip
+def test_a_killed_run_goes_on_and_ends_as_one_that_never_stopped(
+    plain, routed, tmp_path, monkeypatch, owner, name, call, left
+):
+    monkeypatch.setattr(fit, "SAVE_EVERY", 10)
+    with monkeypatch.context() as patch:
+        die_at(patch, owner, name, call)
+        with pytest.raises(Killed):
+            run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+    again = die_at(monkeypatch, owner, name, -1)
+    run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
+    assert again[0] == left
+    assert read_manifest(tmp_path / "out").files == read_manifest(routed).files
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_another_lesson_does_not_go_on_with_a_killed_run(plain, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        die_at(patch, watching, "_watch", 2)
+        with pytest.raises(Killed):
+            run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
+    with pytest.raises(WorkError, match="unfinished run of another recipe"):
+        run(Lesson(**QUICK, seed=1), str(plain), tmp_path / "out", quiet=True)
+
+
+def test_it_learns_from_a_file_without_answers(plain, tmp_path):
+    lines = []
+    for number in range(8):
+        shutil.copy("docs/samples/sign.png", tmp_path / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "question": "What is written?"}))
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(lines))
+    lesson = Lesson(data=str(data), pictures=8, questions=1, answer=3, steps=2, writing=2, batch=2)
+    record = run(lesson, str(plain), tmp_path / "out", quiet=True).router
+    assert record.report["questions"] == 8
+    with pytest.raises(DataError, match="has 8 samples and 9 are asked for"):
+        run(lesson.model_copy(update={"pictures": 9}), str(plain), tmp_path / "more", quiet=True)
+
+
+def test_what_cannot_be_done_is_said_before_the_work(plain, tmp_path):
+    with pytest.raises(ValueError, match="exists; name a directory that does not"):
+        run(Lesson(), str(plain), tmp_path, quiet=True)
+    with pytest.raises(ValueError, match=r"none\.jsonl is not a file"):
+        run(Lesson(data="none.jsonl"), str(plain), tmp_path / "out", quiet=True)
+
+

@@ -1,0 +1,28 @@
+"""A tiny checkpoint, and the same with a router that was hardly trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pruning.dynamic.lesson import Lesson
+from pruning.dynamic.train import run
+from tests.server.tiny import write
+
+QUICK: dict[str, Any] = {
+    "pictures": 10, "questions": 2, "answer": 4, "steps": 30, "writing": 20, "batch": 4, "rate": 3e-3, "writing_rate": 1e-3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", name="plain")
+def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("plain") / "plain")
+
+
+@pytest.fixture(scope="session", name="routed")
+def routed_checkpoint(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("routed") / "routed"
+    run(Lesson(**QUICK), str(plain), out, quiet=True)
+    return out
