@@ -26,8 +26,8 @@ A budget in FLOPs is PAR's (arXiv 2412.06458, table 1), which kept 95.8, 93.8, 9
 """
 LEVELS = """### Levels
 
-From `docs/runs/levels.jsonl`: agreement with the un-pruned model's own greedy answer, accuracy, and FLOPs ratio, of questions asked alone
-and of the same questions after another one about the same picture; means over {seeds} router(s), with each run's 95 % bootstrap
+From `docs/runs/levels.jsonl`: agreement with the un-pruned model's own greedy answer, accuracy, and FLOPs ratio, of questions asked
+alone and of the same questions after another one about the same picture; means over {seeds} router(s), with a run's 95 % bootstrap
 interval over pictures for agreement.
 
 | level | alone: agreement | accuracy | FLOPs | second: agreement | accuracy | FLOPs |
@@ -64,9 +64,9 @@ def _levels(runs: Sequence[Entry]) -> list[str]:
         fixed, auto = run["against_fixed"], run["levels"]["alone"]["auto"]
         low, high = (f"{bound:.1%}" for bound in fixed["saved_interval"])
         lines.append(
-            f"- Router {run['seed']}: `auto` agrees at {auto['agreement']:.2%} with {auto['flops_ratio']:.1%} of the FLOPs. The cheapest "
-            f"fixed budget that agrees as often, {fixed['level']}, takes {fixed['flops_ratio']:.1%}: {fixed['saved']:.1%} are saved "
-            f"({low} to {high})."
+            f"- Router {run['seed']}: `auto` agrees at {auto['agreement']:.2%} with {auto['flops_ratio']:.1%} of the FLOPs. The "
+            f"cheapest fixed budget that agrees as often, {fixed['level']}, takes {fixed['flops_ratio']:.1%}: "
+            f"{fixed['saved']:.1%} are saved ({low} to {high})."
         )
     return [*lines, ""]
 

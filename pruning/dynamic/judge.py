@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from math import floor
 from typing import Any
 
 import torch
@@ -165,7 +166,7 @@ def least_trust(chances: Tensor, kept: Tensor, target: float) -> float:
     """The lowest threshold at and above which the chosen levels keep `target` of the answers; above 1 where none does."""
     stayed = F.pad(kept, (0, 1), value=True)
     lowest = 1.01
-    for threshold in sorted({round(value, 3) for value in chances.flatten().tolist()}, reverse=True):
+    for threshold in sorted({floor(1000 * value) / 1000 for value in chances.flatten().tolist()}, reverse=True):
         share = stayed.gather(1, cheapest(chances, threshold)[:, None]).float().mean()
         if share < target:
             break
