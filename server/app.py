@@ -84,7 +84,8 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
 def _add_menu(app: FastAPI, engine: Engine) -> None:
     def card(name: str, level: str) -> dict[str, Any]:
         about = {"id": name, "object": "model", "created": engine.created, "owned_by": "espalier"}
-        return {**about, "context_length": engine.context_length, "pruning": {"level": level}}
+        pruning = {"level": level, "card": engine.menu[level].card}
+        return {**about, "context_length": engine.context_length, "pruning": pruning}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -248,6 +248,8 @@ async def test_models_and_menu(client: httpx.AsyncClient) -> None:
     assert names == ["fake-llava", *(f"fake-llava@{level}" for level in MENU)]
     for model in models["data"]:
         assert (await client.get(f"/v1/models/{model['id']}")).json() == model
+    cards = [model["pruning"]["card"] for model in models["data"]]
+    assert cards[:3] == [{"accuracy": 0.97}, {"accuracy": 0.97}, None], "of the default level, and of each alias"
     check_error(await client.get("/v1/models/fake-llava@x"), 404)
     levels = (await client.get("/v1/pruning/levels")).json()
     assert [level["name"] for level in levels["data"]] == MENU

@@ -30,6 +30,15 @@ class Traffic(RuleBasedStateMachine):
         fits = sum(one.rows for one in everyone) <= self.scheduler.budget
         return fits and len(everyone) <= self.scheduler.max_running
 
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def shrink(self, data: st.DataObject) -> None:
+        """A running job needs less than was reserved for it."""
+        place = data.draw(st.integers(0, len(self.running) - 1))
+        old = self.running[place]
+        self.running[place] = Job(old.id, data.draw(st.integers(0, old.rows)), old.prompt)
+        self.scheduler.shrink(self.running[place])
+
     @rule(rows=rows, prompt=prompts)
     def submit(self, rows: int, prompt: int) -> None:
         job = Job(f"job-{self.submitted}", rows, prompt)
@@ -176,3 +185,11 @@ def test_the_hint_of_when_to_come_back_grows_with_the_queue():
         return refusal.value.retry_after
 
     assert 1 <= hint(1) < hint(100)
+
+
+def test_a_job_never_grows_once_it_runs():
+    scheduler = Scheduler(10, 2, 0, 10)
+    scheduler.submit(Job("a", 5, 1))
+    scheduler.admit()
+    with pytest.raises(ValueError, match="holds 5 rows and cannot shrink to 6"):
+        scheduler.shrink(Job("a", 6, 1))
