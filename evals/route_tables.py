@@ -36,8 +36,8 @@ interval over pictures for agreement.
 
 def main(
     runs: Annotated[Path, typer.Option(help="Stored runs of policies.")] = Path("docs/runs/routes.jsonl"),
-    levels: Annotated[Path, typer.Option(help="Stored runs of levels.")] = Path("docs/runs/levels.jsonl"),
     out: Annotated[Path, typer.Option(help="The page to write; its picture goes beside it.")] = Path("docs/routing_results.md"),
+    levels: Annotated[Path, typer.Option(help="Stored runs of levels.")] = Path("docs/runs/levels.jsonl"),
 ) -> None:
     entries = [entry for entry in stored(runs) if entry["split"] == "test"]
     if not entries:

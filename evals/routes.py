@@ -1,17 +1,17 @@
 """What each way of choosing visual tokens and layers costs in accuracy, at equal arithmetic; `make tables` shows what is stored.
 
-`python -m evals.routes embedded --runs docs/runs/routes.jsonl`: one JSON line a run, written as it ends; what is stored already is
-not run again. Exact match is read off one forward over the right answer, as in `evals.packed`: greedy decoding says it if and only
-if each of its tokens is the most likely one.
+`python -m evals.routes embedded --runs docs/runs/routes.jsonl`: one JSON line a run, written as a policy ends; what is stored
+already is not run again. Exact match is read off one forward over the right answer, as in `evals.packed`: greedy decoding says it
+if and only if each of its tokens is the most likely one.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import cycle
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import cycle, groupby, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +35,7 @@ from models.vision import ImageFeatures
 from pruning.dynamic.gaze import words
 from pruning.dynamic.levels import Level, layers_passed, layers_to_run, make_route
 from pruning.dynamic.policies import TokenPolicy
-from pruning.dynamic.router import Router, read_request
+from pruning.dynamic.router import Reading, Router, read_request
 from pruning.dynamic.router_file import load_router
 
 SHUFFLED = "router, another's question"
@@ -118,47 +118,65 @@ def fastv(model: Llava, prompt: Prompt, visual: Tensor, keep: int) -> Route:
     return Route(len(visual), kept, full.layers, FASTV_LAYER)
 
 
-def route_of(
-    setting: Setting, checkpoint: Checkpoint, router: Router | None, prompt: Prompt, other: Prompt, image: ImageFeatures, seed: int
-) -> tuple[Route, Tensor, int]:
-    """The route of a question, its visual tokens, and the FLOPs of whoever chose; `other` is about another picture."""
-    model, calibration = checkpoint.model, checkpoint.manifest.calibration
-    visual = image.tokens[0]
+@dataclass
+class Shown:
+    """A picture, the questions about it, and questions about another one. Readings are made when first asked for."""
+
+    checkpoint: Checkpoint
+    router: Router | None
+    image: ImageFeatures
+    prompts: list[Prompt]
+    others: list[Prompt]
+    _readings: dict[tuple[int, bool], Reading] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, router: Router | None, scene: Scene, following: Scene) -> Shown:
+        model = checkpoint.model
+        image = model.vision(checkpoint.preprocessor.pixels(scene.image)[None].to(model.device, model.dtype))
+        prompts = _prompts(checkpoint, scene)
+        return cls(checkpoint, router, image, prompts, list(islice(cycle(_prompts(checkpoint, following)), len(prompts))))
+
+    def reading(self, question: int, *, shuffled: bool) -> Reading:
+        """What the router makes of the picture with a question, or with another picture's."""
+        if (question, shuffled) not in self._readings:
+            assert self.router is not None
+            model, asked = self.checkpoint.model, (self.others if shuffled else self.prompts)[question]
+            read = words(asked.ids, model.config.image_token_id)
+            self._readings[question, shuffled] = read_request(self.router, model, [self.image], read)
+        return self._readings[question, shuffled]
+
+
+def route_of(setting: Setting, shown: Shown, question: int, seed: int) -> tuple[Route, Tensor, int]:
+    """The route of a question, its visual tokens, and the FLOPs of whoever chose."""
+    model, calibration = shown.checkpoint.model, shown.checkpoint.manifest.calibration
+    visual = shown.image.tokens[0]
     if setting.policy == "off":
         return Route.full(len(visual), model.layers), visual, 0
     if setting.policy == "layers":
         runs = layers_to_run(model.layers, setting.skip, calibration.layer_change if calibration else None)
         return Route(len(visual), tuple(range(len(visual))), runs), visual, 0
     if setting.policy == "fastv":
-        return fastv(model, prompt, visual, setting.keep), visual, 0
+        return fastv(model, shown.prompts[question], visual, setting.keep), visual, 0
     level = Level(setting.budget, "", setting.keep / len(visual), passed_layers=setting.passed)
-    reading = None
-    if setting.policy in ROUTED:
-        assert router is not None
-        read = words((other if setting.policy == SHUFFLED else prompt).ids, model.config.image_token_id)
-        reading = read_request(router, model, [image], read)
+    reading = shown.reading(question, shuffled=setting.policy == SHUFFLED) if setting.policy in ROUTED else None
     policy: TokenPolicy = "router" if reading else setting.policy  # type: ignore[assignment]
-    route, used = make_route(level, [image], model.layers, None, policy, seed, reading)
+    route, used = make_route(level, [shown.image], model.layers, None, policy, seed, reading)
     assert used is not None
     return route, used, reading.flops(setting.keep) if reading else 0
 
 
 @torch.inference_mode()
-def ask(
-    setting: Setting, checkpoint: Checkpoint, router: Router | None, scene: Scene, following: Scene, seed: int
-) -> tuple[list[bool], list[float]]:
+def ask(setting: Setting, shown: Shown, seed: int) -> tuple[list[bool], list[float]]:
     """Whether each question about a picture is answered right, and its FLOPs ratio."""
-    model = checkpoint.model
-    image = model.vision(checkpoint.preprocessor.pixels(scene.image)[None].to(model.device, model.dtype))
-    works, prompts, ratios = [], _prompts(checkpoint, scene), []
-    for prompt, other in zip(prompts, cycle(_prompts(checkpoint, following)), strict=False):
-        route, visual, flops = route_of(setting, checkpoint, router, prompt, other, image, seed)
+    model, works, ratios = shown.checkpoint.model, [], []
+    for question, prompt in enumerate(shown.prompts):
+        route, visual, flops = route_of(setting, shown, question, seed)
         ratios.append(flops_ratio(model.config, route, len(prompt.ids), flops))
         ids = torch.tensor([*prompt.ids, *prompt.answer[:-1]], device=model.device)
         cache = RequestCache(route.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
         works.append(prompt_work(model, ids, visual, route, cache, tail=len(prompt.answer)))
-    said = forward(model, works).argmax(-1).cpu().split([len(prompt.answer) for prompt in prompts])
-    return [tokens.tolist() == prompt.answer for tokens, prompt in zip(said, prompts, strict=True)], ratios
+    said = forward(model, works).argmax(-1).cpu().split([len(prompt.answer) for prompt in shown.prompts])
+    return [tokens.tolist() == prompt.answer for tokens, prompt in zip(said, shown.prompts, strict=True)], ratios
 
 
 def _prompts(checkpoint: Checkpoint, scene: Scene) -> list[Prompt]:
@@ -170,15 +188,22 @@ def _prompts(checkpoint: Checkpoint, scene: Scene) -> list[Prompt]:
     return prompts
 
 
-def run(setting: Setting, checkpoint: Checkpoint, router: Router | None, pictures: int, split: str, seed: int) -> dict[str, Any]:
-    found: dict[str, list[list[bool]]] = {family: [] for family in FAMILIES}
-    ratios: list[float] = []
-    for index in track(range(pictures), f"{setting.policy}, {setting.budget}", console=Console(stderr=True), transient=True):
+def run(
+    asked: Sequence[Setting], checkpoint: Checkpoint, router: Router | None, pictures: int, split: str, seed: int
+) -> list[dict[str, Any]]:
+    """All of a policy's budgets in one pass over the pictures, each of which is drawn, encoded and read once."""
+    found: list[dict[str, list[list[bool]]]] = [{family: [] for family in FAMILIES} for _ in asked]
+    ratios: list[list[float]] = [[] for _ in asked]
+    for index in track(range(pictures), asked[0].policy, console=Console(stderr=True), transient=True):
         scene = draw(split, index)
-        right, spent = ask(setting, checkpoint, router, scene, draw(split, index + 1), seed + index)
-        found[scene.family].append(right)
-        ratios += spent
-    return summary(found) | {"flops_ratio": round(sum(ratios) / len(ratios), 4)}
+        shown = Shown.of(checkpoint, router, scene, draw(split, index + 1))
+        for number, setting in enumerate(asked):
+            right, spent = ask(setting, shown, seed + index)
+            found[number][scene.family].append(right)
+            ratios[number] += spent
+    return [
+        summary(answers) | {"flops_ratio": round(sum(spent) / len(spent), 4)} for answers, spent in zip(found, ratios, strict=True)
+    ]
 
 
 def key(entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -198,18 +223,23 @@ def main(
     router = load_router(source)
     runs.parent.mkdir(parents=True, exist_ok=True)
     done = {key(entry) for entry in stored(runs)}
-    for setting in settings(source, router):
-        entry = {"checkpoint": name or checkpoint, "policy": setting.policy, "budget": setting.budget, "split": split, "seed": seed}
-        if key(entry) in done or only not in f"{setting.policy}, {setting.budget}":
+    for policy, budgets in groupby(settings(source, router), key=lambda setting: setting.policy):
+        common = {"checkpoint": name or checkpoint, "policy": policy, "split": split, "seed": seed}
+        asked = [
+            one for one in budgets
+            if key(common | {"budget": one.budget}) not in done and only in f"{policy}, {one.budget}"
+        ]  # fmt: skip
+        if not asked:
             continue
         started = time.monotonic()
-        entry |= {"keep": setting.keep, "skip": setting.skip, "passed": setting.passed}
-        entry |= run(setting, source, router, pictures, split, seed)
-        entry["seconds"] = round(time.monotonic() - started, 1)
+        results = run(asked, source, router, pictures, split, seed)
+        seconds = round((time.monotonic() - started) / len(asked), 1)
+        entries = [common | asdict(setting) | result | {"seconds": seconds} for setting, result in zip(asked, results, strict=True)]
         with runs.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        typer.echo(f"{setting.policy}, {setting.budget}, {setting.keep} tokens: {entry['accuracy']:.2%} "
-                   f"at {entry['flops_ratio']:.1%} of the FLOPs in {entry['seconds']:.0f} s")  # fmt: skip
+            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        for entry in entries:
+            typer.echo(f"{policy}, {entry['budget']}, {entry['keep']} tokens: {entry['accuracy']:.2%} "
+                       f"at {entry['flops_ratio']:.1%} of the FLOPs in {seconds:.0f} s")  # fmt: skip
 
 
 if __name__ == "__main__":

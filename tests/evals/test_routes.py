@@ -27,8 +27,9 @@ def test_every_policy_keeps_to_every_budget_its_own_arithmetic_included(director
     router = Router(Shape(48, 6, 8, depth=1, heads=2))
     found = [one for one in routes.settings(checkpoint, router) if one.budget.endswith("FLOPs")]
     assert {one.policy for one in found} == set(routes.POLICIES)
+    shown = routes.Shown.of(checkpoint, router, draw("test", 1), draw("test", 2))
     for setting in found:
-        right, ratios = routes.ask(setting, checkpoint, router, draw("test", 1), draw("test", 2), seed=0)
+        right, ratios = routes.ask(setting, shown, seed=0)
         assert len(right) == len(ratios) == len(draw("test", 1).questions)
         assert max(ratios) <= float(setting.budget.split("%")[0]) / 100 + 0.03, setting  # a longer question than the typical one
 
@@ -76,3 +77,14 @@ def test_the_page_and_its_picture_are_made_from_stored_runs(tmp_path):
     assert "| router | 80.5% ± 6.4 (89.4%; 46%) |" in page
     assert "| random | 45.0% (50.0%; 45%) |" in page
     assert (tmp_path / "page_embedded.png").stat().st_size > 1000
+
+
+def test_another_questions_reading_is_of_the_same_picture(directory):
+    checkpoint = load(directory)
+    torch.manual_seed(0)
+    router = Router(Shape(48, 6, 16))
+    shown = routes.Shown.of(checkpoint, router, draw("test", 1), draw("test", 2))
+    own, other = (shown.reading(0, shuffled=shuffled) for shuffled in (False, True))
+    assert torch.equal(own.visual, other.visual)
+    assert not torch.allclose(own.read.looks, other.read.looks, atol=1e-4)
+    assert shown.reading(0, shuffled=False) is own
