@@ -144,7 +144,7 @@ def route(
     pictures: Annotated[int | None, typer.Option(help="Pictures that the model is watched on; 1200 by default.")] = None,
     questions: Annotated[int | None, typer.Option(help="Questions about each, at most; 8 by default.")] = None,
     answer: Annotated[int | None, typer.Option(help="Tokens of an answer that are watched; 64 by default.")] = None,
-    rows: Annotated[int | None, typer.Option(help="The router's width; a quarter of the model's by default.")] = None,
+    rows: Annotated[int | None, typer.Option(help="The router's width; an eighth of the model's by default, 64 at least.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of learning to foresee; 3000 by default.")] = None,
     writing: Annotated[int | None, typer.Option(help="Steps of learning to write into merged tokens; 1500 by default.")] = None,
     target: Annotated[float | None, typer.Option(help="Share of answers that level `auto` is to keep; 0.99 by default.")] = None,

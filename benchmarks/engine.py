@@ -217,7 +217,7 @@ def untrained_router(model: Llava) -> Router:
     """One of the width that `espalier route` gives it: what it costs does not depend on what it has learned."""
     torch.manual_seed(0)
     width = model.config.text_config.hidden_size
-    return Router(Shape(width, model.layers, default_rows(width))).requires_grad_(False).to(model.device)
+    return Router(Shape(width, model.layers, default_rows(width))).serving(model.dtype).to(model.device)
 
 
 def describe(pruned: Llava, model: Llava, full: Route) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class Lesson(BaseModel):
     pictures: int = Field(1200, ge=8, description="A quarter of them is held out, to judge by.")
     questions: int = Field(8, ge=1, description="Of each picture, at most; drawn from those that there are.")
     answer: int = Field(64, ge=1, description="Tokens of an answer that are watched.")
-    rows: int = Field(0, ge=0, multiple_of=8, description="The router's width; a quarter of the model's by default.")
+    rows: int = Field(0, ge=0, multiple_of=8, description="The router's width; an eighth of the model's by default, 64 at least.")
     steps: int = Field(3000, ge=1, description="Of learning to foresee.")
     writing: int = Field(1500, ge=0, description="Steps of learning to write into merged tokens.")
     batch: int = Field(32, ge=1)

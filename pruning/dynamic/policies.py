@@ -147,8 +147,10 @@ def members(distance: Tensor, kept: Tensor) -> Tensor:
 
 
 def means(tokens: Tensor, shares: Tensor) -> Tensor:
-    """Mean of the tokens [..., n, width] that each kept one stands for: float32 [..., keep, width]."""
-    return (shares / shares.sum(-2, keepdim=True)).mT @ tokens.float()
+    """Mean of the tokens [..., n, width] that each kept one stands for: float32 [..., keep, width]. Sums of ones are exact in any
+    dtype, so the product may be of the tokens' own."""
+    sums = shares.to(tokens.dtype).mT @ tokens
+    return sums.float() / shares.sum(-2)[..., None]
 
 
 def replaced(tokens: Tensor, kept: Tensor, shares: Tensor, values: Tensor) -> Kept:

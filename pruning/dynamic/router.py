@@ -13,6 +13,7 @@ are not dropped: they are merged, and the merged ones are corrected.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -63,8 +64,8 @@ class Shape:
 
 
 def default_rows(width: int) -> int:
-    """The router's width for a model's: a quarter, in whole heads."""
-    return max(16, width // 32 * 8)
+    """The router's width for a model's, in whole heads: an eighth; of a small model up to 64, but no more than a quarter."""
+    return max(16, min(width // 32 * 8, max(64, width // 64 * 8)))
 
 
 class RouterBlock(nn.Module):
@@ -87,11 +88,11 @@ class RouterBlock(nn.Module):
 
 
 class Read(NamedTuple):
-    """What the router made of a batch of pictures and questions, all float32.
+    """What the router made of a batch of pictures and questions.
 
     visual [batch, tokens, rows] and words [batch, n, rows]: its own last rows; `present` [batch, n] or None: which words are there.
-    looks [batch, tokens]: the logarithm of the attention that each visual token will get. costs [batch, layers]: the logarithm of
-    the divergence if visual rows pass that layer by.
+    looks [batch, tokens], float32: the logarithm of the attention that each visual token will get. costs [batch, layers], float32:
+    the logarithm of the divergence if visual rows pass that layer by.
     """
 
     visual: Tensor
@@ -120,15 +121,16 @@ class Writer(nn.Module):
 
         kept [batch, keep], ascending; shares [batch, tokens, keep], see `policies.members`.
         """
-        keep = kept.shape[1]
-        seen = self.see(_normal(visual)) + self.mix(read.visual)
+        keep, dtype = kept.shape[1], self.see.weight.dtype
+        seen = self.see(_normal(visual, dtype)) + self.mix(read.visual)
         own = self.own(seen.take_along_dim(kept[..., None], 1))
-        x = torch.cat([means(seen, shares) + own + self.size(shares.sum(1).log()[..., None]), read.words], 1)
+        merged = means(seen, shares).to(dtype) + own + self.size(shares.sum(1).log()[..., None].to(dtype))
+        x = torch.cat([merged, read.words], 1)
         mask = None if read.present is None else F.pad(F.pad(read.present, (keep, 0), value=True), (0, seen.shape[1]), value=True)
         for block in self.blocks:
             x = block(x, mask, seen)
         scale = visual.float().square().mean((-2, -1), keepdim=True).sqrt()
-        out: Tensor = means(visual, shares) + scale * self.out(self.norm(x[:, :keep]))
+        out: Tensor = means(visual, shares) + scale * self.out(self.norm(x[:, :keep])).float()
         return out
 
 
@@ -152,20 +154,31 @@ class Router(nn.Module):
         are there.
         """
         (batch, tokens, _), n, rows = visual.shape, words.shape[1], self.shape.rows
-        seen = self.see(_normal(visual)) + grid(tokens, rows).to(visual.device)
-        read = self.read(_normal(words)) + waves(torch.arange(n), rows).to(visual.device)
+        dtype = self.see.weight.dtype
+        seen = self.see(_normal(visual, dtype)) + grid(tokens, rows).to(visual.device, dtype)
+        read = self.read(_normal(words, dtype)) + waves(torch.arange(n), rows).to(visual.device, dtype)
         x = torch.cat([seen, read, self.layers.expand(batch, -1, -1)], 1)
         mask = None if present is None else F.pad(F.pad(present, (tokens, 0), value=True), (0, self.shape.layers), value=True)
         for block in self.blocks:
             x = block(x, mask)
         seen, read, layers = self.norm(x).split([tokens, n, self.shape.layers], 1)
-        return Read(seen, read, present, self.look(seen)[..., 0], self.cost(layers)[..., 0])
+        return Read(seen, read, present, self.look(seen)[..., 0].float(), self.cost(layers)[..., 0].float())
 
     def impression(self, read: Read) -> Tensor:
-        """What `trust` judges by, [batch, 3 * rows]: the mean word, the mean visual row, and the largest of each of its values."""
-        present = torch.ones_like(read.words[..., 0]) if read.present is None else read.present.float()
-        asked = (read.words * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp_min(1)
-        return torch.cat([asked, read.visual.mean(1), read.visual.amax(1)], -1)
+        """What `trust` judges by: the mean word, the mean visual row, and the largest of each of its values.
+
+        float32 [batch, 3 * rows].
+        """
+        words, visual = read.words.float(), read.visual.float()
+        present = torch.ones_like(words[..., 0]) if read.present is None else read.present.float()
+        asked = (words * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp_min(1)
+        return torch.cat([asked, visual.mean(1), visual.amax(1)], -1)
+
+    def serving(self, dtype: torch.dtype) -> Router:
+        """A copy as it serves: in the model's dtype, which is faster; what it trusts stays in float32, for thresholds are fine."""
+        copy = deepcopy(self).requires_grad_(False).eval().to(dtype)
+        copy.trust.float()
+        return copy
 
 
 def select(read: Read, visual: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -176,8 +189,8 @@ def select(read: Read, visual: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return kept, members(distance, kept)
 
 
-def _normal(x: Tensor) -> Tensor:
-    return F.rms_norm(x.float(), x.shape[-1:])
+def _normal(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.rms_norm(x.to(dtype), x.shape[-1:])
 
 
 def waves(places: Tensor, width: int) -> Tensor:

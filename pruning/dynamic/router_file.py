@@ -41,4 +41,4 @@ def load_router(checkpoint: Checkpoint) -> Router | None:
             f"{path} is for {router.shape.layers} layers of rows of {router.shape.width}, and the model's are others; "
             "run `espalier route`"
         )
-    return router.requires_grad_(False).eval().to(checkpoint.model.device)
+    return router.serving(checkpoint.model.dtype).to(checkpoint.model.device)

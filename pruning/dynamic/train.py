@@ -48,7 +48,9 @@ def run(
     with Progress(*columns, console=console) as progress:
         watched = watch(lesson, source, work, progress)
         router = teach(lesson, source, checkpoint, (device, dtype), watched, work, progress)
-        judged = judge(lesson, source, router, watched, progress)
+        served = router.serving(source.model.dtype)
+        judged = judge(lesson, source, served, watched, progress)
+        router.trust.load_state_dict(served.trust.state_dict())
     held = (watched.picture >= lesson.taught).nonzero()[:, 0]
     report = {"foreseen": foreseen(router, source.model.embed, watched, held), "questions": len(watched.picture)}
     record = RouterRecord(

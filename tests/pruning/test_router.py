@@ -124,6 +124,19 @@ def test_every_picture_of_a_request_is_routed(routed):
     assert (receipt.visual_tokens, receipt.visual_tokens_total) == (2 * engine.menu["balanced"].kept(VISUAL), 2 * VISUAL)
 
 
+def test_a_later_question_chooses_anew_from_all_that_the_picture_has(routed):
+    """What an earlier question let go is kept as features, and a later turn reads them again."""
+    engine = new_engine(load(routed))
+    answer(engine, 0, text="What color is the star?", level="balanced")
+    request = ask(engine, (0,), level="balanced")
+    request.prompt = engine.preprocessor.question("How many are there?", [("What color is the star?", "red")])
+    engine.submit(request)
+    drain(engine)
+    later = request.emit.finished.receipt
+    assert (later.visual_tokens, later.visual_tokens_total) == (engine.menu["balanced"].kept(VISUAL), VISUAL)
+    assert engine.metrics.registry.get_sample_value("espalier_cache_hits_total", {"cache": "image"}) == 1
+
+
 @pytest.mark.parametrize("level", ["balanced", AUTO])
 def test_without_a_picture_there_is_nothing_to_route(routed, level):
     engine = new_engine(load(routed))
