@@ -30,7 +30,7 @@ from models.flops import flops_ratio
 from models.route import Route
 from models.vision import ImageFeatures
 from pruning.dynamic.gaze import Asked, answers, said, words
-from pruning.dynamic.levels import AUTO, PRUNED, Level, make_route, menu_of
+from pruning.dynamic.levels import AUTO, Level, cheapest_level, make_route, menu_of
 from pruning.dynamic.router import Reading, Router, read_request
 from pruning.dynamic.router_file import load_router
 
@@ -121,7 +121,7 @@ def run(checkpoint: Checkpoint, router: Router, pictures: int, split: str) -> di
         for place, talk in talks(checkpoint, scene, visual).items():
             readings = read_all(checkpoint, router, talk[0])
             outcome = {level.name: ask(checkpoint, level, talk, readings) for level in menu.values() if level.name != AUTO}
-            chosen = [choose(reading, threshold) for reading in readings]
+            chosen = [cheapest_level(reading.stays, threshold) for reading in readings]
             for name, found in outcome.items():
                 columns[place, name].add(*found)
             agreed, right, ratios = [], [], []
@@ -140,10 +140,6 @@ def run(checkpoint: Checkpoint, router: Router, pictures: int, split: str) -> di
     return {
         "levels": dict(levels), "taken": dict(taken), "against_fixed": against_fixed(columns), "threshold": threshold,
     }  # fmt: skip
-
-
-def choose(reading: Reading, threshold: float) -> str:
-    return next((name for name, chance in zip(PRUNED, reading.stays, strict=True) if chance >= threshold), "off")
 
 
 def _reading(checkpoint: Checkpoint, asked: Asked, reading: Reading) -> float:

@@ -23,7 +23,7 @@ from models.kv_cache import KVCache, RequestCache
 from models.route import Route
 from models.vision import ImageFeatures
 from pruning.dynamic.gaze import words
-from pruning.dynamic.levels import AUTO, PRUNED, Level, expected_rows, make_route, menu_of
+from pruning.dynamic.levels import AUTO, PRUNED, Level, cheapest_level, expected_rows, make_route, menu_of
 from pruning.dynamic.policies import TokenPolicy
 from pruning.dynamic.router import Reading, RouterFailed, read_request
 from pruning.dynamic.router_file import load_router
@@ -283,9 +283,9 @@ class Engine:
 
     def _choose(self, request: Request, reading: Reading | None) -> Level:
         """The cheapest level that is expected to keep this answer; `off` was reserved for, so that any of them fits."""
-        chances = dict(zip(PRUNED, reading.stays, strict=True)) if reading else {}
-        chosen = next((name for name, chance in chances.items() if chance >= self.auto_threshold), "off")
-        request.reason = f"auto: {_expectation(chances, chosen, self.auto_threshold)}"
+        chances = reading.stays if reading else []
+        chosen = cheapest_level(chances, self.auto_threshold) if reading else "off"
+        request.reason = f"auto: {_expectation(dict(zip(PRUNED, chances, strict=False)), chosen, self.auto_threshold)}"
         self.metrics.degradations.labels(AUTO, chosen).inc()
         request.level = chosen
         with self._changed:

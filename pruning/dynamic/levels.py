@@ -101,6 +101,11 @@ def layers_passed(runs: Sequence[bool], passed: int, costs: Sequence[float]) -> 
     return frozenset(sorted(inner, key=lambda layer: costs[layer])[:passed])
 
 
+def cheapest_level(chances: Sequence[float], threshold: float) -> str:
+    """The cheapest level whose chance of keeping the answer reaches the threshold (`chances` in the order of PRUNED), or `off`."""
+    return next((name for name, chance in zip(PRUNED, chances, strict=True) if chance >= threshold), "off")
+
+
 def expected_rows(level: Level, prompt: int, images: int, visual_tokens_per_image: int, layers: int) -> int:
     """Rows of keys and values that a prompt will hold in all layers together; known before the route is made."""
     dropped = images * (visual_tokens_per_image - level.kept(visual_tokens_per_image))

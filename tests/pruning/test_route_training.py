@@ -17,11 +17,12 @@ from models.work import Work, WorkError
 from pruning.dynamic import fit, train
 from pruning.dynamic import watch as watching
 from pruning.dynamic.gaze import Asked, answers, observe, passing_costs, said
-from pruning.dynamic.judge import as_asked, cheapest, least_trust, logistic
+from pruning.dynamic.judge import as_asked
 from pruning.dynamic.lesson import Lesson
 from pruning.dynamic.levels import PRUNED, Level, make_route
 from pruning.dynamic.router import Router, Shape, read_request
 from pruning.dynamic.train import run
+from pruning.dynamic.trust import cheapest, least_trust, logistic
 from pruning.dynamic.watch import LEFT_OVER, Watched
 from pruning.dynamic.writing import divergence
 from tests.pruning.kills import Killed, die_at
