@@ -1,0 +1,51 @@
+"""The levels' table: what agreement means, what `auto` takes, and what it is held against."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from evals import levels, route_tables
+from models.checkpoint import load
+from pruning.dynamic.levels import AUTO, PRUNED
+from pruning.dynamic.router_file import load_router
+from tests.pruning.tiny_router import plain_checkpoint, routed_checkpoint  # noqa: F401
+
+
+@pytest.fixture(scope="module", name="found")
+def found_levels(routed):
+    checkpoint = load(routed)
+    checkpoint.manifest.router.auto["threshold"] = 0.0
+    return levels.run(checkpoint, load_router(checkpoint), pictures=2, split="validation")
+
+
+def test_off_agrees_with_itself_first_and_second_in_a_chat(found):
+    for place in ("alone", "second"):
+        off = found["levels"][place]["off"]
+        assert (off["agreement"], off["agreement_interval"], off["flops_ratio"]) == (1.0, [1.0, 1.0], 1.0)
+        assert set(found["levels"][place]) >= {"off", AUTO, *PRUNED}
+        assert off["n"] == found["levels"][place][AUTO]["n"] > 10
+
+
+def test_auto_is_the_level_that_it_takes(found):
+    assert found["taken"] == {f"{place}/{PRUNED[0]}": found["levels"][place]["off"]["n"] for place in ("alone", "second")}
+    for place in ("alone", "second"):
+        assert found["levels"][place][AUTO] == found["levels"][place][PRUNED[0]]
+
+
+def test_auto_is_held_against_the_cheapest_budget_that_agrees_as_often(found):
+    alone = found["levels"]["alone"]
+    equal = [one["flops_ratio"] for name, one in alone.items() if name != AUTO and one["agreement"] >= alone[AUTO]["agreement"]]
+    assert found["against_fixed"]["flops_ratio"] == min(equal)
+
+
+def test_the_page_shows_the_levels(found, tmp_path):
+    common = {"checkpoint": "embedded", "split": "test", "pictures": 2, "questions": 18, "seed": 0}
+    off = common | {"policy": "off", "budget": "off", "keep": 144, "skip": 0, "accuracy": 0.9, "flops_ratio": 1.0}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(off) + "\n")
+    (tmp_path / "levels.jsonl").write_text(json.dumps(common | found) + "\n")
+    route_tables.main(tmp_path / "runs.jsonl", tmp_path / "page.md", tmp_path / "levels.jsonl")
+    page = (tmp_path / "page.md").read_text()
+    assert "| off | 100.0% (100.0–100.0) |" in page
+    assert "- Router 0: `auto` agrees at" in page
