@@ -31,7 +31,9 @@ PASSED = (0.0, 1 / 8, 1 / 4, 3 / 8)
 SKIPPED = (0.0, 1 / 16)
 """Shares of the layers that may be left out whole, where `espalier calibrate` has measured them."""
 PICTURES = 40
-"""Held-out pictures on which the ways to spend a budget are compared."""
+"""Held-out pictures on which gains and the ways to spend a budget are compared."""
+GAINS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of what the router writes: shares of it that may be believed."""
 
 
 def affordable(model: Llava, router: Router, budget: float, text: int, passed: int, skipped: int = 0) -> int:
@@ -83,26 +85,37 @@ def as_asked(watched: Watched, question: int, image: int) -> tuple[list[int], li
 
 
 def judge(lesson: Lesson, source: Checkpoint, router: Router, watched: Watched, progress: Progress) -> dict[str, Any]:
-    """Choose each level's budget and what `auto` needs; `router.trust` is set. The record for the manifest."""
+    """Choose the writer's gain, each level's budget and what `auto` needs: `router.write.gain` and `router.trust` are set. Returns
+    the record for the manifest."""
     held = (watched.picture >= lesson.taught).nonzero()[:, 0]
     few = held[watched.picture[held] < lesson.taught + PICTURES]
     text = int((watched.text >= 0).sum(1).median())
     candidates = {name: _candidates(name, source, router, text) for name in PRUNED}
-    task = progress.add_task("judging", total=sum(map(len, candidates.values())) * len(few) + len(PRUNED) * len(held))
+    compared = len(GAINS) * len(PRUNED) + sum(map(len, candidates.values()))
+    task = progress.add_task("judging", total=compared * len(few) + len(PRUNED) * len(held))
 
     def advance(questions: int) -> None:
         progress.advance(task, questions)
 
+    def share(level: Level) -> float:
+        return float(agreement(level, source, router, watched, few, advance).float().mean())
+
+    gains = {}
+    for gain in GAINS:
+        router.write.gain.fill_(gain)
+        gains[gain] = round(sum(share(levels[0]) for levels in candidates.values()) / len(PRUNED), 4)
+    router.write.gain.fill_(max(GAINS, key=lambda gain: (gains[gain], -gain)))
     chosen: dict[str, Level] = {}
     measured: dict[str, list[dict[str, float]]] = {}
     for name, levels in candidates.items():
-        shares = [float(agreement(level, source, router, watched, few, advance).float().mean()) for level in levels]
+        shares = [share(level) for level in levels]
         chosen[name] = levels[max(range(len(levels)), key=lambda i: (shares[i], levels[i].visual_ratio))]
-        measured[name] = [{**_budget(level), "agreement": round(share, 4)} for level, share in zip(levels, shares, strict=True)]
+        measured[name] = [{**_budget(level), "agreement": round(one, 4)} for level, one in zip(levels, shares, strict=True)]
     kept = torch.stack([agreement(chosen[name], source, router, watched, held, advance) for name in PRUNED], 1)
     threshold, record = trust(router, source, watched, held, kept, lesson)
     return {
         "levels": {name: _budget(level) for name, level in chosen.items()}, "compared": measured,
+        "gains": {str(gain): agreed for gain, agreed in gains.items()},
         "auto": {"threshold": threshold, "target": lesson.target, **record},
     }  # fmt: skip
 

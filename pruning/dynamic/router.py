@@ -105,6 +105,8 @@ class Read(NamedTuple):
 class Writer(nn.Module):
     """Corrects merged tokens, so that the model can tell from them what those that went would have said."""
 
+    gain: Tensor
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         rows = shape.rows
@@ -115,6 +117,8 @@ class Writer(nn.Module):
         # It begins by writing nothing: an untrained one leaves the plain means.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        # How much of it is believed; `judge` lowers it where less keeps more answers to questions that were not learned from.
+        self.register_buffer("gain", torch.ones(()))
 
     def forward(self, read: Read, visual: Tensor, kept: Tensor, shares: Tensor) -> Tensor:
         """The kept tokens' new values, float32 [batch, keep, width]: the mean of what each stands for, and a correction.
@@ -130,7 +134,7 @@ class Writer(nn.Module):
         for block in self.blocks:
             x = block(x, mask, seen)
         scale = visual.float().square().mean((-2, -1), keepdim=True).sqrt()
-        out: Tensor = means(visual, shares) + scale * self.out(self.norm(x[:, :keep])).float()
+        out: Tensor = means(visual, shares) + self.gain * scale * self.out(self.norm(x[:, :keep])).float()
         return out
 
 

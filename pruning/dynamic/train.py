@@ -51,6 +51,7 @@ def run(
         served = router.serving(source.model.dtype)
         judged = judge(lesson, source, served, watched, progress)
         router.trust.load_state_dict(served.trust.state_dict())
+        router.write.gain.copy_(served.write.gain)
     held = (watched.picture >= lesson.taught).nonzero()[:, 0]
     report = {"foreseen": foreseen(router, source.model.embed, watched, held), "questions": len(watched.picture)}
     record = RouterRecord(
