@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from models.checkpoint import Checkpoint, Pruning, load
-from pruning.dynamic.levels import Level, menu_of
+from pruning.dynamic.levels import AUTO, Level, menu_of
 
 console = Console(highlight=False)
 
@@ -97,10 +97,12 @@ def _show_levels(checkpoint: Checkpoint, menu: dict[str, Level]) -> None:
     model = checkpoint.model
     table = Table("level", "visual tokens", "layers", "accuracy", "what", title="Levels")
     for level in menu.values():
-        tokens = level.kept(model.visual_tokens_per_image)
+        chosen = ["", ""] if level.name == AUTO else [
+            str(level.kept(model.visual_tokens_per_image)), str(model.layers - level.skipped_layers)
+        ]  # fmt: skip
         card = level.card or {}
         accuracy = f"{card['accuracy']:.1%}" if "accuracy" in card else ""
-        table.add_row(level.name, str(tokens), str(model.layers - level.skipped_layers), accuracy, level.description)
+        table.add_row(level.name, *chosen, accuracy, level.description)
     console.print(table)
 
 

@@ -67,7 +67,9 @@ class RouterRecord(BaseModel):
     report: dict[str, Any] = Field(description="How well it foresees on held-out pictures.")
     levels: dict[str, dict[str, Any]] = Field(description="Each level's budget: visual_ratio, skipped_layers and passed_layers.")
     compared: dict[str, list[dict[str, float]]] = Field(description="Ways to spend it that were compared, on held-out pictures.")
-    gains: dict[str, float] = Field(description="Agreement by how much of what the router writes is believed; the best is in use.")
+    gains: dict[str, dict[str, float]] = Field(
+        description="By level, agreement by how much of what the router writes is believed; the best is in use."
+    )
     auto: dict[str, Any] = Field(description="From which chance of keeping its answer on a level is taken, and what came of it.")
 
 

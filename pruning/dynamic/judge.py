@@ -85,8 +85,8 @@ def as_asked(watched: Watched, question: int, image: int) -> tuple[list[int], li
 
 
 def judge(lesson: Lesson, source: Checkpoint, router: Router, watched: Watched, progress: Progress) -> dict[str, Any]:
-    """Choose the writer's gain, each level's budget and what `auto` needs: `router.write.gain` and `router.trust` are set. Returns
-    the record for the manifest."""
+    """Choose the writer's gains, each level's budget and what `auto` needs: those of `router.write` and `router.trust` are set.
+    Returns the record for the manifest."""
     held = (watched.picture >= lesson.taught).nonzero()[:, 0]
     few = held[watched.picture[held] < lesson.taught + PICTURES]
     text = int((watched.text >= 0).sum(1).median())
@@ -100,11 +100,13 @@ def judge(lesson: Lesson, source: Checkpoint, router: Router, watched: Watched, 
     def share(level: Level) -> float:
         return float(agreement(level, source, router, watched, few, advance).float().mean())
 
-    gains = {}
+    gains: dict[str, dict[str, float]] = {name: {} for name in PRUNED}
     for gain in GAINS:
-        router.write.gain.fill_(gain)
-        gains[gain] = round(sum(share(levels[0]) for levels in candidates.values()) / len(PRUNED), 4)
-    router.write.gain.fill_(max(GAINS, key=lambda gain: (gains[gain], -gain)))
+        router.write.gains.fill_(gain)
+        for name, levels in candidates.items():
+            gains[name][str(gain)] = round(share(levels[0]), 4)
+    router.write.gains.copy_(torch.tensor([float(max(gains[name], key=gains[name].__getitem__)) for name in PRUNED]))
+    router.write.shares.copy_(torch.tensor([candidates[name][0].visual_ratio for name in PRUNED]))
     chosen: dict[str, Level] = {}
     measured: dict[str, list[dict[str, float]]] = {}
     for name, levels in candidates.items():
@@ -115,7 +117,7 @@ def judge(lesson: Lesson, source: Checkpoint, router: Router, watched: Watched, 
     threshold, record = trust(router, source, watched, held, kept, lesson)
     return {
         "levels": {name: _budget(level) for name, level in chosen.items()}, "compared": measured,
-        "gains": {str(gain): agreed for gain, agreed in gains.items()},
+        "gains": gains,
         "auto": {"threshold": threshold, "target": lesson.target, **record},
     }  # fmt: skip
 

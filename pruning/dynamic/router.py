@@ -17,6 +17,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -105,7 +106,8 @@ class Read(NamedTuple):
 class Writer(nn.Module):
     """Corrects merged tokens, so that the model can tell from them what those that went would have said."""
 
-    gain: Tensor
+    gains: Tensor
+    shares: Tensor
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -117,8 +119,10 @@ class Writer(nn.Module):
         # It begins by writing nothing: an untrained one leaves the plain means.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        # How much of it is believed; `judge` lowers it where less keeps more answers to questions that were not learned from.
-        self.register_buffer("gain", torch.ones(()))
+        # How much of it is believed where which share of the tokens stays. `judge` lowers it where less keeps more answers to
+        # questions that were not learned from: the more tokens stay, the less there is to put right.
+        self.register_buffer("gains", torch.ones(shape.levels))
+        self.register_buffer("shares", torch.linspace(0, 1, shape.levels))
 
     def forward(self, read: Read, visual: Tensor, kept: Tensor, shares: Tensor) -> Tensor:
         """The kept tokens' new values, float32 [batch, keep, width]: the mean of what each stands for, and a correction.
@@ -134,8 +138,13 @@ class Writer(nn.Module):
         for block in self.blocks:
             x = block(x, mask, seen)
         scale = visual.float().square().mean((-2, -1), keepdim=True).sqrt()
-        out: Tensor = means(visual, shares) + self.gain * scale * self.out(self.norm(x[:, :keep])).float()
+        out: Tensor = means(visual, shares) + self.gain(keep / visual.shape[1]) * scale * self.out(self.norm(x[:, :keep])).float()
         return out
+
+
+    def gain(self, share: float) -> float:
+        """Between the shares at which it was measured, in proportion; beyond them, as at the nearest."""
+        return float(np.interp(share, self.shares.tolist(), self.gains.tolist()))
 
 
 class Router(nn.Module):
@@ -182,7 +191,14 @@ class Router(nn.Module):
         """A copy as it serves: in the model's dtype, which is faster; what it trusts stays in float32, for thresholds are fine."""
         copy = deepcopy(self).requires_grad_(False).eval().to(dtype)
         copy.trust.float()
+        copy.write.gains, copy.write.shares = self.write.gains.clone(), self.write.shares.clone()
         return copy
+
+    def adopt(self, served: Router) -> None:
+        """Take over what `judge` found with a serving copy."""
+        self.trust.load_state_dict(served.trust.state_dict())
+        self.write.gains.copy_(served.write.gains)
+        self.write.shares.copy_(served.write.shares)
 
 
 def select(read: Read, visual: Tensor, keep: int) -> tuple[Tensor, Tensor]:

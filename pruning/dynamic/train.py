@@ -50,8 +50,7 @@ def run(
         router = teach(lesson, source, checkpoint, (device, dtype), watched, work, progress)
         served = router.serving(source.model.dtype)
         judged = judge(lesson, source, served, watched, progress)
-        router.trust.load_state_dict(served.trust.state_dict())
-        router.write.gain.copy_(served.write.gain)
+        router.adopt(served)
     held = (watched.picture >= lesson.taught).nonzero()[:, 0]
     report = {"foreseen": foreseen(router, source.model.embed, watched, held), "questions": len(watched.picture)}
     record = RouterRecord(
