@@ -31,7 +31,7 @@ PASSED = (0.0, 1 / 8, 1 / 4, 3 / 8)
 SKIPPED = (0.0, 1 / 16)
 """Shares of the layers that may be left out whole, where `espalier calibrate` has measured them."""
 PICTURES = 40
-"""Held-out pictures on which gains and the ways to spend a budget are compared."""
+"""Held-out pictures on which the ways to spend a budget are compared; gains differ by less and are compared on all."""
 GAINS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of what the router writes: shares of it that may be believed."""
 
@@ -91,28 +91,28 @@ def judge(lesson: Lesson, source: Checkpoint, router: Router, watched: Watched, 
     few = held[watched.picture[held] < lesson.taught + PICTURES]
     text = int((watched.text >= 0).sum(1).median())
     candidates = {name: _candidates(name, source, router, text) for name in PRUNED}
-    compared = len(GAINS) * len(PRUNED) + sum(map(len, candidates.values()))
-    task = progress.add_task("judging", total=compared * len(few) + len(PRUNED) * len(held))
+    total = len(PRUNED) * (len(GAINS) + 1) * len(held) + sum(map(len, candidates.values())) * len(few)
+    task = progress.add_task("judging", total=total)
 
     def advance(questions: int) -> None:
         progress.advance(task, questions)
 
-    def share(level: Level) -> float:
-        return float(agreement(level, source, router, watched, few, advance).float().mean())
+    def share(level: Level, questions: Tensor) -> float:
+        return round(float(agreement(level, source, router, watched, questions, advance).float().mean()), 4)
 
     gains: dict[str, dict[str, float]] = {name: {} for name in PRUNED}
     for gain in GAINS:
         router.write.gains.fill_(gain)
         for name, levels in candidates.items():
-            gains[name][str(gain)] = round(share(levels[0]), 4)
+            gains[name][str(gain)] = share(levels[0], held)
     router.write.gains.copy_(torch.tensor([float(max(gains[name], key=gains[name].__getitem__)) for name in PRUNED]))
     router.write.shares.copy_(torch.tensor([candidates[name][0].visual_ratio for name in PRUNED]))
     chosen: dict[str, Level] = {}
     measured: dict[str, list[dict[str, float]]] = {}
     for name, levels in candidates.items():
-        shares = [share(level) for level in levels]
+        shares = [share(level, few) for level in levels]
         chosen[name] = levels[max(range(len(levels)), key=lambda i: (shares[i], levels[i].visual_ratio))]
-        measured[name] = [{**_budget(level), "agreement": round(one, 4)} for level, one in zip(levels, shares, strict=True)]
+        measured[name] = [{**_budget(level), "agreement": one} for level, one in zip(levels, shares, strict=True)]
     kept = torch.stack([agreement(chosen[name], source, router, watched, held, advance) for name in PRUNED], 1)
     threshold, record = trust(router, source, watched, held, kept, lesson)
     return {
