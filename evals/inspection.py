@@ -26,7 +26,7 @@ def run(name: str, picture: Path | None = None, device: str = "cpu", dtype: str 
     if manifest.pruning:
         _show_pruning(manifest.pruning)
     _show_forms(checkpoint)
-    change = manifest.calibration.layer_change if manifest.calibration else None
+    change = manifest.layer_change
     if change:
         table = Table("layer", "change", title="How much each layer changes the hidden state (1 - cosine)")
         for layer, value in enumerate(change):

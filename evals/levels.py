@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from evals.packed import RESAMPLES
+from evals.routes import prompts_of
 from evals.scenes import MAX_TOKENS
 from evals.sweep import stored
 from models.checkpoint import Checkpoint, load
@@ -61,8 +62,8 @@ Talks = tuple[list[Asked], list[list[int]], list[list[int]]]
 def talks(checkpoint: Checkpoint, scene: Scene, visual: torch.Tensor) -> dict[str, Talks]:
     """The picture's questions, each alone and each after the one before it."""
     preprocessor, tokenizer = checkpoint.preprocessor, checkpoint.preprocessor.tokenizer
-    right = [[*tokenizer(f" {q.answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id] for q in scene.questions]
-    alone = [Asked(preprocessor.question(q.text), visual) for q in scene.questions]
+    prompts = prompts_of(checkpoint, scene)
+    alone, right = [Asked(prompt.ids, visual) for prompt in prompts], [prompt.answer for prompt in prompts]
     own = answers(checkpoint.model, alone, checkpoint.eos, MAX_TOKENS)
     spoken = [(q.text, tokenizer.decode(a, skip_special_tokens=True).strip()) for q, a in zip(scene.questions, own, strict=True)]
     before = [spoken[-1], *spoken[:-1]]
@@ -88,8 +89,7 @@ def ask(
 ) -> tuple[list[bool], list[bool], list[float]]:
     """Of each question: whether its answer agrees, whether it is right, and its FLOPs ratio."""
     asked, own, right = talk
-    model, calibration = checkpoint.model, checkpoint.manifest.calibration
-    change = calibration.layer_change if calibration else None
+    model, change = checkpoint.model, checkpoint.manifest.layer_change
     routes: list[Route] = []
     routed: list[Asked] = []
     ratios = []

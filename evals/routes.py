@@ -133,8 +133,8 @@ class Shown:
     def of(cls, checkpoint: Checkpoint, router: Router | None, scene: Scene, following: Scene) -> Shown:
         model = checkpoint.model
         image = model.vision(checkpoint.preprocessor.pixels(scene.image)[None].to(model.device, model.dtype))
-        prompts = _prompts(checkpoint, scene)
-        return cls(checkpoint, router, image, prompts, list(islice(cycle(_prompts(checkpoint, following)), len(prompts))))
+        prompts = prompts_of(checkpoint, scene)
+        return cls(checkpoint, router, image, prompts, list(islice(cycle(prompts_of(checkpoint, following)), len(prompts))))
 
     def reading(self, question: int, *, shuffled: bool) -> Reading:
         """What the router makes of the picture with a question, or with another picture's."""
@@ -148,12 +148,12 @@ class Shown:
 
 def route_of(setting: Setting, shown: Shown, question: int, seed: int) -> tuple[Route, Tensor, int]:
     """The route of a question, its visual tokens, and the FLOPs of whoever chose."""
-    model, calibration = shown.checkpoint.model, shown.checkpoint.manifest.calibration
+    model = shown.checkpoint.model
     visual = shown.image.tokens[0]
     if setting.policy == "off":
         return Route.full(len(visual), model.layers), visual, 0
     if setting.policy == "layers":
-        runs = layers_to_run(model.layers, setting.skip, calibration.layer_change if calibration else None)
+        runs = layers_to_run(model.layers, setting.skip, shown.checkpoint.manifest.layer_change)
         return Route(len(visual), tuple(range(len(visual))), runs), visual, 0
     if setting.policy == "fastv":
         return fastv(model, shown.prompts[question], visual, setting.keep), visual, 0
@@ -179,7 +179,7 @@ def ask(setting: Setting, shown: Shown, seed: int) -> tuple[list[bool], list[flo
     return [tokens.tolist() == prompt.answer for tokens, prompt in zip(said, shown.prompts, strict=True)], ratios
 
 
-def _prompts(checkpoint: Checkpoint, scene: Scene) -> list[Prompt]:
+def prompts_of(checkpoint: Checkpoint, scene: Scene) -> list[Prompt]:
     preprocessor, tokenizer = checkpoint.preprocessor, checkpoint.preprocessor.tokenizer
     prompts = []
     for question in scene.questions:

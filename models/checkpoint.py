@@ -86,6 +86,11 @@ class Manifest(BaseModel):
     cards: dict[str, dict[str, Any]] = Field(default_factory=dict, description="What each level was measured to do.")
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of the weight files.")
 
+    @property
+    def layer_change(self) -> list[float] | None:
+        """How much each layer changes the hidden state, if that was measured."""
+        return self.calibration.layer_change if self.calibration else None
+
 
 @dataclass
 class Checkpoint:

@@ -75,8 +75,7 @@ class Engine:
         limits = limits or Limits()
         self.checkpoint, self.model, self.preprocessor = checkpoint, checkpoint.model, checkpoint.preprocessor
         self.metrics = metrics or Metrics()
-        calibration = checkpoint.manifest.calibration
-        self._layer_change = calibration.layer_change if calibration else None
+        self._layer_change = checkpoint.manifest.layer_change
         self.router = load_router(checkpoint)
         self.token_policy: TokenPolicy = token_policy or ("router" if self.router else "merging")
         if self.token_policy == "router" and not self.router:

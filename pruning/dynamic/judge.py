@@ -56,7 +56,6 @@ def agreement(
 ) -> Tensor:
     """Whether each answer stays what the un-pruned model says, token by token: bool [questions]. A whole picture is one pass."""
     found = torch.zeros(len(questions), dtype=torch.bool)
-    change = source.manifest.calibration.layer_change if source.manifest.calibration else None
     for picture in torch.unique(watched.picture[questions]):
         here = (watched.picture[questions] == picture).nonzero()[:, 0]
         asked, made, routes = [], [], []
@@ -64,7 +63,7 @@ def agreement(
             prompt, words_read, answer = as_asked(watched, question, source.model.config.image_token_id)
             image = ImageFeatures(watched.visual[picture][None].to(source.model.device), torch.empty(1, 0))
             reading = read_request(router, source.model, [image], words_read)
-            route, visual = make_route(level, [image], source.model.layers, change, "router", 0, reading)
+            route, visual = make_route(level, [image], source.model.layers, source.manifest.layer_change, "router", 0, reading)
             assert visual is not None
             asked.append(Asked(prompt, visual))
             made.append(answer)

@@ -67,12 +67,11 @@ def build_menu(
 
 def menu_of(manifest: Manifest, layers: int, *, routed: bool = True) -> dict[str, Level]:
     """The menu that a checkpoint's manifest describes; without the router (`routed`) its budgets are not what was measured."""
-    change = manifest.calibration.layer_change if manifest.calibration else None
     if not routed or manifest.router is None:
-        return build_menu(change, layers, manifest.cards)
+        return build_menu(manifest.layer_change, layers, manifest.cards)
     target = manifest.router.auto["target"]
     auto = f"the cheapest level that is expected to keep the answer, so that {target:.0%} of all answers stay"
-    return build_menu(change, layers, manifest.cards, manifest.router.levels, auto)
+    return build_menu(manifest.layer_change, layers, manifest.cards, manifest.router.levels, auto)
 
 
 def _describe(level: Level, layers: int) -> str:

@@ -141,7 +141,6 @@ class Writer(nn.Module):
         out: Tensor = means(visual, shares) + self.gain(keep / visual.shape[1]) * scale * self.out(self.norm(x[:, :keep])).float()
         return out
 
-
     def gain(self, share: float) -> float:
         """Between the shares at which it was measured, in proportion; beyond them, as at the nearest."""
         return float(np.interp(share, self.shares.tolist(), self.gains.tolist()))

@@ -38,7 +38,7 @@ def test_fastv_keeps_what_the_last_row_looks_at(directory):
     checkpoint = load(directory)
     reference = LlavaForConditionalGeneration.from_pretrained(directory, attn_implementation="eager")
     scene = draw("test", 0)
-    prompt = routes._prompts(checkpoint, scene)[0]
+    prompt = routes.prompts_of(checkpoint, scene)[0]
     pixels = checkpoint.preprocessor.pixels(scene.image)[None]
     visual = checkpoint.model.vision(pixels).tokens[0]
     ids = torch.tensor([prompt.ids])
