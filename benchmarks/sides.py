@@ -20,8 +20,7 @@ from models.kv_cache import RequestCache
 from models.linear import Linear, Matrix
 from models.llava import Llava, from_transformers
 from models.route import Route
-from models.vision import ImageFeatures
-from pruning.dynamic.gaze import words
+from pruning.dynamic.gaze import Asked, words
 from pruning.dynamic.router import Router, read_request
 
 TEXT_TOKENS = 40
@@ -179,7 +178,7 @@ def answer(model: Llava, questions: Questions, route: Route, new_tokens: int, ro
 def choose_tokens(router: Router, model: Llava, ids: Tensor, visual: Tensor, route: Route) -> tuple[Route, Tensor]:
     """The route with the tokens that the router keeps, and the visual tokens [visual tokens, width] as it leaves them."""
     read = words(ids.tolist(), model.config.image_token_id)
-    reading = read_request(router, model, [ImageFeatures(visual[None], visual.new_empty(1, 0))], read)
+    reading = read_request(router, model, [Asked(ids.tolist(), visual).image], read)
     kept = reading.keep(0, len(route.kept))
     return replace(route, kept=tuple(kept.indices.tolist()), sizes=kept.sizes), kept.tokens
 

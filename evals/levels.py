@@ -29,7 +29,6 @@ from models.checkpoint import Checkpoint, load
 from models.embedded.world import Scene, draw
 from models.flops import flops_ratio
 from models.route import Route
-from models.vision import ImageFeatures
 from pruning.dynamic.gaze import Asked, answers, said, words
 from pruning.dynamic.levels import AUTO, Level, cheapest_level, make_route, menu_of
 from pruning.dynamic.router import Reading, Router, read_request
@@ -76,12 +75,8 @@ def talks(checkpoint: Checkpoint, scene: Scene, visual: torch.Tensor) -> dict[st
 def read_all(checkpoint: Checkpoint, router: Router, asked: Sequence[Asked]) -> list[Reading]:
     model = checkpoint.model
     return [
-        read_request(router, model, [_image(one)], words(one.prompt, model.config.image_token_id)) for one in asked
+        read_request(router, model, [one.image], words(one.prompt, model.config.image_token_id)) for one in asked
     ]
-
-
-def _image(asked: Asked) -> ImageFeatures:
-    return ImageFeatures(asked.visual[None], asked.visual.new_empty(1, 0))
 
 
 def ask(
@@ -94,16 +89,22 @@ def ask(
     routed: list[Asked] = []
     ratios = []
     for one, reading in zip(asked, readings, strict=True):
-        route, visual = make_route(level, [_image(one)], model.layers, change, "router", 0, reading if level.routed else None)
+        route, visual = make_route(level, [one.image], model.layers, change, "router", 0, reading if level.routed else None)
         assert visual is not None
         flops = reading.flops(len(route.kept)) if level.routed else 0
         ratios.append(flops_ratio(model.config, route, len(one.prompt), flops))
         routes.append(route)
         routed.append(Asked(one.prompt, visual))
-    agreed, correct = (
-        [tokens.argmax(-1).tolist() == answer for tokens, answer in zip(said(model, routed, wanted, routes), wanted, strict=True)]
-        for wanted in (own, right)
-    )
+
+    def gives(wanted: list[list[int]], these: Sequence[int]) -> list[bool]:
+        found = said(model, [routed[i] for i in these], [wanted[i] for i in these], [routes[i] for i in these])
+        return [tokens.argmax(-1).tolist() == wanted[i] for i, tokens in zip(these, found, strict=True)]
+
+    agreed = gives(own, range(len(own)))
+    correct = list(agreed)
+    wrong = [i for i in range(len(own)) if own[i] != right[i]]  # of the others, to agree is to be right
+    for i, found in zip(wrong, gives(right, wrong) if wrong else [], strict=True):
+        correct[i] = found
     return agreed, correct, ratios
 
 

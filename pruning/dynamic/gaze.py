@@ -16,6 +16,7 @@ from models.forward import Work, forward, prompt_work, rotate, token_work
 from models.kv_cache import RequestCache
 from models.llava import Llava
 from models.route import Route
+from models.vision import ImageFeatures
 
 WORDS = 64
 """Most text tokens that a router reads: the end of the prompt, where the question is."""
@@ -27,6 +28,11 @@ class Asked:
 
     prompt: list[int]
     visual: Tensor
+
+    @property
+    def image(self) -> ImageFeatures:
+        """The picture alone, without what the vision tower looked at."""
+        return ImageFeatures(self.visual[None], self.visual.new_empty(1, 0))
 
 
 def words(prompt: Sequence[int], image_token: int) -> list[int]:

@@ -5,6 +5,7 @@ tokens and layers, the one that keeps most answers. And with those, what level `
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -16,7 +17,6 @@ from models.checkpoint import Checkpoint
 from models.flops import flops_ratio
 from models.llava import Llava
 from models.route import Route
-from models.vision import ImageFeatures
 from pruning.dynamic.gaze import WORDS, Asked, said
 from pruning.dynamic.lesson import Lesson
 from pruning.dynamic.levels import PRUNED, Level, layers_passed, layers_to_run, make_route
@@ -60,12 +60,12 @@ def agreement(
         here = (watched.picture[questions] == picture).nonzero()[:, 0]
         asked, made, routes = [], [], []
         for question in questions[here].tolist():
-            prompt, words_read, answer = as_asked(watched, question, source.model.config.image_token_id)
-            image = ImageFeatures(watched.visual[picture][None].to(source.model.device), torch.empty(1, 0))
-            reading = read_request(router, source.model, [image], words_read)
-            route, visual = make_route(level, [image], source.model.layers, source.manifest.layer_change, "router", 0, reading)
+            one, words_read, answer = as_asked(watched, question, source.model.config.image_token_id)
+            one = replace(one, visual=one.visual.to(source.model.device))
+            reading = read_request(router, source.model, [one.image], words_read)
+            route, visual = make_route(level, [one.image], source.model.layers, source.manifest.layer_change, "router", 0, reading)
             assert visual is not None
-            asked.append(Asked(prompt, visual))
+            asked.append(replace(one, visual=visual))
             made.append(answer)
             routes.append(route)
         for place, tokens, answer in zip(here.tolist(), said(source.model, asked, made, routes), made, strict=True):
@@ -74,13 +74,14 @@ def agreement(
     return found
 
 
-def as_asked(watched: Watched, question: int, image: int) -> tuple[list[int], list[int], list[int]]:
-    """A question's prompt with its picture, what the router reads of it, and the answer."""
+def as_asked(watched: Watched, question: int, image: int) -> tuple[Asked, list[int], list[int]]:
+    """A question with its picture, what the router reads of it, and the answer."""
     text, words, answer = (
         [token for token in part[question].tolist() if token >= 0] for part in (watched.text, watched.words, watched.answer)
     )
     head = int(watched.head[question])
-    return [*text[:head], *[image] * watched.gaze.shape[1], *text[head:]], words, answer
+    prompt = [*text[:head], *[image] * watched.gaze.shape[1], *text[head:]]
+    return Asked(prompt, watched.visual[watched.picture[question]]), words, answer
 
 
 def judge(lesson: Lesson, source: Checkpoint, router: Router, watched: Watched, progress: Progress) -> dict[str, Any]:

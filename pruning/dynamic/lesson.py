@@ -14,12 +14,12 @@ class Lesson(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str = Field(WORLD, description="`world`, or a JSONL file of pictures and questions.")
-    pictures: int = Field(1200, ge=8, description="A quarter of them is held out, to judge by.")
-    questions: int = Field(8, ge=1, description="Of each picture, at most; drawn from those that there are.")
+    pictures: int = Field(2400, ge=8, description="A sixth of them is held out, to judge by.")
+    questions: int = Field(4, ge=1, description="Of each picture, at most; drawn from those that there are.")
     answer: int = Field(64, ge=1, description="Tokens of an answer that are watched.")
     rows: int = Field(0, ge=0, multiple_of=8, description="The router's width; an eighth of the model's by default, 64 at least.")
-    steps: int = Field(3000, ge=1, description="Of learning to foresee.")
-    writing: int = Field(1500, ge=0, description="Steps of learning to write into merged tokens.")
+    steps: int = Field(2500, ge=1, description="Of learning to foresee.")
+    writing: int = Field(1000, ge=0, description="Steps of learning to write into merged tokens.")
     batch: int = Field(32, ge=1)
     rate: float = Field(3e-3, gt=0)
     writing_rate: float = Field(2e-3, gt=0)
@@ -29,4 +29,4 @@ class Lesson(BaseModel):
     @property
     def taught(self) -> int:
         """Pictures that are learned from; the others are held out."""
-        return self.pictures - max(1, self.pictures // 4)
+        return self.pictures - max(2, self.pictures // 6)

@@ -23,6 +23,8 @@ CHUNK = 8
 """Pictures watched between two saves."""
 COSTLY = 3
 """Of every so many pictures the cost of passing each layer by is measured: it takes a forward pass a layer."""
+SECOND = 4
+"""One in so many questions is the second of a chat: with half of them the router learned to tell questions apart less well."""
 ALTERNATIVES = 32
 """Most likely tokens whose probabilities are kept at each step of an answer; the others count as one."""
 LEFT_OVER = 1e-6
@@ -98,15 +100,15 @@ def _watch(lesson: Lesson, source: Checkpoint, pictures: Iterable[Picture], firs
 
 
 def _talk(lesson: Lesson, source: Checkpoint, visual: Tensor, questions: list[str]) -> tuple[list[Asked], list[list[int]]]:
-    """Every other question in a chat of its own, the one after it in the same chat; with the model's answers."""
+    """All but a quarter of the questions in chats of their own, the others each behind one of those; with the model's answers."""
     model, preprocessor = source.model, source.preprocessor
-    asked = [Asked(preprocessor.question(text), visual) for text in questions[::2]]
+    second = len(questions) // SECOND
+    first, then = questions[: len(questions) - second], questions[len(questions) - second :]
+    asked = [Asked(preprocessor.question(text), visual) for text in first]
     made = answers(model, asked, source.eos, lesson.answer)
     spoken = [preprocessor.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in made]
-    later = [
-        Asked(preprocessor.question(text, [(before, reply)]), visual)
-        for text, (before, reply) in zip(questions[1::2], zip(questions[::2], spoken, strict=True), strict=False)
-    ]
+    chats = [[turn] for turn in zip(first, spoken, strict=True)]
+    later = [Asked(preprocessor.question(text, chat), visual) for text, chat in zip(then, chats, strict=False)]
     return asked + later, made + answers(model, later, source.eos, lesson.answer)
 
 
