@@ -89,7 +89,8 @@ def ask(
     routed: list[Asked] = []
     ratios = []
     for one, reading in zip(asked, readings, strict=True):
-        route, visual = make_route(level, [one.image], model.layers, change, "router", 0, reading if level.routed else None)
+        settled = level.settled(reading.chances)[0] if level.rungs else level
+        route, visual = make_route(settled, [one.image], model.layers, change, "router", 0, reading if level.routed else None)
         assert visual is not None
         flops = reading.flops(len(route.kept)) if level.routed else 0
         ratios.append(flops_ratio(model.config, route, len(one.prompt), flops))
@@ -122,7 +123,7 @@ def run(checkpoint: Checkpoint, router: Router, pictures: int, split: str) -> di
         for place, talk in talks(checkpoint, scene, visual).items():
             readings = read_all(checkpoint, router, talk[0])
             outcome = {level.name: ask(checkpoint, level, talk, readings) for level in menu.values() if level.name != AUTO}
-            chosen = [cheapest_level(reading.stays, threshold) for reading in readings]
+            chosen = [cheapest_level(menu, reading.chances, threshold)[0].name for reading in readings]
             for name, found in outcome.items():
                 columns[place, name].add(*found)
             agreed, right, ratios = [], [], []

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, groupby, islice
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import torch
@@ -33,22 +34,25 @@ from models.llava import Llava
 from models.route import Route
 from models.vision import ImageFeatures
 from pruning.dynamic.gaze import words
-from pruning.dynamic.levels import Level, layers_passed, layers_to_run, make_route
+from pruning.dynamic.levels import Level, Rung, layers_to_run, make_route
 from pruning.dynamic.policies import TokenPolicy
 from pruning.dynamic.router import Reading, Router, read_request
 from pruning.dynamic.router_file import load_router
+from pruning.dynamic.trust import price_of
 
 SHUFFLED = "router, another's question"
 """The router reads a question about the next picture: what its scores owe to the question."""
 LAYERS = "router and layers"
-"""The same, with visual rows passing a quarter of the layers by, those that the router foresees to cost least."""
-ROUTED = ("router", LAYERS, SHUFFLED)
+"""Visual rows may pass layers by as well, those that the router foresees to cost least."""
+SAME = "router, as much for each question"
+"""What it is worth that questions are given what they need: the same number of tokens for all of them."""
+ELASTIC = ("router", LAYERS, SHUFFLED)
+ROUTED = (*ELASTIC, SAME)
 POLICIES = (*ROUTED, "merging", "divprune", "cls_diversity", "uniform", "random", "pooling", "fastv", "layers")
 BUDGETS = (0.62, 0.56, 0.47, 0.46)
 """Shares of the dense prefill's FLOPs: PAR's operating points on LLaVA-1.5-7B (arXiv 2412.06458, table 1)."""
 SHARES = (1 / 3, 2 / 9, 1 / 9)
 """Of the visual tokens."""
-PASSED = 1 / 4
 TYPICAL_TEXT = 16
 """Text tokens of a typical prompt, by which a budget becomes a number of tokens."""
 FASTV_LAYER = 2
@@ -56,13 +60,14 @@ FASTV_LAYER = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """A policy, how many visual tokens it keeps, how many layers it leaves out, and how many visual rows pass by."""
+    """A policy, how many visual tokens it keeps and layers it leaves out; or the price at which a router spends the budget on
+    average."""
 
     policy: str
     budget: str
     keep: int
     skip: int = 0
-    passed: int = 0
+    price: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,14 +86,27 @@ def settings(checkpoint: Checkpoint, router: Router | None) -> Iterator[Setting]
     for policy in POLICIES:
         if policy in ROUTED and router is None:
             continue
-        passed = int(depth * PASSED) if policy == LAYERS else 0
+        if policy in ELASTIC:
+            yield from _elastic(checkpoint, policy)
+            continue
         choices = [(total, skip) for skip in range(depth - 1)] if policy == "layers" else [(k, 0) for k in range(total, 0, -1)]
         for budget in BUDGETS:
-            settings = (Setting(policy, f"{budget:.0%} FLOPs", keep, skip, passed) for keep, skip in choices)
+            settings = (Setting(policy, f"{budget:.0%} FLOPs", keep, skip) for keep, skip in choices)
             if best := next((one for one in settings if _typical_ratio(model, router, one) <= budget), None):
                 yield best
-        for share in SHARES if policy not in ("layers", LAYERS) else ():
+        for share in SHARES if policy != "layers" else ():
             yield Setting(policy, f"{share:.3f} of the tokens", round(total * share))
+
+
+def _elastic(checkpoint: Checkpoint, policy: str) -> Iterator[Setting]:
+    """A router's budgets at the prices that spent them on the pictures which it was judged by."""
+    record, total = checkpoint.manifest.router, checkpoint.model.visual_tokens_per_image
+    assert record is not None
+    trade = record.trade["tokens and layers" if policy == LAYERS else "tokens"]
+    for budget in BUDGETS:
+        yield Setting(policy, f"{budget:.0%} FLOPs", total, price=price_of(trade, "flops_ratio", budget))
+    for share in SHARES if policy != LAYERS else ():
+        yield Setting(policy, f"{share:.3f} of the tokens", total, price=price_of(trade, "visual_ratio", share))
 
 
 def _typical_ratio(model: Llava, router: Router | None, setting: Setting) -> float:
@@ -96,7 +114,7 @@ def _typical_ratio(model: Llava, router: Router | None, setting: Setting) -> flo
     total, keep = model.visual_tokens_per_image, setting.keep
     drop = FASTV_LAYER if setting.policy == "fastv" else 0
     runs = tuple(layer >= setting.skip for layer in range(model.layers))
-    route = Route(total, tuple(range(keep)), runs, drop, layers_passed(runs, setting.passed, range(model.layers)))
+    route = Route(total, tuple(range(keep)), runs, drop)
     own = router.shape.flops(total, TYPICAL_TEXT, keep) if router and setting.policy in ROUTED else 0
     return flops_ratio(model.config, route, total + TYPICAL_TEXT, own)
 
@@ -157,21 +175,35 @@ def route_of(setting: Setting, shown: Shown, question: int, seed: int) -> tuple[
         return Route(len(visual), tuple(range(len(visual))), runs), visual, 0
     if setting.policy == "fastv":
         return fastv(model, shown.prompts[question], visual, setting.keep), visual, 0
-    level = Level(setting.budget, "", setting.keep / len(visual), passed_layers=setting.passed)
+    level = Level(setting.budget, "", setting.keep / len(visual))
     reading = shown.reading(question, shuffled=setting.policy == SHUFFLED) if setting.policy in ROUTED else None
+    if setting.policy in ELASTIC and reading:
+        level = _settled(setting, shown.checkpoint, reading)
     policy: TokenPolicy = "router" if reading else setting.policy  # type: ignore[assignment]
     route, used = make_route(level, [shown.image], model.layers, None, policy, seed, reading)
     assert used is not None
-    return route, used, reading.flops(setting.keep) if reading else 0
+    return route, used, reading.flops(len(route.kept)) if reading else 0
+
+
+def _settled(setting: Setting, checkpoint: Checkpoint, reading: Reading) -> Level:
+    """What a price makes of one question; of rungs that leave out tokens alone, unless layers are asked for."""
+    assert checkpoint.manifest.router is not None
+    rungs = [Rung(**rung) for rung in checkpoint.manifest.router.rungs]
+    allowed = [
+        (rung, chance) for rung, chance in zip(rungs, reading.chances, strict=True)
+        if setting.policy == LAYERS or not (rung.passed_layers or rung.skipped_layers)
+    ]  # fmt: skip
+    level = Level(setting.budget, "", 1.0, rungs=tuple(rung for rung, _ in allowed), price=setting.price)
+    return level.settled([chance for _, chance in allowed])[0]
 
 
 @torch.inference_mode()
-def ask(setting: Setting, shown: Shown, seed: int) -> tuple[list[bool], list[float]]:
-    """Whether each question about a picture is answered right, and its FLOPs ratio."""
+def ask(setting: Setting, shown: Shown, seed: int) -> tuple[list[bool], list[tuple[float, float]]]:
+    """Whether each question about a picture is answered right; its FLOPs ratio, and the share of the visual tokens that it kept."""
     model, works, ratios = shown.checkpoint.model, [], []
     for question, prompt in enumerate(shown.prompts):
         route, visual, flops = route_of(setting, shown, question, seed)
-        ratios.append(flops_ratio(model.config, route, len(prompt.ids), flops))
+        ratios.append((flops_ratio(model.config, route, len(prompt.ids), flops), len(route.kept) / route.visual_tokens))
         ids = torch.tensor([*prompt.ids, *prompt.answer[:-1]], device=model.device)
         cache = RequestCache(route.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
         works.append(prompt_work(model, ids, visual, route, cache, tail=len(prompt.answer)))
@@ -193,7 +225,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """All of a policy's budgets in one pass over the pictures, each of which is drawn, encoded and read once."""
     found: list[dict[str, list[list[bool]]]] = [{family: [] for family in FAMILIES} for _ in asked]
-    ratios: list[list[float]] = [[] for _ in asked]
+    ratios: list[list[tuple[float, float]]] = [[] for _ in asked]
     for index in track(range(pictures), asked[0].policy, console=Console(stderr=True), transient=True):
         scene = draw(split, index)
         shown = Shown.of(checkpoint, router, scene, draw(split, index + 1))
@@ -201,8 +233,10 @@ def run(
             right, spent = ask(setting, shown, seed + index)
             found[number][scene.family].append(right)
             ratios[number] += spent
+    means = [[round(mean(column), 4) for column in zip(*spent, strict=True)] for spent in ratios]
     return [
-        summary(answers) | {"flops_ratio": round(sum(spent) / len(spent), 4)} for answers, spent in zip(found, ratios, strict=True)
+        summary(answers) | {"flops_ratio": flops, "visual_ratio": kept}
+        for answers, (flops, kept) in zip(found, means, strict=True)
     ]
 
 
@@ -238,7 +272,7 @@ def main(
         with runs.open("a") as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in entries))
         for entry in entries:
-            typer.echo(f"{policy}, {entry['budget']}, {entry['keep']} tokens: {entry['accuracy']:.2%} "
+            typer.echo(f"{policy}, {entry['budget']}, {entry['visual_ratio']:.1%} of the tokens: {entry['accuracy']:.2%} "
                        f"at {entry['flops_ratio']:.1%} of the FLOPs in {seconds:.0f} s")  # fmt: skip
 
 

@@ -65,10 +65,17 @@ class RouterRecord(BaseModel):
     checkpoint: str = Field(description="Fingerprint of the weights that it was trained for.")
     lesson: dict[str, Any] = Field(description="Every setting, by the names of `espalier route`.")
     report: dict[str, Any] = Field(description="How well it foresees on held-out pictures.")
-    levels: dict[str, dict[str, Any]] = Field(description="Each level's budget: visual_ratio, skipped_layers and passed_layers.")
-    compared: dict[str, list[dict[str, float]]] = Field(description="Ways to spend it that were compared, on held-out pictures.")
-    gains: dict[str, dict[str, float]] = Field(
-        description="By level, agreement by how much of what the router writes is believed; the best is in use."
+    rungs: list[dict[str, Any]] = Field(
+        description="What it chooses from: visual_ratio, skipped_layers, passed_layers and cost; the whole model last."
+    )
+    levels: dict[str, dict[str, float]] = Field(
+        description="Each level's price of arithmetic, and what that makes of held-out questions on average."
+    )
+    trade: dict[str, list[dict[str, float]]] = Field(
+        description="The same for many prices, of rungs that leave out tokens alone and of all."
+    )
+    measured: dict[str, Any] = Field(
+        description="On held-out questions: the agreement of each rung, and of each share of what is written that may be believed."
     )
     auto: dict[str, Any] = Field(description="From which chance of keeping its answer on a level is taken, and what came of it.")
 

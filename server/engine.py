@@ -11,8 +11,8 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,7 +23,7 @@ from models.kv_cache import KVCache, RequestCache
 from models.route import Route
 from models.vision import ImageFeatures
 from pruning.dynamic.gaze import words
-from pruning.dynamic.levels import AUTO, PRUNED, Level, cheapest_level, expected_rows, make_route, menu_of
+from pruning.dynamic.levels import AUTO, Level, cheapest_level, expected_rows, make_route, menu_of
 from pruning.dynamic.policies import TokenPolicy
 from pruning.dynamic.router import Reading, RouterFailed, read_request
 from pruning.dynamic.router_file import load_router
@@ -158,8 +158,9 @@ class Engine:
             self._requests[request.id] = request
             self._changed.notify_all()
 
-    def _job(self, request: Request) -> Job:
-        level, layers = self.menu[request.level], self.model.layers
+    def _job(self, request: Request, settled: Level | None = None) -> Job:
+        """What a request holds: the most that its level may need, or what it is `settled` to."""
+        level, layers = settled or self.menu[request.level], self.model.layers
         answer = min(request.sampling.max_tokens, self.context_length - len(request.prompt))
         per_image = self.preprocessor.visual_tokens_per_image
         prompt = expected_rows(level, len(request.prompt), len(request.images), per_image, layers)
@@ -255,8 +256,7 @@ class Engine:
         level = self.menu[request.level]
         seed = int(request.images[0].digest[:8], 16) if request.images else 0
         reading = self._read(request, features) if level.routed else None
-        if level.name == AUTO:
-            level = self._choose(request, reading)
+        level, chance = self._settle(request, level, reading) if level.rungs else (level, None)
         route, visual = make_route(level, features, self.model.layers, self._layer_change, self.token_policy, seed, reading)
         request.timings |= {"encode": encoded - now, "route": time.monotonic() - encoded}
         answer = min(request.sampling.max_tokens, self.context_length - len(request.prompt))
@@ -267,6 +267,7 @@ class Engine:
         receipt = Receipt(
             level=level.name, reason=request.reason, visual_tokens=len(route.kept), visual_tokens_total=route.visual_tokens,
             layers=sum(route.layers), layers_total=self.model.layers, checkpoint=self.fingerprint,
+            expected_agreement=None if chance is None else round(chance, 4),
             flops_ratio=round(flops_ratio(self.model.config, route, len(request.prompt), _router_flops(reading, route)), 4),
         )  # fmt: skip
         self.metrics.routed(receipt, len(request.prompt))
@@ -280,16 +281,23 @@ class Engine:
             return None
         return read_request(self.router, self.model, features, words(request.prompt, self.model.config.image_token_id))
 
-    def _choose(self, request: Request, reading: Reading | None) -> Level:
-        """The cheapest level that is expected to keep this answer; `off` was reserved for, so that any of them fits."""
-        chances = reading.stays if reading else []
-        chosen = cheapest_level(chances, self.auto_threshold) if reading else "off"
-        request.reason = f"auto: {_expectation(dict(zip(PRUNED, chances, strict=False)), chosen, self.auto_threshold)}"
-        self.metrics.degradations.labels(AUTO, chosen).inc()
-        request.level = chosen
+    def _settle(self, request: Request, level: Level, reading: Reading | None) -> tuple[Level, float | None]:
+        """What a level that chooses by question, or the cheapest one that may be trusted, is for this request, and the chance
+        that its answer stays. The most that it could be was reserved."""
+        chance: float | None = None
+        if reading is None:
+            settled = self.menu["off"] if level.name == AUTO else replace(self.menu["off"], name=level.name)
+        elif level.name == AUTO:
+            settled, chance = cheapest_level(self.menu, reading.chances, self.auto_threshold)
+        else:
+            settled, chance = level.settled(reading.chances)
+        if level.name == AUTO:
+            request.reason = f"auto: {_expectation(settled, chance, self.auto_threshold)}"
+            self.metrics.degradations.labels(AUTO, settled.name).inc()
+        request.level = settled.name
         with self._changed:
-            self.scheduler.shrink(self._job(request))
-        return self.menu[chosen]
+            self.scheduler.shrink(self._job(request, settled))
+        return settled, chance
 
     def _encode(self, digest: str, pixels: torch.Tensor) -> ImageFeatures:
         """An image's features [1, visual_tokens, width], remembered by content: encoding does not depend on the level."""
@@ -391,13 +399,13 @@ class Engine:
             self.abort(request.id)
 
 
-def _expectation(chances: Mapping[str, float], chosen: str, threshold: float) -> str:
+def _expectation(settled: Level, chance: float | None, threshold: float) -> str:
     """Why `auto` chose a level, in words."""
-    if not chances:
+    if chance is None:
         return "no picture, and nothing to leave out"
-    if chosen == "off":
+    if settled.name == "off":
         return f"no level is expected to keep this answer with a chance of {threshold:.3f}"
-    return f"{chosen} keeps this answer with an expected chance of {chances[chosen]:.3f}, and {threshold:.3f} are asked for"
+    return f"{settled.name} keeps this answer with an expected chance of {chance:.3f}, and {threshold:.3f} are asked for"
 
 
 def _router_flops(reading: Reading | None, route: Route) -> int:

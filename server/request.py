@@ -47,6 +47,7 @@ class Receipt:
     layers_total: int
     flops_ratio: float
     checkpoint: str
+    expected_agreement: float | None = None  # chance that the answer is the un-pruned model's, where a router foresaw it
 
 
 @dataclass(frozen=True)

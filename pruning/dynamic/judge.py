@@ -1,11 +1,11 @@
-"""Each level's budget, found on pictures that the router never learned from: of the ways to spend its share of the arithmetic on
-tokens and layers, the one that keeps most answers. And with those, what level `auto` needs to know (`trust`).
+"""What a router can be trusted with, found on pictures that it never learned from: how much of what it writes, which answers stay
+on each rung of the ladder from few tokens and layers to all, and the prices at which levels spend what they are meant to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
@@ -15,62 +15,74 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.flops import flops_ratio
-from models.llava import Llava
 from models.route import Route
 from pruning.dynamic.gaze import WORDS, Asked, said
 from pruning.dynamic.lesson import Lesson
-from pruning.dynamic.levels import PRUNED, Level, layers_passed, layers_to_run, make_route
-from pruning.dynamic.router import Router, read_request
-from pruning.dynamic.trust import trust
+from pruning.dynamic.levels import Level, Rung, layers_passed, layers_to_run, make_route
+from pruning.dynamic.router import GAINED_AT, Router, Shape, read_request
+from pruning.dynamic.trust import auto, budgets, trust
 from pruning.dynamic.watch import Watched
 
-BUDGETS = {"light": 0.6, "balanced": 0.4, "strong": 0.25}
-"""Shares of the dense prefill's FLOPs, the router's own among them, by level."""
-PASSED = (0.0, 1 / 8, 1 / 4, 3 / 8)
-"""Shares of the layers that visual rows may pass by."""
+SHARES = (1 / 18, 1 / 9, 2 / 9, 1 / 2, 1.0)
+"""Of the visual tokens, that a rung may keep."""
+PASSED = (0.0, 3 / 8)
+"""Shares of the layers that visual rows may pass by; what lies between was never better (docs/log.md)."""
 SKIPPED = (0.0, 1 / 16)
 """Shares of the layers that may be left out whole, where `espalier calibrate` has measured them."""
-PICTURES = 40
-"""Held-out pictures on which the ways to spend a budget are compared; gains differ by less and are compared on all."""
-GAINS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Of what the router writes: shares of it that may be believed."""
+GAINS = (0.0, 0.5, 1.0)
+"""Shares of what the router writes that may be believed."""
 
 
-def affordable(model: Llava, router: Router, budget: float, text: int, passed: int, skipped: int = 0) -> int:
-    """The most visual tokens that a share of the dense FLOPs affords on routes that leave so many layers out; 1 at least.
+def ways(source: Checkpoint) -> list[tuple[float, int, int]]:
+    """Every share of the tokens with every number of layers left out whole and passed by."""
+    layers = source.model.layers
+    skipped, passed = (
+        sorted({int(layers * share) for share in shares})
+        for shares in (SKIPPED if source.manifest.calibration else SKIPPED[:1], PASSED)
+    )
+    return list(product(SHARES, skipped, passed))
 
-    `text` is how many text tokens a typical prompt has.
-    """
+
+def ladder(source: Checkpoint, shape: Shape, text: int) -> list[Rung]:
+    """What a router chooses from, cheapest first and the whole model last; `text` is how many text tokens a typical prompt has."""
+    model = source.model
     total = model.visual_tokens_per_image
-    prompt, runs = total + text, layers_to_run(model.layers, skipped, range(model.layers))
-    stays = layers_passed(runs, passed, range(model.layers))
-    for keep in range(total, 1, -1):
-        route = Route(total, tuple(range(keep)), runs, visual_stays=stays)
-        if flops_ratio(model.config, route, prompt, router.shape.flops(total, min(text, WORDS), keep)) <= budget:
-            return keep
-    return 1
+    found = []
+    for share, skipped, passed in ways(source):
+        keep = Level("", "", share).kept(total)
+        runs = layers_to_run(model.layers, skipped, range(model.layers))
+        route = Route(total, tuple(range(keep)), runs, visual_stays=layers_passed(runs, passed, range(model.layers)))
+        cost = flops_ratio(model.config, route, total + text, shape.flops(total, min(text, WORDS), keep))
+        found.append(Rung(share, skipped, passed, round(cost, 4)))
+    return sorted(found, key=lambda rung: rung.cost)
 
 
 def agreement(
-    level: Level, source: Checkpoint, router: Router, watched: Watched, questions: Tensor, advance: Callable[[int], None]
-) -> Tensor:
-    """Whether each answer stays what the un-pruned model says, token by token: bool [questions]. A whole picture is one pass."""
-    found = torch.zeros(len(questions), dtype=torch.bool)
+    levels: Sequence[Level], source: Checkpoint, router: Router, watched: Watched, questions: Tensor,
+    advance: Callable[[int], None],
+) -> Tensor:  # fmt: skip
+    """Whether each answer stays what the un-pruned model says, token by token: bool [questions, levels]. All questions about a
+    picture are one pass."""
+    found = torch.zeros(len(questions), len(levels), dtype=torch.bool)
+    model, change = source.model, source.manifest.layer_change
     for picture in torch.unique(watched.picture[questions]):
         here = (watched.picture[questions] == picture).nonzero()[:, 0]
-        asked, made, routes = [], [], []
+        asked, readings, made = [], [], []
         for question in questions[here].tolist():
-            one, words_read, answer = as_asked(watched, question, source.model.config.image_token_id)
-            one = replace(one, visual=one.visual.to(source.model.device))
-            reading = read_request(router, source.model, [one.image], words_read)
-            route, visual = make_route(level, [one.image], source.model.layers, source.manifest.layer_change, "router", 0, reading)
-            assert visual is not None
-            asked.append(replace(one, visual=visual))
+            one, words_read, answer = as_asked(watched, question, model.config.image_token_id)
+            asked.append(replace(one, visual=one.visual.to(model.device)))
+            readings.append(read_request(router, model, [asked[-1].image], words_read))
             made.append(answer)
-            routes.append(route)
-        for place, tokens, answer in zip(here.tolist(), said(source.model, asked, made, routes), made, strict=True):
-            found[place] = tokens.argmax(-1).tolist() == answer
-        advance(len(here))
+        for place, level in enumerate(levels):
+            routes, routed = [], []
+            for one, reading in zip(asked, readings, strict=True):
+                route, visual = make_route(level, [one.image], model.layers, change, "router", 0, reading)
+                assert visual is not None
+                routes.append(route)
+                routed.append(replace(one, visual=visual))
+            tokens = said(model, routed, made, routes)
+            found[here, place] = torch.tensor([t.argmax(-1).tolist() == own for t, own in zip(tokens, made, strict=True)])
+            advance(len(here))
     return found
 
 
@@ -85,51 +97,32 @@ def as_asked(watched: Watched, question: int, image: int) -> tuple[Asked, list[i
 
 
 def judge(lesson: Lesson, source: Checkpoint, router: Router, watched: Watched, progress: Progress) -> dict[str, Any]:
-    """Choose the writer's gains, each level's budget and what `auto` needs: those of `router.write` and `router.trust` are set.
+    """Choose the writer's gains, what to expect of each rung, and the levels' prices: `router.write` and `router.trust` are set.
     Returns the record for the manifest."""
     held = (watched.picture >= lesson.taught).nonzero()[:, 0]
-    few = held[watched.picture[held] < lesson.taught + PICTURES]
-    text = int((watched.text >= 0).sum(1).median())
-    candidates = {name: _candidates(name, source, router, text) for name in PRUNED}
-    total = len(PRUNED) * (len(GAINS) + 1) * len(held) + sum(map(len, candidates.values())) * len(few)
-    task = progress.add_task("judging", total=total)
+    rungs = ladder(source, router.shape, int((watched.text >= 0).sum(1).median()))
+    task = progress.add_task("judging", total=len(held) * (len(GAINS) * len(GAINED_AT) + len(rungs) - 1))
 
-    def advance(questions: int) -> None:
-        progress.advance(task, questions)
+    def stays(levels: Sequence[Level]) -> Tensor:
+        return agreement(levels, source, router, watched, held, lambda questions: progress.advance(task, questions))
 
-    def share(level: Level, questions: Tensor) -> float:
-        return round(float(agreement(level, source, router, watched, questions, advance).float().mean()), 4)
-
-    gains: dict[str, dict[str, float]] = {name: {} for name in PRUNED}
+    believed = []
     for gain in GAINS:
         router.write.gains.fill_(gain)
-        for name, levels in candidates.items():
-            gains[name][str(gain)] = share(levels[0], held)
-    router.write.gains.copy_(torch.tensor([float(max(gains[name], key=gains[name].__getitem__)) for name in PRUNED]))
-    router.write.shares.copy_(torch.tensor([candidates[name][0].visual_ratio for name in PRUNED]))
-    chosen: dict[str, Level] = {}
-    measured: dict[str, list[dict[str, float]]] = {}
-    for name, levels in candidates.items():
-        shares = [share(level, few) for level in levels]
-        chosen[name] = levels[max(range(len(levels)), key=lambda i: (shares[i], levels[i].visual_ratio))]
-        measured[name] = [{**_budget(level), "agreement": one} for level, one in zip(levels, shares, strict=True)]
-    kept = torch.stack([agreement(chosen[name], source, router, watched, held, advance) for name in PRUNED], 1)
-    threshold, record = trust(router, source, watched, held, kept, lesson)
+        believed.append(stays([Level("", "", share) for share in GAINED_AT]).float().mean(0))
+    router.write.gains.copy_(torch.tensor(GAINS)[torch.stack(believed).argmax(0)])
+    kept = stays([
+        Level("", "", rung.visual_ratio, rung.skipped_layers, rung.passed_layers) for rung in rungs[:-1]
+    ])
+    chances, discrimination = trust(router, source, watched, held, kept)
+    stayed = torch.cat([kept, torch.ones(len(kept), 1, dtype=torch.bool)], 1)
+    levels, trade = budgets(chances, stayed, rungs)
+    shares = stayed.float().mean(0).tolist()
     return {
-        "levels": {name: _budget(level) for name, level in chosen.items()}, "compared": measured,
-        "gains": gains,
-        "auto": {"threshold": threshold, "target": lesson.target, **record},
+        "rungs": [asdict(rung) for rung in rungs], "levels": levels, "trade": trade,
+        "measured": {
+            "agreement": [round(share, 4) for share in shares], "discrimination": discrimination,
+            "gains": {f"{gain:g}": [round(x, 4) for x in found.tolist()] for gain, found in zip(GAINS, believed, strict=True)},
+        },
+        "auto": auto(chances, stayed, rungs, levels, lesson.target),
     }  # fmt: skip
-
-
-def _candidates(name: str, source: Checkpoint, router: Router, text: int) -> list[Level]:
-    model, found = source.model, []
-    left_out = sorted({int(model.layers * share) for share in (SKIPPED if source.manifest.calibration else (0.0,))})
-    for passed, skipped in product(sorted({int(model.layers * share) for share in PASSED}), left_out):
-        keep = affordable(model, router, BUDGETS[name], text, passed, skipped)
-        found.append(Level(name, "", round(keep / model.visual_tokens_per_image, 4), skipped, passed))
-    return found
-
-
-def _budget(level: Level) -> dict[str, Any]:
-    return {"visual_ratio": level.visual_ratio, "skipped_layers": level.skipped_layers, "passed_layers": level.passed_layers}

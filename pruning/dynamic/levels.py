@@ -19,9 +19,26 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
+class Rung:
+    """One way to run a request, on the ladder that a router chooses from: shares as in `Level`.
+
+    `cost` is its share of a typical prompt's dense prefill FLOPs, the router's own among them.
+    """
+
+    visual_ratio: float
+    skipped_layers: int
+    passed_layers: int
+    cost: float
+
+
+@dataclass(frozen=True)
 class Level:
     """A named budget. It only ever reduces work: `visual_ratio` of each image's tokens, all layers but `skipped_layers`, and of
-    those that run `passed_layers` for text rows alone, which needs a router."""
+    those that run `passed_layers` for text rows alone, which needs a router.
+
+    With `rungs` it is a budget on average: each request takes the rung that is worth its `price` (see `choose`), and
+    `visual_ratio` says what they keep on average.
+    """
 
     name: str
     description: str
@@ -29,6 +46,8 @@ class Level:
     skipped_layers: int = 0
     passed_layers: int = 0
     card: dict[str, Any] | None = None
+    rungs: tuple[Rung, ...] = ()
+    price: float = 0.0
 
     def kept(self, visual_tokens: int) -> int:
         """Visual tokens kept of one image's; at least one, so that no picture vanishes."""
@@ -37,7 +56,25 @@ class Level:
     @property
     def routed(self) -> bool:
         """Whether there is anything for a router to choose."""
-        return self.visual_ratio < 1 or self.passed_layers > 0 or self.name == AUTO
+        return self.visual_ratio < 1 or self.passed_layers > 0 or bool(self.rungs)
+
+    def settled(self, chances: Sequence[float]) -> tuple[Level, float]:
+        """What it is for one request, given the chance that the answer stays on each rung; and the chance on the rung taken."""
+        taken = int(choose(torch.tensor(chances), torch.tensor([rung.cost for rung in self.rungs]), self.price))
+        rung = self.rungs[taken]
+        own = replace(
+            self, visual_ratio=rung.visual_ratio, skipped_layers=rung.skipped_layers, passed_layers=rung.passed_layers, rungs=()
+        )
+        return own, chances[taken]
+
+
+def choose(chances: torch.Tensor, costs: torch.Tensor, price: float) -> torch.Tensor:
+    """The rung with the least expected loss, int64 [...]: the chance that the answer changes, 1 - chances [..., rungs], plus
+    `price` times costs [rungs].
+
+    Ours. A price for all requests is what spends an average budget best: none can give arithmetic to another and both gain.
+    """
+    return (1 - chances + price * costs).argmin(-1)
 
 
 # Shares of tokens follow the field's 2/3, 1/3 and 1/6; whole-layer skipping has a small safe set and comes late.
@@ -47,38 +84,38 @@ PRUNED = tuple(name for name, _, _ in _BUDGETS[:0:-1])
 
 
 def build_menu(
-    layer_change: Sequence[float] | None, layers: int, cards: Mapping[str, dict[str, Any]] | None = None,
-    measured: Mapping[str, Mapping[str, Any]] | None = None, auto: str = "",
-) -> dict[str, Level]:  # fmt: skip
-    """The menu for a model of `layers` layers.
+    layer_change: Sequence[float] | None, layers: int, cards: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, Level]:
+    """The menu for a model of `layers` layers that has no router.
 
-    Without a calibration no level skips a layer: nobody knows which it may. `measured` are the budgets that `espalier route` found
-    for this checkpoint, by level: visual_ratio, skipped_layers and passed_layers. `auto` describes that level, where there is one.
+    Without a calibration no level skips a layer: nobody knows which it may.
     """
     menu = {}
     for name, ratio, skip in _BUDGETS:
         skipped = int(layers * skip) if layer_change else 0
-        level = replace(Level(name, "", ratio, skipped), **(measured or {}).get(name, {}))
-        menu[name] = replace(level, description=_describe(level, layers), card=(cards or {}).get(name))
-    if auto:
-        menu[AUTO] = Level(AUTO, auto, 1.0, card=(cards or {}).get(AUTO))
+        text = f"{ratio:.0%} of the visual tokens, {layers - skipped} of {layers} layers" if ratio < 1 else "the whole model"
+        menu[name] = Level(name, text, ratio, skipped, card=(cards or {}).get(name))
     return menu
 
 
 def menu_of(manifest: Manifest, layers: int, *, routed: bool = True) -> dict[str, Level]:
     """The menu that a checkpoint's manifest describes; without the router (`routed`) its budgets are not what was measured."""
+    plain = build_menu(manifest.layer_change, layers, manifest.cards)
     if not routed or manifest.router is None:
-        return build_menu(manifest.layer_change, layers, manifest.cards)
-    target = manifest.router.auto["target"]
-    auto = f"the cheapest level that is expected to keep the answer, so that {target:.0%} of all answers stay"
-    return build_menu(manifest.layer_change, layers, manifest.cards, manifest.router.levels, auto)
-
-
-def _describe(level: Level, layers: int) -> str:
-    if level.name == "off":
-        return "the whole model"
-    text = f"{level.visual_ratio:.0%} of the visual tokens, {layers - level.skipped_layers} of {layers} layers"
-    return text + (f", {level.passed_layers} of them for text alone" if level.passed_layers else "")
+        return plain
+    record = manifest.router
+    rungs = tuple(Rung(**rung) for rung in record.rungs)
+    menu = {"off": plain["off"]}
+    for name in PRUNED[::-1]:
+        found = record.levels[name]
+        tokens, flops = found["visual_ratio"], found["flops_ratio"]
+        text = f"what the question needs: on average {tokens:.0%} of the visual tokens and {flops:.0%} of the FLOPs"
+        menu[name] = replace(
+            plain[name], description=text, visual_ratio=tokens, skipped_layers=0, rungs=rungs, price=found["price"]
+        )
+    text = f"the cheapest level that is expected to keep the answer, so that {record.auto['target']:.0%} of all answers stay"
+    menu[AUTO] = Level(AUTO, text, 1.0, card=manifest.cards.get(AUTO), rungs=rungs)
+    return menu
 
 
 def layers_to_run(layers: int, skipped: int, layer_change: Sequence[float] | None) -> tuple[bool, ...]:
@@ -100,15 +137,20 @@ def layers_passed(runs: Sequence[bool], passed: int, costs: Sequence[float]) -> 
     return frozenset(sorted(inner, key=lambda layer: costs[layer])[:passed])
 
 
-def cheapest_level(chances: Sequence[float], threshold: float) -> str:
-    """The cheapest level whose chance of keeping the answer reaches the threshold (`chances` in the order of PRUNED), or `off`."""
-    return next((name for name, chance in zip(PRUNED, chances, strict=True) if chance >= threshold), "off")
+def cheapest_level(menu: Mapping[str, Level], chances: Sequence[float], threshold: float) -> tuple[Level, float]:
+    """The cheapest level, as it is for this request, whose chance of keeping the answer reaches the threshold; or `off`."""
+    for name in PRUNED:
+        level, chance = menu[name].settled(chances)
+        if chance >= threshold and level.routed:
+            return level, chance
+    return menu["off"], 1.0
 
 
 def expected_rows(level: Level, prompt: int, images: int, visual_tokens_per_image: int, layers: int) -> int:
-    """Rows of keys and values that a prompt will hold in all layers together; known before the route is made."""
-    dropped = images * (visual_tokens_per_image - level.kept(visual_tokens_per_image))
-    return (prompt - dropped) * (layers - level.skipped_layers)
+    """Rows of keys and values that a prompt will hold in all layers together, known before the route is made: the most that a
+    level which chooses by question can need."""
+    kept = visual_tokens_per_image if level.rungs else level.kept(visual_tokens_per_image)
+    return (prompt - images * (visual_tokens_per_image - kept)) * (layers - level.skipped_layers)
 
 
 def make_route(

@@ -1,7 +1,8 @@
 """The meta-router: reads picture and question once and serves any budget.
 
 It foresees how much the model will look at each visual token and what it would cost if visual rows passed a layer by; it writes
-into the tokens that stay what those that go had to say; and it foresees at which levels the answer will stay what it is.
+into the tokens that stay what those that go had to say; and it foresees on which rungs, from few tokens and layers to many, the
+answer will stay what it is.
 
 After PAR's meta-router (Pruning All-Rounder, arXiv 2412.06458, figure 3: visual tokens, question and one learnable token a layer
 in, a score for each out), with four changes of ours. Attention is bidirectional, so that a visual token's score depends on the
@@ -31,12 +32,15 @@ PERIOD = 100.0
 STRENGTH = 0.3
 """Weight of the scores beside the logarithm of the distance: 0.15 and 0.6 keep less (validation, docs/log.md)."""
 
+GAINED_AT = (1 / 9, 1 / 4, 1 / 2)
+"""Shares of the tokens at which it is measured how much of what is written is believed."""
+
 
 @dataclass(frozen=True)
 class Shape:
     """The language model's `width` and `layers`, the router's own width of `rows`, `depth` in layers, and `heads`.
 
-    `levels` are those whose answers it foresees, cheapest first.
+    `rungs`: ways to run a request whose answers it foresees, the whole model aside.
     """
 
     width: int
@@ -44,7 +48,7 @@ class Shape:
     rows: int
     depth: int = 2
     heads: int = 4
-    levels: int = 3
+    rungs: int = 9
 
     def document(self) -> dict[str, int]:
         return asdict(self)
@@ -107,7 +111,6 @@ class Writer(nn.Module):
     """Corrects merged tokens, so that the model can tell from them what those that went would have said."""
 
     gains: Tensor
-    shares: Tensor
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -119,10 +122,9 @@ class Writer(nn.Module):
         # It begins by writing nothing: an untrained one leaves the plain means.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        # How much of it is believed where which share of the tokens stays. `judge` lowers it where less keeps more answers to
-        # questions that were not learned from: the more tokens stay, the less there is to put right.
-        self.register_buffer("gains", torch.ones(shape.levels))
-        self.register_buffer("shares", torch.linspace(0, 1, shape.levels))
+        # How much of it is believed at the shares of GAINED_AT. `judge` lowers it where less keeps more answers to questions that
+        # were not learned from: the more tokens stay, the less there is to put right.
+        self.register_buffer("gains", torch.ones(len(GAINED_AT)))
 
     def forward(self, read: Read, visual: Tensor, kept: Tensor, shares: Tensor) -> Tensor:
         """The kept tokens' new values, float32 [batch, keep, width]: the mean of what each stands for, and a correction.
@@ -143,7 +145,7 @@ class Writer(nn.Module):
 
     def gain(self, share: float) -> float:
         """Between the shares at which it was measured, in proportion; beyond them, as at the nearest."""
-        return float(np.interp(share, self.shares.tolist(), self.gains.tolist()))
+        return float(np.interp(share, GAINED_AT, self.gains.tolist()))
 
 
 class Router(nn.Module):
@@ -157,7 +159,7 @@ class Router(nn.Module):
         self.norm = nn.RMSNorm(rows)
         self.look, self.cost = nn.Linear(rows, 1), nn.Linear(rows, 1)
         self.write = Writer(shape)
-        self.trust = nn.Linear(3 * rows, shape.levels)
+        self.trust = nn.Linear(3 * rows, shape.rungs)
 
     def forward(self, visual: Tensor, words: Tensor, present: Tensor | None = None) -> Read:
         """Read pictures, one a question.
@@ -190,14 +192,13 @@ class Router(nn.Module):
         """A copy as it serves: in the model's dtype, which is faster; what it trusts stays in float32, for thresholds are fine."""
         copy = deepcopy(self).requires_grad_(False).eval().to(dtype)
         copy.trust.float()
-        copy.write.gains, copy.write.shares = self.write.gains.clone(), self.write.shares.clone()
+        copy.write.gains = self.write.gains.clone()
         return copy
 
     def adopt(self, served: Router) -> None:
         """Take over what `judge` found with a serving copy."""
         self.trust.load_state_dict(served.trust.state_dict())
         self.write.gains.copy_(served.write.gains)
-        self.write.shares.copy_(served.write.shares)
 
 
 def select(read: Read, visual: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -261,10 +262,10 @@ class Reading:
         return found
 
     @property
-    def stays(self) -> list[float]:
-        """Chance that the answer stays what it is at each level, cheapest first, by the picture that is hardest."""
+    def chances(self) -> list[float]:
+        """Chance that the answer stays what it is on each rung, by the picture that is hardest; 1 on the last, the whole model."""
         found: list[float] = self.router.trust(self.router.impression(self.read)).sigmoid().amin(0).tolist()
-        return found
+        return [*found, 1.0]
 
     def flops(self, keep: int) -> int:
         """What reading and writing took, all images."""

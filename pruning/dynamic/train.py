@@ -19,7 +19,7 @@ from models.checkpoint import Checkpoint, Manifest, RouterRecord, load, open_tra
 from models.saving import derive
 from models.work import Work
 from pruning.dynamic.fit import foreseen, foresight_error, learn, read
-from pruning.dynamic.judge import judge
+from pruning.dynamic.judge import judge, ways
 from pruning.dynamic.lesson import WORLD, Lesson
 from pruning.dynamic.router import Router, Shape, default_rows
 from pruning.dynamic.router_file import FILE, save_router
@@ -73,7 +73,8 @@ def teach(
     """Both lessons. The second one runs through transformers' model, which is loaded for it and let go."""
     torch.manual_seed(lesson.seed)
     model, width = source.model, watched.visual.shape[-1]
-    router = Router(Shape(width, model.layers, lesson.rows or default_rows(width))).to(model.device)
+    shape = Shape(width, model.layers, lesson.rows or default_rows(width), rungs=len(ways(source)) - 1)
+    router = Router(shape).to(model.device)
 
     def foresee(step: int, asked: Watched) -> Tensor:
         return foresight_error(read(router, model.embed, asked))

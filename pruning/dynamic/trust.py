@@ -1,32 +1,38 @@
-"""Level `auto`: how likely is it, from what was read, that a level keeps this answer, and how likely must it be for the level to be
-taken, so that a given share of all answers is kept.
+"""How likely is it, from what was read, that an answer stays on a rung; and what follows: the price at which a level spends its
+budget, and for level `auto` how likely it must be, so that a given share of all answers is kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import floor
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from pruning.dynamic.fit import read
-from pruning.dynamic.lesson import Lesson
-from pruning.dynamic.levels import PRUNED
+from pruning.dynamic.levels import PRUNED, Rung, choose
 from pruning.dynamic.router import Router
 from pruning.dynamic.watch import Watched
 
+BUDGETS = {"strong": 0.25, "balanced": 0.4, "light": 0.6}
+"""Shares of the dense prefill's FLOPs that levels spend on average, the router's own among them."""
+PRICES = np.geomspace(1e-4, 100, 61).tolist()
+"""Of arithmetic, in answers: at 0.1 a tenth of a dense prefill is worth a hundredth of an answer."""
 FOLDS = 5
 
 
 def trust(
-    router: Router, source: Checkpoint, watched: Watched, held: Tensor, kept: Tensor, lesson: Lesson
-) -> tuple[float, dict[str, Any]]:
-    """Fit `router.trust` to which answers each level `kept` [held, levels], and find the threshold of `auto`.
+    router: Router, source: Checkpoint, watched: Watched, held: Tensor, kept: Tensor
+) -> tuple[Tensor, list[float | None]]:
+    """Fit `router.trust` to which answers each rung `kept`, bool [held, rungs]; the whole model is not among those.
 
-    The threshold is found on what folds of pictures say that were left out of the fit, so that it does not believe itself.
+    Returns the chances, float32 [held, rungs + 1], of folds of pictures that were left out of the fit, so that what is found with
+    them does not believe itself; and how well each rung's tell answers apart that stay (area under the ROC curve).
     """
     with torch.no_grad():
         reads = [read(router, source.model.embed, watched.of(part)).read for part in torch.split(held, 64)]
@@ -40,15 +46,60 @@ def trust(
     weight, bias = logistic(features, labels)
     router.trust.weight.copy_(weight)
     router.trust.bias.copy_(bias)
-    threshold = least_trust(chances, kept.to(chances.device), lesson.target)
-    taken = cheapest(chances, threshold)
-    stayed = torch.cat([kept.to(chances.device), torch.ones_like(kept[:, :1], device=chances.device)], 1)
-    record = {
-        "agreement": round(float(stayed.gather(1, taken[:, None]).float().mean()), 4), "questions": len(held),
-        "levels": {name: round(float((taken == place).float().mean()), 4) for place, name in enumerate((*PRUNED, "off"))},
-        "discrimination": {name: _auc(chances[:, place], kept[:, place]) for place, name in enumerate(PRUNED)},
-    }  # fmt: skip
-    return threshold, record
+    chances = chances.cpu()
+    return F.pad(chances, (0, 1), value=1.0), [_auc(chances[:, rung], kept[:, rung]) for rung in range(kept.shape[1])]
+
+
+def budgets(
+    chances: Tensor, kept: Tensor, rungs: Sequence[Rung]
+) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, float]]]]:
+    """What every price makes of held-out questions, where layers may be left out and where they may not; and the levels, each at
+    the lowest price that stays within its budget."""
+    trade = {}
+    tokens_alone = [i for i, rung in enumerate(rungs) if not rung.skipped_layers and not rung.passed_layers]
+    for name, allowed in (("tokens", tokens_alone), ("tokens and layers", list(range(len(rungs))))):
+        trade[name] = [_at(price, chances[:, allowed], kept[:, allowed], [rungs[i] for i in allowed]) for price in PRICES]
+    levels = {}
+    for name, budget in BUDGETS.items():
+        low, high = PRICES[0], PRICES[-1]
+        for _ in range(30):
+            middle = (low * high) ** 0.5
+            low, high = (low, middle) if _at(middle, chances, kept, rungs)["flops_ratio"] <= budget else (middle, high)
+        levels[name] = _at(high, chances, kept, rungs)
+    return levels, trade
+
+
+def _at(price: float, chances: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> dict[str, float]:
+    costs, shares = torch.tensor([rung.cost for rung in rungs]), torch.tensor([rung.visual_ratio for rung in rungs])
+    taken = choose(chances, costs, price)
+    means = {"flops_ratio": costs[taken], "visual_ratio": shares[taken], "agreement": kept.gather(1, taken[:, None]).float()}
+    return {"price": price, **{name: round(float(values.mean()), 4) for name, values in means.items()}}
+
+
+def price_of(trade: Sequence[Mapping[str, float]], what: str, budget: float) -> float:
+    """The price at which `what`, flops_ratio or visual_ratio, is `budget` on average; between those of a trade, in proportion."""
+    spent = [entry[what] for entry in trade]  # falls as the price rises
+    return float(np.exp(np.interp(-budget, [-one for one in spent], [np.log(entry["price"]) for entry in trade])))
+
+
+def auto(
+    chances: Tensor, kept: Tensor, rungs: Sequence[Rung], levels: Mapping[str, Mapping[str, float]], target: float
+) -> dict[str, Any]:
+    """From which chance on level `auto` takes a level, and what comes of it."""
+    costs = torch.tensor([rung.cost for rung in rungs])
+    taken = torch.stack([choose(chances, costs, levels[name]["price"]) for name in PRUNED], 1)
+    # A level that takes the whole model is no saving: `off` is.
+    own = chances.gather(1, taken).masked_fill(taken == len(rungs) - 1, 0.0)
+    stays = kept.gather(1, taken)
+    threshold = least_trust(own, stays, target)
+    chosen = cheapest(own, threshold)
+    spent = F.pad(costs[taken], (0, 1), value=rungs[-1].cost).gather(1, chosen[:, None])
+    stayed = F.pad(stays, (0, 1), value=True).gather(1, chosen[:, None])
+    return {
+        "threshold": threshold, "target": target, "questions": len(kept),
+        "agreement": round(float(stayed.float().mean()), 4), "flops_ratio": round(float(spent.mean()), 4),
+        "levels": {name: round(float((chosen == place).float().mean()), 4) for place, name in enumerate((*PRUNED, "off"))},
+    }
 
 
 def cheapest(chances: Tensor, threshold: float) -> Tensor:

@@ -10,14 +10,16 @@ from evals import levels, route_tables
 from models.checkpoint import load
 from pruning.dynamic.levels import AUTO, PRUNED
 from pruning.dynamic.router_file import load_router
-from tests.pruning.tiny_router import plain_checkpoint, routed_checkpoint  # noqa: F401
+from tests.pruning.tiny_router import expect, plain_checkpoint, routed_checkpoint  # noqa: F401
 
 
 @pytest.fixture(scope="module", name="found")
 def found_levels(routed):
     checkpoint = load(routed)
     checkpoint.manifest.router.auto["threshold"] = 0.0
-    return levels.run(checkpoint, load_router(checkpoint), pictures=2, split="validation")
+    router = load_router(checkpoint)
+    expect(router, [0.99] * router.shape.rungs)
+    return levels.run(checkpoint, router, pictures=2, split="validation")
 
 
 def test_off_agrees_with_itself_first_and_second_in_a_chat(found):

@@ -14,6 +14,8 @@ from evals import route_tables, routes
 from models.checkpoint import load
 from models.embedded.world import draw
 from pruning.dynamic.router import Router, Shape
+from pruning.dynamic.router_file import load_router
+from tests.pruning.tiny_router import expect, plain_checkpoint, routed_checkpoint  # noqa: F401
 from tests.server.tiny import write
 
 
@@ -24,14 +26,25 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_policy_keeps_to_every_budget_its_own_arithmetic_included(directory):
     checkpoint = load(directory)
-    router = Router(Shape(48, 6, 8, depth=1, heads=2))
-    found = [one for one in routes.settings(checkpoint, router) if one.budget.endswith("FLOPs")]
-    assert {one.policy for one in found} == set(routes.POLICIES)
-    shown = routes.Shown.of(checkpoint, router, draw("test", 1), draw("test", 2))
+    found = [one for one in routes.settings(checkpoint, None) if one.budget.endswith("FLOPs")]
+    assert {one.policy for one in found} == set(routes.POLICIES) - set(routes.ROUTED)
+    shown = routes.Shown.of(checkpoint, None, draw("test", 1), draw("test", 2))
     for setting in found:
-        right, ratios = routes.ask(setting, shown, seed=0)
-        assert len(right) == len(ratios) == len(draw("test", 1).questions)
-        assert max(ratios) <= float(setting.budget.split("%")[0]) / 100 + 0.03, setting  # a longer question than the typical one
+        right, spent = routes.ask(setting, shown, seed=0)
+        assert len(right) == len(spent) == len(draw("test", 1).questions)
+        limit = float(setting.budget.split("%")[0]) / 100 + 0.03  # a longer question than the typical one
+        assert max(flops for flops, _ in spent) <= limit, setting
+
+
+def test_a_router_spends_less_where_less_is_to_be_spent(routed):
+    checkpoint = load(routed)
+    router = load_router(checkpoint)
+    expect(router, torch.linspace(0.3, 0.95, router.shape.rungs).tolist())
+    shown = routes.Shown.of(checkpoint, router, draw("test", 1), draw("test", 2))
+    for policy in routes.ELASTIC:
+        found = [one for one in routes.settings(checkpoint, router) if one.policy == policy and one.budget.endswith("FLOPs")]
+        spent = [max(routes.ask(setting, shown, seed=0)[1]) for setting in found]
+        assert spent == sorted(spent, reverse=True)
 
 
 def test_fastv_keeps_what_the_last_row_looks_at(directory):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ from pruning.dynamic import watch as watching
 from pruning.dynamic.gaze import Asked, answers, observe, passing_costs, said
 from pruning.dynamic.judge import as_asked
 from pruning.dynamic.lesson import Lesson
-from pruning.dynamic.levels import PRUNED, Level, make_route
+from pruning.dynamic.levels import PRUNED, Level, Rung, choose, make_route
 from pruning.dynamic.router import Router, Shape, read_request
 from pruning.dynamic.train import run
-from pruning.dynamic.trust import cheapest, least_trust, logistic
+from pruning.dynamic.trust import BUDGETS, auto, budgets, cheapest, least_trust, logistic, price_of
 from pruning.dynamic.watch import LEFT_OVER, Watched
 from pruning.dynamic.writing import divergence
 from tests.pruning.kills import Killed, die_at
@@ -187,12 +188,58 @@ def test_logistic_regression_finds_what_separates():
     assert (((features @ weight.T + bias) > 0) == labels.bool()).float().mean() > 0.95
 
 
-def test_the_manifest_says_what_was_compared_and_what_auto_keeps(routed):
+LADDER = [Rung(share, 0, 0, share) for share in (0.1, 0.3, 0.6, 1.0)]
+
+
+@pytest.fixture(name="judged", scope="module")
+def judged_answers() -> tuple[torch.Tensor, torch.Tensor]:
+    """Chances on each rung, and answers that stay as often as they say."""
+    generator = torch.Generator().manual_seed(0)
+    chances = torch.rand(500, 3, generator=generator).sort(1).values
+    kept = torch.rand(500, 3, generator=generator) < chances
+    return torch.nn.functional.pad(chances, (0, 1), value=1.0), torch.nn.functional.pad(kept, (0, 1), value=True)
+
+
+def test_levels_spend_their_budgets_and_no_less_than_they_must(judged):
+    levels, trade = budgets(*judged, LADDER)
+    for name, budget in BUDGETS.items():
+        assert levels[name]["flops_ratio"] <= budget
+        assert levels[name]["flops_ratio"] > budget - 0.02
+    spent = [entry["flops_ratio"] for entry in trade["tokens and layers"]]
+    assert spent == sorted(spent, reverse=True)
+    assert spent[0] > 0.9
+    assert spent[-1] == pytest.approx(0.1)
+
+
+def test_the_price_of_a_budget_spends_it(judged):
+    _, trade = budgets(*judged, LADDER)
+    for budget in (0.2, 0.45, 0.7):
+        price = price_of(trade["tokens"], "flops_ratio", budget)
+        taken = choose(judged[0], torch.tensor([rung.cost for rung in LADDER]), price)
+        assert torch.tensor([rung.cost for rung in LADDER])[taken].mean() == pytest.approx(budget, abs=0.03)
+
+
+def test_layers_stay_out_of_the_trade_in_tokens(judged):
+    passing = [replace(rung, passed_layers=2) for rung in LADDER[:2]] + LADDER[2:]
+    _, trade = budgets(*judged, passing)
+    assert min(entry["visual_ratio"] for entry in trade["tokens"]) == pytest.approx(0.6)
+    assert min(entry["visual_ratio"] for entry in trade["tokens and layers"]) == pytest.approx(0.1)
+
+
+def test_auto_never_takes_a_level_for_the_whole_model(judged):
+    """A level that would run everything saves nothing: what stays is then `off`."""
+    chances, kept = torch.zeros(10, 4), torch.zeros(10, 4, dtype=torch.bool)
+    chances[:, 3], kept[:, 3] = 1.0, True
+    levels, _ = budgets(chances, kept, LADDER)
+    assert auto(chances, kept, LADDER, levels, 0.99)["levels"]["off"] == 1.0
+
+
+def test_the_manifest_says_what_was_measured_and_what_auto_keeps(routed):
     record = read_manifest(routed).router
-    assert set(record.levels) == set(record.compared) == set(PRUNED)
-    for name, chosen in record.levels.items():
-        best = max(record.compared[name], key=lambda one: one["agreement"])
-        assert best["agreement"] == max(one["agreement"] for one in record.compared[name] if one.items() >= chosen.items())
+    assert set(record.levels) == set(PRUNED)
+    assert len(record.rungs) == len(record.measured["agreement"]) == record.shape["rungs"] + 1
+    assert [rung["cost"] for rung in record.rungs] == sorted(rung["cost"] for rung in record.rungs)
+    assert record.measured["agreement"][-1] == 1.0, "the whole model agrees with itself"
     assert record.auto["questions"] == 4
     assert 0 <= record.auto["agreement"] <= 1
     assert sum(record.auto["levels"].values()) == pytest.approx(1, abs=1e-3)

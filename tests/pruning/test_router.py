@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,12 @@ from models.checkpoint import CheckpointError, load, read_manifest, sha256
 from models.flops import flops_ratio
 from models.vision import ImageFeatures
 from pruning.dynamic.gaze import WORDS, words
-from pruning.dynamic.levels import AUTO, PRUNED, layers_passed, make_route
+from pruning.dynamic.levels import AUTO, PRUNED, choose, layers_passed, make_route
 from pruning.dynamic.policies import euclidean, means, members
 from pruning.dynamic.router import Reading, Router, RouterFailed, Shape, read_request
 from pruning.dynamic.router_file import FILE, load_router
 from server.engine import Engine
-from tests.pruning.tiny_router import plain_checkpoint, routed_checkpoint  # noqa: F401
+from tests.pruning.tiny_router import expect, plain_checkpoint, routed_checkpoint  # noqa: F401
 from tests.server.tiny import VISUAL, answer, ask, drain, new_engine, submit
 
 
@@ -81,6 +82,25 @@ def test_visual_rows_pass_the_cheapest_layers_by_never_the_first_the_last_or_one
 
 # ---- serving
 
+RUNGS = 9
+"""Of the tiny checkpoint's ladder, the whole model aside."""
+RISING = [0.1, 0.2, 0.3, 0.6, 0.8, 0.9, 0.95, 0.97, 0.99]
+
+
+@given(data=st.data(), rungs=st.integers(2, 6))
+def test_a_price_buys_what_no_fixed_rung_does_for_as_much(data, rungs):
+    """At what the prices spend on average, no single rung for all requests is expected to keep more answers."""
+    share = st.floats(0, 1, width=32)
+    chances = torch.tensor(data.draw(st.lists(st.lists(share, min_size=rungs, max_size=rungs), min_size=1, max_size=8)))
+    costs = torch.tensor(sorted(data.draw(st.lists(share, min_size=rungs, max_size=rungs))))
+    low, high = sorted(data.draw(st.lists(st.floats(0.01, 10), min_size=2, max_size=2)))
+    few, many = (choose(chances, costs, price) for price in (high, low))
+    assert costs[few].mean() <= costs[many].mean() + 1e-6, "a higher price never spends more"
+    kept, spent = chances.gather(1, few[:, None]).mean(), costs[few].mean()
+    for rung in range(rungs):
+        if costs[rung] <= spent:
+            assert chances[:, rung].mean() <= kept + 1e-5
+
 
 def test_a_checkpoint_with_a_router_holds_the_same_weights_and_serves_it(plain, routed):
     assert sha256(routed / "model.safetensors") == read_manifest(routed).files["model.safetensors"]
@@ -89,15 +109,17 @@ def test_a_checkpoint_with_a_router_holds_the_same_weights_and_serves_it(plain, 
     assert engine.token_policy == "router"
     for level in ("off", *PRUNED):
         receipt = answer(engine, 0, level=level).finished.receipt
-        assert (receipt.level, receipt.visual_tokens) == (level, engine.menu[level].kept(VISUAL))
+        assert receipt.level == level
         assert (receipt.flops_ratio == 1.0) == (level == "off")
 
 
-def test_levels_are_the_budgets_that_were_measured(plain, routed):
-    measured = read_manifest(routed).router.levels
+def test_levels_are_the_prices_that_were_found(plain, routed):
+    record = read_manifest(routed).router
     menu = Engine(load(routed)).menu
-    for name, budget in measured.items():
-        assert {key: getattr(menu[name], key) for key in budget} == budget
+    for name, found in record.levels.items():
+        assert (menu[name].price, menu[name].visual_ratio) == (found["price"], found["visual_ratio"])
+        assert f"{found['flops_ratio']:.0%} of the FLOPs" in menu[name].description
+        assert [asdict(rung) for rung in menu[name].rungs] == record.rungs
     assert list(menu) == ["off", "light", "balanced", "strong", AUTO]
     assert AUTO not in Engine(load(plain)).menu
     assert AUTO not in Engine(load(routed), token_policy="merging").menu, "nobody is there to choose"
@@ -106,7 +128,8 @@ def test_levels_are_the_budgets_that_were_measured(plain, routed):
 def test_the_routers_own_work_is_counted(routed):
     engine = Engine(load(routed))
     request = ask(engine, (0,), level="balanced")
-    level = engine.menu["balanced"]
+    expect(engine.router, RISING)
+    level, _ = engine.menu["balanced"].settled([*RISING, 1.0])
     image = engine.model.vision(request.images[0].pixels[None])
     reading = read_request(engine.router, engine.model, [image], words(request.prompt, engine.model.config.image_token_id))
     receipt = answer(engine, 0, level="balanced").finished.receipt
@@ -120,20 +143,38 @@ def test_the_routers_own_work_is_counted(routed):
 
 def test_every_picture_of_a_request_is_routed(routed):
     engine = new_engine(load(routed))
+    expect(engine.router, RISING)
+    level, chance = engine.menu["balanced"].settled([*RISING, 1.0])
     receipt = answer(engine, 0, 1, level="balanced").finished.receipt
-    assert (receipt.visual_tokens, receipt.visual_tokens_total) == (2 * engine.menu["balanced"].kept(VISUAL), 2 * VISUAL)
+    assert (receipt.visual_tokens, receipt.visual_tokens_total) == (2 * level.kept(VISUAL), 2 * VISUAL)
+    assert receipt.expected_agreement == pytest.approx(chance, abs=1e-3)
+
+
+def test_a_question_that_needs_more_is_given_more_at_the_same_level(routed):
+    engine = new_engine(load(routed))
+    engine.menu["strong"] = replace(engine.menu["strong"], price=0.5)
+    given = []
+    for hard in (False, True):
+        expect(engine.router, [0.02] * (RUNGS - 1) + [0.9] if hard else [0.99] * RUNGS)
+        given.append(answer(engine, 0, level="strong").finished.receipt)
+        assert engine.scheduler.used == engine.kv.used == 0
+    easy, hard_one = given
+    assert easy.visual_tokens < hard_one.visual_tokens
+    assert easy.flops_ratio < hard_one.flops_ratio
 
 
 def test_a_later_question_chooses_anew_from_all_that_the_picture_has(routed):
     """What an earlier question let go is kept as features, and a later turn reads them again."""
     engine = new_engine(load(routed))
+    expect(engine.router, RISING)
+    level, _ = engine.menu["balanced"].settled([*RISING, 1.0])
     answer(engine, 0, text="What color is the star?", level="balanced")
     request = ask(engine, (0,), level="balanced")
     request.prompt = engine.preprocessor.question("How many are there?", [("What color is the star?", "red")])
     engine.submit(request)
     drain(engine)
     later = request.emit.finished.receipt
-    assert (later.visual_tokens, later.visual_tokens_total) == (engine.menu["balanced"].kept(VISUAL), VISUAL)
+    assert (later.visual_tokens, later.visual_tokens_total) == (level.kept(VISUAL), VISUAL)
     assert engine.metrics.registry.get_sample_value("espalier_cache_hits_total", {"cache": "image"}) == 1
 
 
@@ -143,12 +184,15 @@ def test_without_a_picture_there_is_nothing_to_route(routed, level):
     request = ask(engine, (), level=level)
     engine.submit(request)
     drain(engine)
-    assert request.emit.finished.receipt.visual_tokens_total == 0
+    receipt = request.emit.finished.receipt
+    assert (receipt.visual_tokens_total, receipt.flops_ratio, receipt.expected_agreement) == (0, 1.0, None)
+    assert receipt.level == ("off" if level == AUTO else level)
 
 
 @pytest.mark.parametrize(("threshold", "chosen"), [(0.0, PRUNED[0]), (1.01, "off")])
 def test_auto_says_what_it_chose_and_forcing_that_gives_the_same_answer(routed, threshold, chosen):
     engine = new_engine(load(routed))
+    expect(engine.router, RISING)
     engine.auto_threshold = threshold
     _, reader = submit(engine, 0, level=AUTO)
     drain(engine)
@@ -163,10 +207,12 @@ def test_auto_says_what_it_chose_and_forcing_that_gives_the_same_answer(routed, 
     assert count == 1
 
 
-def test_auto_gives_back_the_memory_that_it_does_not_need(routed):
+@pytest.mark.parametrize("level", [AUTO, "strong"])
+def test_a_level_that_chooses_gives_back_the_memory_that_it_does_not_need(routed, level):
     engine = new_engine(load(routed))
+    expect(engine.router, [0.99] * RUNGS)
     engine.auto_threshold = 0.0
-    submit(engine, 0, level=AUTO, max_tokens=4)
+    submit(engine, 0, level=level, max_tokens=4)
     engine.step()
     assert engine.scheduler.used == engine.kv.used < VISUAL * 3
     drain(engine)
@@ -177,13 +223,14 @@ def test_auto_is_as_careful_as_the_hardest_picture_asks_for(routed):
     router = load_router(checkpoint)
     pictures = [ask(new_engine(checkpoint), (number,)).images[0].pixels[None] for number in range(3)]
     features = [checkpoint.model.vision(pixels) for pixels in pictures]
-    one_by_one = [read_request(router, checkpoint.model, [image], [40, 41]).stays for image in features]
-    together = read_request(router, checkpoint.model, features, [40, 41]).stays
+    one_by_one = [read_request(router, checkpoint.model, [image], [40, 41]).chances for image in features]
+    together = read_request(router, checkpoint.model, features, [40, 41]).chances
     torch.testing.assert_close(torch.tensor(together), torch.tensor(one_by_one).amin(0))
 
 
 def test_mixed_with_other_levels_auto_answers_as_it_would_alone(routed):
     engine = new_engine(load(routed, dtype="float32"))
+    expect(engine.router, RISING)
     engine.auto_threshold = 0.0
     alone = [answer(engine, number, level=level).answer for number, level in enumerate((AUTO, "off", "light"))]
     together = [submit(engine, number, level=level)[1] for number, level in enumerate((AUTO, "off", "light"))]

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pruning.dynamic.lesson import Lesson
+from pruning.dynamic.router import Router
 from pruning.dynamic.train import run
 from tests.server.tiny import write
 
 QUICK: dict[str, Any] = {
     "pictures": 10, "questions": 2, "answer": 4, "steps": 30, "writing": 20, "batch": 4, "rate": 3e-3, "writing_rate": 1e-3,
 }  # fmt: skip
+
+
+def expect(router: Router, chances: Sequence[float]) -> None:
+    """Whatever it reads, the router expects the answer to stay on each rung with these chances."""
+    router.trust.weight.zero_()
+    router.trust.bias.copy_(torch.tensor(chances).logit())
 
 
 @pytest.fixture(scope="session", name="plain")
