@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from models.checkpoint import Checkpoint, Pruning, load
-from pruning.dynamic.levels import AUTO, Level, menu_of
+from pruning.dynamic.levels import AUTO, Level, Rung, menu_of
 
 console = Console(highlight=False)
 
@@ -45,6 +46,8 @@ def run(name: str, picture: Path | None = None, device: str = "cpu", dtype: str 
         console.print("no router: levels choose tokens by the picture alone; run `espalier route`")
     menu = menu_of(manifest, model.layers)
     _show_levels(checkpoint, menu)
+    if manifest.router is not None:
+        _show_ladder(checkpoint, menu[AUTO].rungs, manifest.router.measured["agreement"])
     if picture:
         if not manifest.pruning:
             raise ValueError(f"{checkpoint.name} is not pruned: there is nothing to draw")
@@ -97,12 +100,21 @@ def _show_levels(checkpoint: Checkpoint, menu: dict[str, Level]) -> None:
     model = checkpoint.model
     table = Table("level", "visual tokens", "layers", "accuracy", "what", title="Levels")
     for level in menu.values():
-        chosen = ["", ""] if level.name == AUTO else [
-            str(level.kept(model.visual_tokens_per_image)), str(model.layers - level.skipped_layers)
-        ]  # fmt: skip
+        kept = str(level.kept(model.visual_tokens_per_image))
+        chosen = [f"{kept} on average", ""] if level.rungs else [kept, str(model.layers - level.skipped_layers)]
         card = level.card or {}
         accuracy = f"{card['accuracy']:.1%}" if "accuracy" in card else ""
-        table.add_row(level.name, *chosen, accuracy, level.description)
+        table.add_row(level.name, *(["", ""] if level.name == AUTO else chosen), accuracy, level.description)
+    console.print(table)
+
+
+def _show_ladder(checkpoint: Checkpoint, rungs: Sequence[Rung], agreement: Sequence[float]) -> None:
+    """What a router chooses from: tokens, layers, which of those visual tokens pass by, and held-out answers that stay."""
+    total, layers = checkpoint.model.visual_tokens_per_image, checkpoint.model.layers
+    table = Table("visual tokens", "layers", "passed by", "FLOPs", "agreement", title="The router's ladder")
+    for rung, share in zip(rungs, agreement, strict=True):
+        kept, runs = Level("", "", rung.visual_ratio).kept(total), layers - rung.skipped_layers
+        table.add_row(str(kept), str(runs), str(rung.passed_layers), f"{rung.cost:.0%}", f"{share:.1%}")
     console.print(table)
 
 

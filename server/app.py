@@ -100,9 +100,10 @@ def _add_menu(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/v1/pruning/levels")
     async def levels() -> dict[str, Any]:
-        """The menu, with what each level was measured to do."""
+        """The menu, with what each level was measured to do, and the rungs that those which choose by question choose from."""
         menu = [asdict(level) for level in engine.menu.values()]
-        return {"object": "list", "default": engine.default_level, "data": menu}
+        rungs: list[dict[str, Any]] = max((level.pop("rungs") for level in menu), key=len)
+        return {"object": "list", "default": engine.default_level, "data": menu, "rungs": rungs}
 
 
 def _add_operations(app: FastAPI, engine: Engine) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from espalier import app
 from models.checkpoint import CheckpointError, load, read_manifest, sha256
 from models.flops import flops_ratio
 from models.vision import ImageFeatures
@@ -260,6 +262,13 @@ def test_what_is_written_and_not_finite_fails_the_router(routed):
     image = ImageFeatures(torch.randn(1, VISUAL, 48), torch.rand(1, VISUAL))
     with pytest.raises(RouterFailed, match="what the router wrote"):
         read_request(router, checkpoint.model, [image], [5]).keep(0, 3)
+
+
+def test_inspect_shows_what_there_is_to_choose_from(routed):
+    shown = CliRunner().invoke(app, ["inspect", str(routed)])
+    assert shown.exit_code == 0, shown.output
+    assert "The router's ladder" in shown.output
+    assert f"│ {VISUAL} " in shown.output.split("ladder")[1]
 
 
 # ---- refusals

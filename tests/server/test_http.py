@@ -255,6 +255,7 @@ async def test_models_and_menu(client: httpx.AsyncClient) -> None:
     assert [level["name"] for level in levels["data"]] == MENU
     assert levels["default"] == "off"
     assert levels["data"][0]["card"] == {"accuracy": 0.97}
+    assert levels["rungs"] == []
 
 
 # ---- /v1/vqa
