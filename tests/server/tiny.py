@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from itertools import count
@@ -24,6 +25,7 @@ from server.engine import Engine, Limits
 from server.request import Delta, Event, Failed, Finished, PreparedImage, Request, Sampling, Started, TokenLogprob
 
 LAYERS = 3
+LEVELS = ("off", "light", "balanced", "strong", "thin")
 VISUAL = (SIZE // PATCH) ** 2
 
 
@@ -79,6 +81,11 @@ def new_engine(checkpoint: Checkpoint, **limits: int) -> Engine:
     engine = Engine(checkpoint, Limits(**{"kv_rows": 20_000, **limits}))
     engine.menu[THIN.name] = THIN
     return engine
+
+
+@pytest.fixture(name="engine")
+def stepped_engine(tiny: Checkpoint) -> Engine:
+    return new_engine(tiny)
 
 
 class Reader:
@@ -152,6 +159,10 @@ def submit(engine: Engine, *pictures: int, **options: Any) -> tuple[Request, Rea
     return request, request.emit
 
 
+def spoil(request: Any, pixels: torch.Tensor) -> Any:
+    return replace(request, images=[replace(request.images[0], pixels=pixels, digest="bad0bad0")])
+
+
 def drain(engine: Engine, steps: int = 500) -> None:
     """Step until nobody is left, and check that everything was given back."""
     for _ in range(steps):
@@ -173,3 +184,26 @@ def answer(engine: Engine, *pictures: int, **options: Any) -> Reader:
     _, reader = submit(engine, *pictures, **options)
     drain(engine)
     return reader
+
+
+def value(engine: Engine, name: str, **labels: str) -> float:
+    """A number as Prometheus would scrape it; 0 for one that never changed."""
+    return engine.metrics.registry.get_sample_value(f"espalier_{name}", labels) or 0.0
+
+
+def total(engine: Engine, name: str, **labels: str) -> float:
+    """The sum over a metric's other labels."""
+    return sum(
+        sample.value
+        for metric in engine.metrics.registry.collect()
+        for sample in metric.samples
+        if sample.name == f"espalier_{name}" and labels.items() <= sample.labels.items()
+    )
+
+
+def same(got: Reader, expected: Reader) -> None:
+    """The same tokens: the text may hide bytes that are no characters, so log-probabilities are compared too."""
+    assert got.answer == expected.answer
+    assert [one.token for one in got.logprobs] == [one.token for one in expected.logprobs]
+    ours, theirs = ([one.logprob for one in reader.logprobs] for reader in (got, expected))
+    assert ours == pytest.approx(theirs, abs=1e-3)

@@ -1,0 +1,176 @@
+"""Bad input, refusals and failures over HTTP: a clear error, nothing held, and the next request works."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from server.errors import Overloaded, ShuttingDown
+from server.request import Failed
+from tests.server.client import QUESTION, ask, body, check_error, connect, events, image_part
+from tests.server.client import client as client  # fixtures
+from tests.server.client import engine as engine
+from tests.server.fake_engine import FakeEngine, data_url, picture, png_header
+
+pytestmark = pytest.mark.anyio
+
+
+# ---- bad input: a clear 4xx, and the next request works
+
+TRUNCATED = data_url(picture("JPEG", (16, 16))[:-200])
+TEXT_PART = {"type": "text", "text": QUESTION}
+BAD: dict[str, tuple[Any, int, str | None]] = {
+    "no JSON": (b"{", 400, None),
+    "no object": (b"[1]", 400, None),
+    "no UTF-8": (b'{"model": "\xff"}', 400, None),
+    "nesting": (b"[" * 100_000, 400, None),
+    "no messages": ({"model": "fake-llava"}, 400, "messages"),
+    "empty messages": ({"messages": []}, 400, "messages"),
+    "empty text": (body(text=" "), 400, "messages"),
+    "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role"),
+    "refused roles": ({"messages": [{"role": "assistant", "content": "x"}, *body()["messages"]]}, 400, "messages"),
+    "picture by the assistant": (
+        {"messages": [*body()["messages"], {"role": "assistant", "content": [image_part()]}]}, 400, "messages[1].content[0]",
+    ),
+    "broken picture": (body(image_part(TRUNCATED)), 400, "messages[0].content[0].image_url.url"),
+    "no picture": (body(image_part(data_url(b"hello"))), 415, "messages[0].content[0].image_url.url"),
+    "huge header": (body(image_part(data_url(png_header(20_000, 20_000)))), 413, "messages[0].content[0].image_url.url"),
+    "GIF": (body(image_part(data_url(picture("GIF")))), 415, "messages[0].content[0].image_url.url"),
+    "no base64": (body(image_part("data:image/png;base64,?")), 400, "messages[0].content[0].image_url.url"),
+    "web address": (body(image_part("http://example.com/a.png")), 400, "messages[0].content[0].image_url.url"),
+    "file": (body(image_part("file:///etc/passwd")), 400, "messages[0].content[0].image_url.url"),
+    "1,000 pictures": (body(*[image_part()] * 1000), 413, "messages[0].content[16].image_url.url"),
+    "long prompt": (body(text="word " * 3000), 400, "messages"),
+    "longer prompt": (body(text="word " * 300_000), 400, "messages"),
+    "NaN": (body(temperature=float("nan")), 400, "temperature"),
+    "infinity": (json.dumps(body()).replace('"model"', '"top_p": 1e999, "model"').encode(), 400, "top_p"),
+    "text for a number": (body(max_tokens="many"), 400, "max_tokens"),
+    "top_logprobs alone": (body(top_logprobs=3), 400, "top_logprobs"),
+    "unknown level": (body(pruning={"level": "x"}), 400, "pruning.level"),
+    "unknown model": (body(model="gpt-4o"), 404, "model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", BAD)
+async def test_bad_input(client: httpx.AsyncClient, engine: FakeEngine, name: str, stream: bool) -> None:
+    payload, status, param = BAD[name]
+    if isinstance(payload, dict):
+        payload = json.dumps(payload | {"stream": stream}).encode()
+    response = await client.post("/v1/chat/completions", content=payload)
+    error = check_error(response, status)
+    assert error["param"] == param
+    assert len(error["message"]) < 500
+    assert not engine.submitted
+    reason = {"reason": error["code"] or error["type"]}
+    assert engine.metrics.registry.get_sample_value("espalier_rejections_total", reason) == 1
+    assert (await ask(client)).status_code == 200
+
+
+async def test_a_picture_of_one_pixel_is_a_picture(client: httpx.AsyncClient) -> None:
+    assert (await ask(client, body(image_part(data_url(picture(size=(1, 1))))))).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/vqa"])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_is_bounded(engine: FakeEngine, path: str, chunked: bool) -> None:
+    sent = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 100
+            yield b" " * 100
+
+    async with connect(engine, max_body_bytes=1000) as client:
+        content = chunks() if chunked else b" " * 1001
+        check_error(await client.post(path, content=content), 413)
+        assert sent <= 1200
+        files = {"image": ("a.png", b"\0" * 2000, "image/png")}
+        check_error(await client.post("/v1/vqa", files=files, data={"question": QUESTION}), 413)
+        assert (await ask(client)).status_code == 200
+
+
+async def test_large_files_of_a_refused_form_are_closed(engine: FakeEngine) -> None:
+    async with connect(engine, max_body_bytes=3 * 2**20) as client:
+        files = [("image", ("a.png", b"\0" * (2 * 2**20), "image/png"))] * 2
+        check_error(await client.post("/v1/vqa", files=files, data={"question": QUESTION}), 413)
+
+
+# ---- refusals and failures
+
+
+async def test_overload_says_when_to_come_back(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.refusals = [Overloaded("The queue is full.", 2.2), Overloaded("The queue is full.", 0.03)]
+    response = await ask(client)
+    assert check_error(response, 429)["type"] == "rate_limit_error"
+    assert (response.headers["retry-after"], response.headers["retry-after-ms"]) == ("3", "2200")
+    response = await ask(client)
+    assert (response.headers["retry-after"], response.headers["retry-after-ms"]) == ("1", "30")
+    assert engine.metrics.registry.get_sample_value("espalier_rejections_total", {"reason": "overloaded"}) == 2
+
+
+async def test_draining_is_a_503(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.refusals = [ShuttingDown("The server is shutting down.")]
+    response = await ask(client)
+    assert check_error(response, 503)["code"] == "shutting_down"
+    assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_a_refused_choice_frees_the_others(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.hold_after = 0
+    engine.refusals = [None, None, Overloaded("The queue is full.", 1)]
+    check_error(await ask(client, body(image_part(), n=4)), 429)
+    assert engine.aborted == [request.id for request in engine.submitted]
+    assert len(engine.aborted) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_failure_before_the_first_token_is_a_500(
+    client: httpx.AsyncClient, engine: FakeEngine, stream: bool
+) -> None:
+    engine.failure = Failed("This request failed.")
+    error = check_error(await ask(client, body(image_part(), stream=stream)), 500)
+    assert (error["message"], error["code"]) == ("This request failed.", "engine_failure")
+    engine.failure = None
+    assert (await ask(client)).status_code == 200
+
+
+async def test_a_failure_in_the_middle(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.failure, engine.fail_after = Failed("This request failed."), 3
+    check_error(await ask(client), 500)
+    *chunks, error = events((await ask(client, body(image_part(), stream=True))).text)
+    assert len(chunks) == 3
+    assert error["error"]["message"] == "This request failed."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_failed_choice_frees_the_others(client: httpx.AsyncClient, engine: FakeEngine, stream: bool) -> None:
+    engine.failure, engine.fail_after, engine.hold_after = Failed("This request failed."), 1, 3
+    response = await ask(client, body(image_part(), n=3, stream=stream))
+    assert response.status_code == (200 if stream else 500)
+    assert "This request failed." in response.text
+    assert engine.aborted == [request.id for request in engine.submitted[1:]]
+
+
+async def test_a_bug_is_logged_and_told_without_details(
+    client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.refusals = [ZeroDivisionError("secret")]
+    response = await ask(client, headers={"X-Request-Id": "my-id"})
+    assert check_error(response, 500)["type"] == "server_error"
+    assert response.headers["x-request-id"] == "my-id"
+    assert "secret" not in response.text
+    assert "ZeroDivisionError: secret" in caplog.text
+    assert "my-id" in caplog.text
+
+
+async def test_routes_and_methods_that_do_not_exist(client: httpx.AsyncClient) -> None:
+    assert check_error(await client.get("/v1/nothing"), 404)["code"] == "not_found"
+    response = await client.get("/v1/chat/completions")
+    assert check_error(response, 405)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == "POST"
