@@ -54,6 +54,11 @@ class Level:
         return max(1, round(visual_tokens * self.visual_ratio)) if visual_tokens else 0
 
     @property
+    def whole(self) -> bool:
+        """Whether nothing is left out."""
+        return self.visual_ratio == 1 and not self.skipped_layers and not self.passed_layers
+
+    @property
     def routed(self) -> bool:
         """Whether there is anything for a router to choose."""
         return self.visual_ratio < 1 or self.passed_layers > 0 or bool(self.rungs)
@@ -141,7 +146,7 @@ def cheapest_level(menu: Mapping[str, Level], chances: Sequence[float], threshol
     """The cheapest level, as it is for this request, whose chance of keeping the answer reaches the threshold; or `off`."""
     for name in PRUNED:
         level, chance = menu[name].settled(chances)
-        if chance >= threshold and level.routed:
+        if chance >= threshold and not level.whole:
             return level, chance
     return menu["off"], 1.0
 

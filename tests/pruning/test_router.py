@@ -163,6 +163,8 @@ def test_a_question_that_needs_more_is_given_more_at_the_same_level(routed):
     easy, hard_one = given
     assert easy.visual_tokens < hard_one.visual_tokens
     assert easy.flops_ratio < hard_one.flops_ratio
+    seen = engine.metrics.registry.get_sample_value("espalier_expected_agreement_ratio_count", {"level": "strong"})
+    assert seen == 2
 
 
 def test_a_later_question_chooses_anew_from_all_that_the_picture_has(routed):
