@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ def derive(
                     tensors[key] = changed[name].detach().to("cpu", tensor.dtype).contiguous()
                     missing.discard(name)
             size += sum(tensor.nbytes for tensor in tensors.values())
-            save_file(tensors, part / shard.name, metadata={"format": "pt"})
+            save_tensors(tensors, part / shard.name)
             hashes[shard.name] = sha256(part / shard.name)
         if missing:
             raise CheckpointError(f"{source}: no file holds {min(missing)}")
@@ -66,6 +67,14 @@ def derive(
         part.replace(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file that whoever may read the others of its directory may read: the library's own is for its owner alone."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def plain_name(key: str) -> str:

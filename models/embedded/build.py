@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -19,6 +19,7 @@ from transformers import (
 
 from models.checkpoint import Manifest, sha256, write_manifest
 from models.embedded.world import SIZE, draw
+from models.saving import save_tensors
 
 PATCH = 8
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
@@ -128,5 +129,5 @@ def export(model: LlavaForConditionalGeneration, directory: Path) -> None:
     renamed = {
         name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor for name, tensor in load_file(weights).items()
     }
-    save_file(renamed, weights, metadata={"format": "pt"})
+    save_tensors(renamed, weights)
     write_manifest(directory, Manifest(base_model="espalier-embedded", files={weights.name: sha256(weights)}))

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from models.checkpoint import Checkpoint, CheckpointError
+from models.saving import save_tensors
 from pruning.dynamic.router import Router, Shape
 
 FILE = "router.safetensors"
 
 
 def save_router(router: Router, path: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in router.state_dict().items()}, path, {"format": "pt"})
+    save_tensors({name: tensor.contiguous() for name, tensor in router.state_dict().items()}, path)
 
 
 def load_router(checkpoint: Checkpoint) -> Router | None:

@@ -107,6 +107,8 @@ def test_a_price_buys_what_no_fixed_rung_does_for_as_much(data, rungs):
 def test_a_checkpoint_with_a_router_holds_the_same_weights_and_serves_it(plain, routed):
     assert sha256(routed / "model.safetensors") == read_manifest(routed).files["model.safetensors"]
     assert load(plain).fingerprint == load(routed).fingerprint
+    modes = {path.stat().st_mode for path in routed.iterdir() if path.suffix == ".safetensors"}
+    assert modes == {(routed / "espalier.json").stat().st_mode}, "a server that runs as another user reads them all"
     engine = new_engine(load(routed))
     assert engine.token_policy == "router"
     for level in ("off", *PRUNED):
