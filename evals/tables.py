@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -112,7 +112,7 @@ def _unseen(entries: Sequence[Entry]) -> list[str]:
         families = len({e["calibrated_on"] for e in group})
         lines.append(f"| {pattern} | {allocation} | {_cell(seen)} | {_cell(unseen)} ({len(group)} runs, {families} families) |")
     lines.append("\nDifferences in accuracy on unseen families, in points, paired by family and seed:\n")
-    for (pattern, first), (same, second) in pairwise(groups):
+    for (pattern, first), (same, second) in combinations(groups, 2):
         if pattern == same:
             lines.append(f"- {pattern}: {second} less {first}: {_difference(groups[pattern, first], groups[pattern, second])}")
     return [*lines, ""]

@@ -16,6 +16,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.flops import flops_ratio
 from models.route import Route
+from models.work import Work
 from pruning.dynamic.gaze import WORDS, Asked, said
 from pruning.dynamic.lesson import Lesson
 from pruning.dynamic.levels import Level, Rung, layers_passed, layers_to_run, make_route
@@ -96,24 +97,29 @@ def as_asked(watched: Watched, question: int, image: int) -> tuple[Asked, list[i
     return Asked(prompt, watched.visual[watched.picture[question]]), words, answer
 
 
-def judge(lesson: Lesson, source: Checkpoint, router: Router, watched: Watched, progress: Progress) -> dict[str, Any]:
+def judge(
+    lesson: Lesson, source: Checkpoint, router: Router, watched: Watched, work: Work, progress: Progress
+) -> dict[str, Any]:
     """Choose the writer's gains, what to expect of each rung, and the levels' prices: `router.write` and `router.trust` are set.
     Returns the record for the manifest."""
     held = (watched.picture >= lesson.taught).nonzero()[:, 0]
     rungs = ladder(source, router.shape, int((watched.text >= 0).sum(1).median()))
     task = progress.add_task("judging", total=len(held) * (len(GAINS) * len(GAINED_AT) + len(rungs) - 1))
 
-    def stays(levels: Sequence[Level]) -> Tensor:
-        return agreement(levels, source, router, watched, held, lambda questions: progress.advance(task, questions))
+    def stays(name: str, levels: Sequence[Level]) -> Tensor:
+        if (stored := work.read_tensors(name)) is None:
+            found = agreement(levels, source, router, watched, held, lambda questions: progress.advance(task, questions))
+            work.write_tensors(name, {"stays": found}, {})
+            return found
+        progress.advance(task, len(held) * len(levels))
+        return stored[0]["stays"]
 
     believed = []
     for gain in GAINS:
         router.write.gains.fill_(gain)
-        believed.append(stays([Level("", "", share) for share in GAINED_AT]).float().mean(0))
+        believed.append(stays(f"gain-{gain:g}", [Level("", "", share) for share in GAINED_AT]).float().mean(0))
     router.write.gains.copy_(torch.tensor(GAINS)[torch.stack(believed).argmax(0)])
-    kept = stays([
-        Level("", "", rung.visual_ratio, rung.skipped_layers, rung.passed_layers) for rung in rungs[:-1]
-    ])
+    kept = stays("rungs", [Level("", "", rung.visual_ratio, rung.skipped_layers, rung.passed_layers) for rung in rungs[:-1]])
     chances, discrimination = trust(router, source, watched, held, kept)
     stayed = torch.cat([kept, torch.ones(len(kept), 1, dtype=torch.bool)], 1)
     levels, trade = budgets(chances, stayed, rungs)

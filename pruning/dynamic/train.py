@@ -49,7 +49,7 @@ def run(
         watched = watch(lesson, source, work, progress)
         router = teach(lesson, source, checkpoint, (device, dtype), watched, work, progress)
         served = router.serving(source.model.dtype)
-        judged = judge(lesson, source, served, watched, progress)
+        judged = judge(lesson, source, served, watched, work, progress)
         router.adopt(served)
     held = (watched.picture >= lesson.taught).nonzero()[:, 0]
     report = {"foreseen": foreseen(router, source.model.embed, watched, held), "questions": len(watched.picture)}

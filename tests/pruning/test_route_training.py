@@ -15,6 +15,7 @@ from models.pictures import DataError
 from models.route import Route
 from models.work import Work, WorkError
 from pruning.dynamic import fit, train
+from pruning.dynamic import judge as judging
 from pruning.dynamic import watch as watching
 from pruning.dynamic.gaze import Asked, answers, observe, passing_costs, said
 from pruning.dynamic.judge import as_asked
@@ -250,7 +251,7 @@ def test_the_manifest_says_what_was_measured_and_what_auto_keeps(routed):
 
 @pytest.mark.parametrize(
     ("owner", "name", "call", "left"),
-    [(watching, "_watch", 2, 1), (train, "foresight_error", 25, 10), (train, "writing_error", 12, 10), (train, "judge", 1, 1),
+    [(watching, "_watch", 2, 1), (train, "foresight_error", 25, 10), (train, "writing_error", 12, 10), (judging, "agreement", 2, 3),
      (train, "derive", 1, 1)],
 )  # fmt: skip
 def test_a_killed_run_goes_on_and_ends_as_one_that_never_stopped(
