@@ -48,7 +48,7 @@ class Shape:
     rows: int
     depth: int = 2
     heads: int = 4
-    rungs: int = 9
+    rungs: int = 15
 
     def document(self) -> dict[str, int]:
         return asdict(self)
