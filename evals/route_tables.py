@@ -21,7 +21,8 @@ HEAD = """# What routing costs the embedded checkpoints
 Made by `make tables` from `docs/runs/routes.jsonl`. Accuracy is exact match on every question of {pictures} held-out test
 pictures ({questions} questions), teacher-forced; in brackets, its share of what the same checkpoint reaches at `off`, then the
 prefill FLOPs over the dense ones, the router's own included. Where a router was trained with several seeds, the mean ± the
-half-width of its 95 % interval (Student's t). One run's 95 % bootstrap interval over pictures is about ± 0.5 points.
+half-width of its 95 % interval (Student's t). A router's budgets are averages: each question takes what it needs, but for the row
+"as much for each question". One run's 95 % bootstrap interval over pictures is about ± 0.5 points.
 A budget in FLOPs is PAR's (arXiv 2412.06458, table 1), which kept 95.8, 93.8, 92.8 and 91.1 % of LLaVA-1.5-7B's accuracy there.
 """
 LEVELS = """### Levels
