@@ -111,7 +111,7 @@ def prune(
     levels: Annotated[int | None, typer.Option(help="search: levels on either side of the target; 4 by default.")] = None,
     generations: Annotated[int | None, typer.Option(help="search: generations in all; 40 by default.")] = None,
     offspring: Annotated[int | None, typer.Option(help="search: policies tried in a generation; 16 by default.")] = None,
-    eta: Annotated[float | None, typer.Option(help="search: weight of the structural-risk term; 0.3 by default.")] = None,
+    eta: Annotated[float | None, typer.Option(help="search: weight of structural risk, for obs; 0.3 by default.")] = None,
     projector: Annotated[bool | None, typer.Option(help="search: tune the projector in turns with it, as is the default.")] = None,
     rounds: Annotated[int | None, typer.Option(help="search: turns of search and projector; 2 by default.")] = None,
     reconstruct: Annotated[int | None, typer.Option(help="Steps of block-wise reconstruction; none by default.")] = None,

@@ -49,7 +49,7 @@ class Recipe(BaseModel):
     levels: int = Field(default=4, ge=1, description="search: levels on either side of the target that a matrix may take.")
     generations: int = Field(default=40, ge=1, description="search: generations in all.")
     offspring: int = Field(default=16, ge=2, description="search: policies tried in a generation.")
-    eta: float = Field(default=0.3, ge=0, description="search: weight of the structural-risk term, in units of both terms' spread.")
+    eta: float = Field(default=0.3, ge=0, description="search: weight of structural risk, in both terms' spread; helps obs alone.")
     projector: bool = Field(default=True, description="search: tune the projector on the best policies, in turns with the search.")
     rounds: int = Field(default=2, ge=1, description="search: turns of search and projector.")
     reconstruct: int = Field(default=0, ge=0, description="Steps of block-wise reconstruction against dense activations.")
