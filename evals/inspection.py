@@ -113,7 +113,7 @@ def _show_ladder(checkpoint: Checkpoint, rungs: Sequence[Rung], agreement: Seque
     total, layers = checkpoint.model.visual_tokens_per_image, checkpoint.model.layers
     table = Table("visual tokens", "layers", "passed by", "FLOPs", "agreement", title="The router's ladder")
     for rung, share in zip(rungs, agreement, strict=True):
-        kept, runs = Level("", "", rung.visual_ratio).kept(total), layers - rung.skipped_layers
+        kept, runs = Level("", "", 1.0).at(rung).kept(total), layers - rung.skipped_layers
         table.add_row(str(kept), str(runs), str(rung.passed_layers), f"{rung.cost:.0%}", f"{share:.1%}")
     console.print(table)
 

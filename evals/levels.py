@@ -29,7 +29,7 @@ from models.checkpoint import Checkpoint, load
 from models.embedded.world import Scene, draw
 from models.flops import flops_ratio
 from models.route import Route
-from pruning.dynamic.gaze import Asked, answers, said, words
+from pruning.dynamic.gaze import Asked, answers, gives, words
 from pruning.dynamic.levels import AUTO, Level, cheapest_level, make_route, menu_of
 from pruning.dynamic.router import Reading, Router, read_request
 from pruning.dynamic.router_file import load_router
@@ -96,16 +96,13 @@ def ask(
         ratios.append(flops_ratio(model.config, route, len(one.prompt), flops))
         routes.append(route)
         routed.append(Asked(one.prompt, visual))
-
-    def gives(wanted: list[list[int]], these: Sequence[int]) -> list[bool]:
-        found = said(model, [routed[i] for i in these], [wanted[i] for i in these], [routes[i] for i in these])
-        return [tokens.argmax(-1).tolist() == wanted[i] for i, tokens in zip(these, found, strict=True)]
-
-    agreed = gives(own, range(len(own)))
+    agreed = gives(model, routed, own, routes)
     correct = list(agreed)
     wrong = [i for i in range(len(own)) if own[i] != right[i]]  # of the others, to agree is to be right
-    for i, found in zip(wrong, gives(right, wrong) if wrong else [], strict=True):
-        correct[i] = found
+    if wrong:
+        again = gives(model, [routed[i] for i in wrong], [right[i] for i in wrong], [routes[i] for i in wrong])
+        for i, found in zip(wrong, again, strict=True):
+            correct[i] = found
     return agreed, correct, ratios
 
 

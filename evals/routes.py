@@ -34,7 +34,7 @@ from models.llava import Llava
 from models.route import Route
 from models.vision import ImageFeatures
 from pruning.dynamic.gaze import words
-from pruning.dynamic.levels import Level, Rung, layers_to_run, make_route
+from pruning.dynamic.levels import Level, layers_to_run, make_route, rungs_of
 from pruning.dynamic.policies import TokenPolicy
 from pruning.dynamic.router import Reading, Router, read_request
 from pruning.dynamic.router_file import load_router
@@ -188,10 +188,9 @@ def route_of(setting: Setting, shown: Shown, question: int, seed: int) -> tuple[
 def _settled(setting: Setting, checkpoint: Checkpoint, reading: Reading) -> Level:
     """What a price makes of one question; of rungs that leave out tokens alone, unless layers are asked for."""
     assert checkpoint.manifest.router is not None
-    rungs = [Rung(**rung) for rung in checkpoint.manifest.router.rungs]
     allowed = [
-        (rung, chance) for rung, chance in zip(rungs, reading.chances, strict=True)
-        if setting.policy == LAYERS or not (rung.passed_layers or rung.skipped_layers)
+        (rung, chance) for rung, chance in zip(rungs_of(checkpoint.manifest.router), reading.chances, strict=True)
+        if setting.policy == LAYERS or rung.runs_all_layers
     ]  # fmt: skip
     level = Level(setting.budget, "", 1.0, rungs=tuple(rung for rung, _ in allowed), price=setting.price)
     return level.settled([chance for _, chance in allowed])[0]

@@ -62,6 +62,12 @@ def said(model: Llava, batch: Sequence[Asked], answers: Sequence[Sequence[int]],
     return _by_question(forward(model, _teach(model, batch, answers, routes)), answers)
 
 
+def gives(model: Llava, batch: Sequence[Asked], answers: Sequence[Sequence[int]], routes: Sequence[Route]) -> list[bool]:
+    """Whether each answer is what the model says on the route, token by token; one pass."""
+    found = said(model, batch, answers, routes)
+    return [tokens.argmax(-1).tolist() == list(answer) for tokens, answer in zip(found, answers, strict=True)]
+
+
 def _teach(model: Llava, batch: Sequence[Asked], answers: Sequence[Sequence[int]], routes: Sequence[Route]) -> list[Work]:
     """The prompts with their answers but for the last token, which nothing follows."""
     return [

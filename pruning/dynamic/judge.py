@@ -17,7 +17,7 @@ from models.checkpoint import Checkpoint
 from models.flops import flops_ratio
 from models.route import Route
 from models.work import Work
-from pruning.dynamic.gaze import WORDS, Asked, said
+from pruning.dynamic.gaze import WORDS, Asked, gives
 from pruning.dynamic.lesson import Lesson
 from pruning.dynamic.levels import Level, Rung, layers_passed, layers_to_run, make_route
 from pruning.dynamic.router import GAINED_AT, Router, Shape, read_request
@@ -27,7 +27,7 @@ from pruning.dynamic.watch import Watched
 SHARES = (1 / 18, 1 / 12, 1 / 9, 1 / 6, 2 / 9, 1 / 3, 1 / 2, 1.0)
 """Of the visual tokens, that a rung may keep."""
 PASSED = (0.0, 3 / 8)
-"""Shares of the layers that visual rows may pass by; what lies between was never better (docs/log.md)."""
+"""Shares of the layers that visual rows may pass by: three eighths was best where budgets are small, next to none where not."""
 SKIPPED = (0.0, 1 / 16)
 """Shares of the layers that may be left out whole, where `espalier calibrate` has measured them."""
 GAINS = (0.0, 0.5, 1.0)
@@ -81,8 +81,7 @@ def agreement(
                 assert visual is not None
                 routes.append(route)
                 routed.append(replace(one, visual=visual))
-            tokens = said(model, routed, made, routes)
-            found[here, place] = torch.tensor([t.argmax(-1).tolist() == own for t, own in zip(tokens, made, strict=True)])
+            found[here, place] = torch.tensor(gives(model, routed, made, routes))
             advance(len(here))
     return found
 
@@ -119,7 +118,7 @@ def judge(
         router.write.gains.fill_(gain)
         believed.append(stays(f"gain-{gain:g}", [Level("", "", share) for share in GAINED_AT]).float().mean(0))
     router.write.gains.copy_(torch.tensor(GAINS)[torch.stack(believed).argmax(0)])
-    kept = stays("rungs", [Level("", "", rung.visual_ratio, rung.skipped_layers, rung.passed_layers) for rung in rungs[:-1]])
+    kept = stays("rungs", [Level("", "", 1.0).at(rung) for rung in rungs[:-1]])
     chances, discrimination = trust(router, source, watched, held, kept)
     stayed = torch.cat([kept, torch.ones(len(kept), 1, dtype=torch.bool)], 1)
     levels, trade = budgets(chances, stayed, rungs)

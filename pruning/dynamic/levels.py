@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from models.checkpoint import Manifest
+from models.checkpoint import Manifest, RouterRecord
 from models.route import Route
 from models.vision import ImageFeatures
 from pruning.dynamic.policies import TokenPolicy, keep_tokens
@@ -29,6 +29,11 @@ class Rung:
     skipped_layers: int
     passed_layers: int
     cost: float
+
+    @property
+    def runs_all_layers(self) -> bool:
+        """Whether tokens alone are left out."""
+        return not self.skipped_layers and not self.passed_layers
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,13 @@ class Level:
     def settled(self, chances: Sequence[float]) -> tuple[Level, float]:
         """What it is for one request, given the chance that the answer stays on each rung; and the chance on the rung taken."""
         taken = int(choose(torch.tensor(chances), torch.tensor([rung.cost for rung in self.rungs]), self.price))
-        rung = self.rungs[taken]
-        own = replace(
+        return self.at(self.rungs[taken]), chances[taken]
+
+    def at(self, rung: Rung) -> Level:
+        """The level with what a rung leaves out."""
+        return replace(
             self, visual_ratio=rung.visual_ratio, skipped_layers=rung.skipped_layers, passed_layers=rung.passed_layers, rungs=()
         )
-        return own, chances[taken]
 
 
 def choose(chances: torch.Tensor, costs: torch.Tensor, price: float) -> torch.Tensor:
@@ -109,7 +116,7 @@ def menu_of(manifest: Manifest, layers: int, *, routed: bool = True) -> dict[str
     if not routed or manifest.router is None:
         return plain
     record = manifest.router
-    rungs = tuple(Rung(**rung) for rung in record.rungs)
+    rungs = rungs_of(record)
     menu = {"off": plain["off"]}
     for name in PRUNED[::-1]:
         found = record.levels[name]
@@ -121,6 +128,11 @@ def menu_of(manifest: Manifest, layers: int, *, routed: bool = True) -> dict[str
     text = f"the cheapest level that is expected to keep the answer, so that {record.auto['target']:.0%} of all answers stay"
     menu[AUTO] = Level(AUTO, text, 1.0, card=manifest.cards.get(AUTO), rungs=rungs)
     return menu
+
+
+def rungs_of(record: RouterRecord) -> tuple[Rung, ...]:
+    """What a router chooses from, the whole model last."""
+    return tuple(Rung(**rung) for rung in record.rungs)
 
 
 def layers_to_run(layers: int, skipped: int, layer_change: Sequence[float] | None) -> tuple[bool, ...]:

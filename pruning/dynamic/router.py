@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -261,7 +262,7 @@ class Reading:
         found: list[float] = self.read.costs.mean(0).tolist()
         return found
 
-    @property
+    @cached_property
     def chances(self) -> list[float]:
         """Chance that the answer stays what it is on each rung, by the picture that is hardest; 1 on the last, the whole model."""
         found: list[float] = self.router.trust(self.router.impression(self.read)).sigmoid().amin(0).tolist()

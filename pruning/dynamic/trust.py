@@ -56,7 +56,7 @@ def budgets(
     """What every price makes of held-out questions, where layers may be left out and where they may not; and the levels, each at
     the lowest price that stays within its budget."""
     trade = {}
-    tokens_alone = [i for i, rung in enumerate(rungs) if not rung.skipped_layers and not rung.passed_layers]
+    tokens_alone = [i for i, rung in enumerate(rungs) if rung.runs_all_layers]
     for name, allowed in (("tokens", tokens_alone), ("tokens and layers", list(range(len(rungs))))):
         trade[name] = [_at(price, chances[:, allowed], kept[:, allowed], [rungs[i] for i in allowed]) for price in PRICES]
     levels = {}

@@ -24,7 +24,7 @@ CHUNK = 8
 COSTLY = 3
 """Of every so many pictures the cost of passing each layer by is measured: it takes a forward pass a layer."""
 SECOND = 4
-"""One in so many questions is the second of a chat: with half of them the router learned to tell questions apart less well."""
+"""One in so many questions is the second of a chat."""
 ALTERNATIVES = 32
 """Most likely tokens whose probabilities are kept at each step of an answer; the others count as one."""
 LEFT_OVER = 1e-6

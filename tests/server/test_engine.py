@@ -18,21 +18,7 @@ from pruning.dynamic.levels import make_route
 from server.engine import Engine
 from server.run import build_engine
 from server.settings import Settings
-from tests.server.tiny import (
-    LAYERS,
-    LEVELS,
-    VISUAL,
-    answer,
-    ask,
-    drain,
-    new_engine,
-    same,
-    spoil,
-    submit,
-    total,
-    value,
-    write,
-)
+from tests.server.tiny import LAYERS, LEVELS, VISUAL, answer, ask, drain, new_engine, same, spoil, submit, total, value, write
 from tests.server.tiny import stepped_engine as stepped_engine
 from tests.server.tiny import tiny_checkpoint as tiny_checkpoint  # a fixture
 

@@ -11,19 +11,7 @@ import pytest
 
 from server.errors import ShuttingDown
 from server.request import Delta, Failed, Started
-from tests.server.tiny import (
-    LEVELS,
-    Reader,
-    answer,
-    ask,
-    assert_clean,
-    drain,
-    new_engine,
-    same,
-    submit,
-    total,
-    value,
-)
+from tests.server.tiny import LEVELS, Reader, answer, ask, assert_clean, drain, new_engine, same, submit, total, value
 from tests.server.tiny import stepped_engine as stepped_engine
 from tests.server.tiny import tiny_checkpoint as tiny_checkpoint  # a fixture
 
