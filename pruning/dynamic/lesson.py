@@ -14,7 +14,7 @@ class Lesson(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str = Field(WORLD, description="`world`, or a JSONL file of pictures and questions.")
-    pictures: int = Field(2400, ge=8, description="A sixth of them is held out, to judge by.")
+    pictures: int = Field(3000, ge=8, description="A third of them is held out, to judge by.")
     questions: int = Field(4, ge=1, description="Of each picture, at most; drawn from those that there are.")
     answer: int = Field(64, ge=1, description="Tokens of an answer that are watched.")
     rows: int = Field(0, ge=0, multiple_of=8, description="The router's width; an eighth of the model's by default, 64 at least.")
@@ -29,4 +29,4 @@ class Lesson(BaseModel):
     @property
     def taught(self) -> int:
         """Pictures that are learned from; the others are held out."""
-        return self.pictures - max(2, self.pictures // 6)
+        return self.pictures - max(2, self.pictures // 3)
