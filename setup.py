@@ -5,12 +5,13 @@ They are loaded through ctypes, so neither torch nor Python's headers take part,
 
 from setuptools import Extension, setup
 
-few_rows = Extension(
-    "models.kernels.few_rows",
-    ["models/kernels/few_rows.cpp"],
+native = Extension(
+    "models.kernels.native",
+    ["models/kernels/few_rows.cpp", "models/kernels/tiles.cpp"],
+    depends=["models/kernels/weights.h"],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp"],
     extra_link_args=["-fopenmp"],
     optional=True,
 )
-setup(ext_modules=[few_rows])
+setup(ext_modules=[native])

@@ -19,14 +19,17 @@ NARROW_ROWS = 32
 """Rows up to which our kernel multiplies by a dense weight faster than torch: any weight, or a narrow one."""
 NARROW_INPUTS = 2048
 """Eight rows of x that are no wider stay in a first-level cache of 48 KB beside the weights."""
+TILED_ROWS = 256
+"""Rows up to which our product on tiles is as fast as torch's, or up to four times faster, for a dense weight."""
 SPARSE_ROWS = {"cpu": 48, "cuda": 16}
-"""Rows that are multiplied from the compressed form; more are faster through dense tiles. Measured on the CPU alone."""
+"""Rows that are multiplied from the compressed form; more are faster through a dense part at a time, but for a CPU with AMX, which
+takes any number as they are. Measured on the CPU alone."""
 SPARE = 32
 """Values behind the last: the kernel loads 32 and takes what it needs, which is faster than to load only those by 7 % at 4 rows
 and 8 % at 8 (50 and 60 % of zeros)."""
-TILE_ROWS = 1024
-"""Rows of a dense tile, which stays in cache between its expansion and its product. Both together take 1.03 to 1.05 times as
-long as a dense weight at 64 to 256 rows of x, and no longer at 616; a tile of 33 MB took 1.16 times as long at 160."""
+PART_ROWS = 1024
+"""Rows of a dense part, which stays in cache between its expansion and its product. Both together take 1.03 to 1.05 times as
+long as a dense weight at 64 to 256 rows of x, and no longer at 616; a part of 33 MB took 1.16 times as long at 160."""
 
 
 @dataclass
@@ -38,8 +41,8 @@ class Linear:
     form: ClassVar = "dense"
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = NARROW_ROWS if x.shape[-1] <= NARROW_INPUTS else DENSE_ROWS
-        if _is_few(x, rows) and _is_plain(self.weight) and (native := kernels.library()):
+        few = NARROW_ROWS if x.shape[-1] <= NARROW_INPUTS else DENSE_ROWS
+        if _is_few(x, TILED_ROWS if kernels.tiles() else few) and _is_plain(self.weight) and (native := kernels.library()):
             return kernels.dense(native, x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
@@ -63,7 +66,7 @@ class SparseLinear:
 
     values [non-zeros + SPARE] row by row; masks [out, ceil(in / 32)] int32, bit i of word j for weight 32 j + i; offsets
     [out + 1] int64, where each row's values start. Up to SPARSE_ROWS rows are multiplied from this form; more of them from a
-    dense tile at a time, so that no second copy is ever held.
+    dense part at a time, so that no second copy is ever held.
     """
 
     values: Tensor
@@ -91,11 +94,11 @@ class SparseLinear:
             from models.kernels import bitmask_triton
 
             return bitmask_triton.multiply(x, self.values, self.masks, self.offsets, self.bias)
-        if _is_few(x, SPARSE_ROWS["cpu"]) and (native := kernels.library()):
+        if _is_few(x, len(x) if kernels.tiles() else SPARSE_ROWS["cpu"]) and (native := kernels.library()):
             return kernels.sparse(native, x, self.values, self.masks, self.offsets, self.bias)
         out = x.new_empty(*x.shape[:-1], len(self.masks))
-        for first in range(0, len(self.masks), TILE_ROWS):
-            here = slice(first, first + TILE_ROWS)
+        for first in range(0, len(self.masks), PART_ROWS):
+            here = slice(first, first + PART_ROWS)
             out[..., here] = F.linear(x, self.dense(here), None if self.bias is None else self.bias[here])
         return out
 

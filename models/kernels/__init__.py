@@ -1,7 +1,8 @@
-"""Products of few rows on a CPU, in C++ (few_rows.cpp): bfloat16, weights dense or compressed to their non-zeros.
+"""Products on a CPU, in C++: bfloat16, weights dense or compressed to their non-zeros.
 
-The library is built at install where a C++ compiler is present, and used where the processor has AVX-512 BF16 and VBMI2.
-Callers ask `library()` first; where it is None they take torch's way. Nothing here is differentiable.
+Few rows are multiplied on vectors (few_rows.cpp), more of them on the tiles of AMX where there are any (tiles.cpp). The library is
+built at install where a C++ compiler is present, and used where the processor has AVX-512 BF16 and VBMI2. Callers ask `library()`
+first; where it is None they take torch's way. Nothing here is differentiable.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from torch import Tensor
 
 log = logging.getLogger("espalier.kernels")
 
+TILED_FROM = 4
+"""Rows from which tiles are faster than vectors. With fewer, memory brings dense weights faster to vectors by 1.2 times and sparse
+ones by 1.3 to 1.4."""
 POINTER, COUNT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 SIGNATURES = {
     "dense": [POINTER] * 4 + [COUNT] * 3 + [INT],
     "sparse": [POINTER] * 6 + [COUNT] * 3 + [INT],
     "expand": [POINTER] * 4 + [COUNT] * 3 + [INT],
 }
+TILED_SIGNATURES = {f"{name}_tiles": SIGNATURES[name] for name in ("dense", "sparse")}
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they were not built or this processor cannot run them; said once in the log."""
-    spec = find_spec("models.kernels.few_rows")
+    spec = find_spec("models.kernels.native")
     if spec is None or spec.origin is None:
         log.info("native CPU kernels were not built (no C++ compiler at install): small batches run through torch")
         return None
@@ -35,18 +40,27 @@ def library() -> ctypes.CDLL | None:
     if not found.supported():
         log.info("this processor lacks AVX-512 BF16 or VBMI2: small batches run through torch")
         return None
-    for name, types in SIGNATURES.items():
+    tiled = bool(found.tiles_supported())
+    for name, types in (SIGNATURES | (TILED_SIGNATURES if tiled else {})).items():
         function = getattr(found, name)
         function.argtypes, function.restype = types, None
-    log.info("native CPU kernels in use")
+    log.info("native CPU kernels in use%s", ", with AMX" if tiled else "")
     return found
+
+
+@cache
+def tiles() -> bool:
+    """Whether the library multiplies any number of rows, on tiles."""
+    native = library()
+    return native is not None and bool(native.tiles_supported())
 
 
 def dense(native: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [rows, in] times weight [out, in], transposed, plus bias [out]: [rows, out]. All bfloat16 on the CPU; weight contiguous."""
     x, (n, k) = x.contiguous(), weight.shape
     y = x.new_empty(len(x), n)
-    native.dense(x.data_ptr(), weight.data_ptr(), _pointer(bias), y.data_ptr(), len(x), k, n, torch.get_num_threads())
+    product = native.dense_tiles if _tiled(x) else native.dense
+    product(x.data_ptr(), weight.data_ptr(), _pointer(bias), y.data_ptr(), len(x), k, n, torch.get_num_threads())
     return y
 
 
@@ -56,7 +70,8 @@ def sparse(
     """The same product with a weight as `models.linear.SparseLinear` holds it."""
     x, n = x.contiguous(), len(masks)
     y = x.new_empty(len(x), n)
-    native.sparse(
+    product = native.sparse_tiles if _tiled(x) else native.sparse
+    product(
         x.data_ptr(), values.data_ptr(), masks.data_ptr(), offsets.data_ptr(), _pointer(bias), y.data_ptr(),
         len(x), x.shape[1], n, torch.get_num_threads(),
     )  # fmt: skip
@@ -71,6 +86,10 @@ def expand(native: ctypes.CDLL, values: Tensor, masks: Tensor, offsets: Tensor, 
         torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _tiled(x: Tensor) -> bool:
+    return len(x) >= TILED_FROM and tiles()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

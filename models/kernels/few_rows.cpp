@@ -15,75 +15,16 @@
 
 #if defined(__x86_64__)
 
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics
-#include <immintrin.h>
-
 #include <algorithm>
 
-// Only what is marked uses the wide instructions, so the library loads and answers `supported` on any x86-64.
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi2,popcnt")))
-#define WIDE_INLINE WIDE __attribute__((always_inline)) inline
+#include "weights.h"
 
 namespace {
 
-using bf16 = uint16_t;
-
-constexpr int LANES = 32;                    // weights a register holds
 constexpr int ROWS = 8;                      // rows of x a block takes at most: sums must fit the 32 registers
 constexpr int64_t STRIP = 1 << 20;           // bytes of dense W that a thread takes at a time: long lines, and near enough in
                                              // L2 for further rows (64 KB took 1.4 times as long at one row, 128 KB 1.15 at 24)
 constexpr int64_t SHARES = 4;                // strips a thread gets at least, so that a slower one is not waited for
-constexpr int64_t SERIAL = 64 << 10;         // weights below which waking other threads costs more than they save
-
-struct Product {
-  const bf16* x;     // [rows, k]
-  const bf16* bias;  // [n], or null
-  bf16* y;           // [rows, n]
-  int64_t rows, k, n;
-};
-
-struct Dense {
-  const bf16* weights;  // [n, k]
-  int64_t k;
-
-  struct Row {
-    const bf16* at;
-    int64_t ahead;  // bytes to what the next block reads
-
-    WIDE_INLINE __m512i next(__mmask32 lanes) {
-      const __m512i w = _mm512_maskz_loadu_epi16(lanes, at);
-      _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T1);
-      at += LANES;
-      return w;
-    }
-  };
-
-  WIDE_INLINE Row row(int64_t first, int o, int block) const { return {weights + (first + o) * k, block * k * 2}; }
-};
-
-struct Sparse {
-  const bf16* values;      // the non-zeros of each row, one row after another, and LANES more that may be read
-  const uint32_t* masks;   // [n, words], bit i of word j for weight 32 j + i; none set beyond k
-  const int64_t* offsets;  // [n + 1], where each row's values start
-  int64_t words;
-
-  struct Row {
-    const bf16* at;
-    const uint32_t* mask;
-    int64_t ahead;
-
-    WIDE_INLINE __m512i next(__mmask32) {
-      const __m512i w = _mm512_maskz_expand_epi16(*mask, _mm512_loadu_si512(at));
-      _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T1);
-      at += __builtin_popcount(*mask++);
-      return w;
-    }
-  };
-
-  WIDE_INLINE Row row(int64_t first, int o, int block) const {
-    return {values + offsets[first + o], masks + (first + o) * words, (offsets[first + block] - offsets[first]) * 2};
-  }
-};
 
 WIDE_INLINE float widen(bf16 value) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(uint32_t(value) << 16))); }
 
@@ -92,11 +33,12 @@ WIDE_INLINE bf16 narrow(float value) { return bf16(_mm_cvtsi128_si32((__m128i)_m
 // R rows of x from `row` on, times O rows of W from `first` on.
 template <int R, int O, class W>
 WIDE_INLINE void block(const W& w, const Product& p, int64_t row, int64_t first) {
+  const int64_t ahead = w.bytes(first, first + O);
   typename W::Row weights[O];
   __m512 sums[O][R];
 #pragma GCC unroll 8
   for (int o = 0; o < O; ++o) {
-    weights[o] = w.row(first, o, O);
+    weights[o] = w.row(first + o, ahead);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) sums[o][r] = _mm512_setzero_ps();
   }
@@ -154,13 +96,11 @@ void multiply(const W& w, const Product& p, int threads) {
 }
 
 WIDE void expand_row(const Sparse& w, int64_t row, int64_t k, bf16* out) {
-  Sparse::Row weights = w.row(row, 0, 1);
+  Sparse::Row weights = w.row(row, w.bytes(row, row + 1));
   int64_t i = 0;
   for (; i + LANES <= k; i += LANES) _mm512_storeu_si512(out + i, weights.next(~0u));
   if (i < k) _mm512_mask_storeu_epi16(out + i, (1u << (k - i)) - 1, weights.next(~0u));
 }
-
-int64_t words_for(int64_t k) { return (k + LANES - 1) / LANES; }
 
 }  // namespace
 

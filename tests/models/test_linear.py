@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models import kernels
 from models.linear import Linear, SemiStructuredLinear, SparseLinear
 
-SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 150), st.integers(1, 40))  # rows, in, out
+SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 600), st.integers(1, 70))  # rows, in, out
 
 
 def problem(shape: tuple[int, int, int], kept: float, seed: int) -> tuple[torch.Tensor, Linear]:
@@ -27,10 +27,12 @@ def reference(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     return torch.nn.functional.linear(x.float(), linear.weight.float(), bias)
 
 
-@pytest.fixture(params=["native", "torch"])
+@pytest.fixture(params=["native", "without tiles", "torch"])
 def path(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(kernels, "library", lambda: None)
+    if request.param != "native":
+        monkeypatch.setattr(kernels, "tiles", lambda: False)
     return request.param
 
 
@@ -65,17 +67,39 @@ def test_not_a_number_is_not_hidden(path):
 
 @pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
 @pytest.mark.parametrize("inputs", [2048, 2500])
-def test_a_row_is_the_same_in_any_company_and_form(inputs):
+def test_a_row_is_the_same_in_any_company_and_form_without_tiles(inputs, monkeypatch):
+    monkeypatch.setattr(kernels, "tiles", lambda: False)
     x, linear = problem((32, inputs, 50), 0.5, 1)
     together = SparseLinear.of(linear)(x)
     for rows in (1, 2, 5, 8):
         assert torch.equal(linear(x[:rows]), together[:rows])
 
 
-def test_many_rows_meet_one_tile_after_another(path, monkeypatch):
+@pytest.mark.skipif(not kernels.tiles(), reason="needs a CPU with AMX")
+@pytest.mark.parametrize("inputs", [2048, 2500])
+def test_a_row_is_the_same_in_any_company_and_form_on_tiles(inputs):
+    x, linear = problem((700, inputs, 50), 0.5, 1)
+    sparse = SparseLinear.of(linear)
+    together = sparse(x)
+    for rows in (kernels.TILED_FROM, 16, 17, 33, 250):
+        assert torch.equal(sparse(x[-rows:]), together[-rows:])
+        assert torch.equal(linear(x[-rows:]), together[-rows:])
+
+
+@pytest.mark.skipif(not kernels.tiles(), reason="needs a CPU with AMX")
+def test_torch_multiplies_on_tiles_before_and_after_us():
+    """Both set tiles up for themselves, each in threads that the other uses too."""
+    x, linear = problem((64, 512, 512), 0.5, 1)
+    first = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    ours = linear(x)
+    assert torch.equal(torch.nn.functional.linear(x, linear.weight, linear.bias), first)
+    assert torch.equal(linear(x), ours)
+
+
+def test_many_rows_meet_one_part_after_another(path, monkeypatch):
     x, linear = problem((100, 130, 60), 0.5, 1)
     whole = SparseLinear.of(linear)(x)
-    monkeypatch.setattr("models.linear.TILE_ROWS", 7)
+    monkeypatch.setattr("models.linear.PART_ROWS", 7)
     torch.testing.assert_close(SparseLinear.of(linear)(x), whole)
 
 

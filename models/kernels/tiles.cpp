@@ -1,0 +1,335 @@
+// y = x W^T on the tiles of AMX, for any number of rows: W dense as torch holds it, or compressed to its non-zeros.
+//
+// A tile of W is 16 outputs by 32 inputs as they lie, a tile of x 16 rows by 32 inputs with pair under pair, and one instruction
+// adds their product to 16 x 16 sums. What keeps the tiles fed:
+// - W is laid out as tiles chunk by chunk, where a compressed one is expanded, and the next chunk while this one is multiplied:
+//   the two use different units. So a compressed W costs fewer bytes and hardly any time.
+// - Few rows take chunks of few outputs and all inputs, four rows of W side by side: memory is walked in long lines. (Chunks of
+//   256 inputs took up to 1.5 times as long.)
+// - Many rows take chunks of many outputs and so few inputs that four tiles' worth stay in a first-level cache of 48 KB; sums
+//   rest in the second level meanwhile. (Chunks of 512 inputs took 1.15 times as long.)
+//
+// Every output is one chain of additions in the order of its inputs, in either form and with any number of rows.
+
+#include <cstdint>
+
+#if defined(__x86_64__) && defined(__linux__)
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "weights.h"
+
+#define TILED __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi2,popcnt,amx-tile,amx-bf16")))
+#define TILED_INLINE TILED __attribute__((always_inline)) inline
+
+namespace {
+
+constexpr int64_t SIDE = 16, TILE = 1024;  // rows of a tile and its bytes
+constexpr int64_t PAIR = 2 * SIDE;         // outputs, and rows of x, of four tiles of sums
+constexpr int64_t SUMS = SIDE * SIDE;      // of one tile
+constexpr int64_t FEW = 32;                // rows of x for which W's arrival takes longest
+constexpr int64_t MOST = 640;              // rows of x whose sums stay in a second-level cache of 2 MB
+constexpr int64_t OUTS = 192;              // outputs in a chunk for more rows than FEW, PAIR for those
+constexpr int64_t DEEP = 8;                // tiles of inputs in a chunk for more rows than FEW, all for those
+constexpr int64_t GROUP = 4, PIECE = 8;    // rows of W that are laid out side by side, and how many tiles of inputs at once
+constexpr int64_t NEXT = 320;              // bytes from a row's part in a chunk to the one in the next, about
+constexpr int64_t LINES = 4;               // cache lines of x that are asked for beside each product
+constexpr int64_t SHARES = 8;              // strips a thread gets at least, so that a slower one is not waited for
+constexpr int64_t ALL = INT64_MAX;
+
+struct alignas(64) Config {
+  uint8_t palette = 0, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Grows and never shrinks: what one product needed the next one like it finds.
+struct Buffer {
+  char* at = nullptr;
+  int64_t size = 0;
+
+  char* of(int64_t wanted) {
+    if (wanted > size) {
+      std::free(at);
+      size = (wanted + 4095) / 4096 * 4096;
+      at = static_cast<char*>(std::aligned_alloc(4096, size));
+    }
+    return at;
+  }
+  ~Buffer() { std::free(at); }
+};
+
+int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+// 16 x 16 values of 32 bits, in four steps that each merge what is twice as far apart.
+TILED_INLINE void transpose(__m512i r[SIDE]) {
+  __m512i t[SIDE];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const int from = i % 4 + i / 4 * 8;
+    t[from] = _mm512_shuffle_i32x4(r[from], r[from + 4], 0x88);
+    t[from + 4] = _mm512_shuffle_i32x4(r[from], r[from + 4], 0xdd);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+// 16 rows of x and 32 inputs of each, as a tile; zeros where there are none.
+TILED void pack(const Product& p, int64_t row, int64_t input, char* tile) {
+  const __mmask32 lanes = p.k - input >= LANES ? ~0u : (1u << (p.k - input)) - 1;
+  __m512i r[SIDE];
+#pragma GCC unroll 16
+  for (int i = 0; i < SIDE; ++i) {
+    const bool there = row + i < p.rows;
+    r[i] = _mm512_maskz_loadu_epi16(there ? lanes : 0, p.x + (there ? row + i : 0) * p.k + input);
+  }
+  transpose(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < SIDE; ++i) _mm512_store_si512(tile + 64 * i, r[i]);
+}
+
+// A tile of sums [outputs, rows] to y.
+TILED void finish(const Product& p, const float* sums, int64_t row, int64_t out) {
+  const int64_t rows = std::min(SIDE, p.rows - row);
+  const __mmask16 lanes = p.n - out >= SIDE ? 0xffff : (1u << (p.n - out)) - 1;
+  __m512 bias = _mm512_setzero_ps();
+  if (p.bias) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p.bias + out));
+    bias = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  __m512i r[SIDE];
+#pragma GCC unroll 16
+  for (int i = 0; i < SIDE; ++i) r[i] = _mm512_load_si512(sums + SIDE * i);
+  transpose(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < SIDE; ++i)
+    if (i < rows) {
+      const __m256bh narrow = _mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(r[i]), bias));
+      _mm256_mask_storeu_epi16(p.y + (row + i) * p.n + out, lanes, (__m256i)narrow);
+    }
+}
+
+// Lays out a chunk of W as tiles, piece after piece: [outputs / 16, deep, 16, 32].
+template <class W>
+struct Layout {
+  typename W::Row* rows;  // [outs], and as many more as fill a group
+  int64_t outs, inputs, deep;
+  char* tiles;
+  int64_t row = 0, word = 0;
+
+  TILED_INLINE void step(int64_t pieces) {
+    for (; pieces > 0 && row < outs; --pieces) {
+      typename W::Row r[GROUP];
+      for (int g = 0; g < GROUP; ++g) r[g] = rows[row + g];
+      char* to = tiles + (row / SIDE * deep + word) * TILE + row % SIDE * 64;
+      const int64_t left = inputs - word * LANES;
+      if (left >= PIECE * LANES) {
+#pragma GCC unroll 8
+        for (int i = 0; i < PIECE; ++i)
+#pragma GCC unroll 4
+          for (int g = 0; g < GROUP; ++g) _mm512_store_si512(to + i * TILE + g * 64, r[g].next(~0u));
+      } else {
+        for (int64_t i = 0; i * LANES < left; ++i) {
+          const __mmask32 lanes = left - i * LANES >= LANES ? ~0u : (1u << (left - i * LANES)) - 1;
+          for (int g = 0; g < GROUP; ++g) _mm512_store_si512(to + i * TILE + g * 64, r[g].next(lanes));
+        }
+      }
+      for (int g = 0; g < GROUP; ++g) rows[row + g] = r[g];
+      word += PIECE;
+      if (word * LANES >= inputs) word = 0, row += GROUP;
+    }
+  }
+};
+
+// What goes on beside a product: pieces of the next chunk are laid out, and lines of x asked for.
+template <class W>
+struct Beside {
+  Layout<W>& next;
+  int64_t pieces, lines;
+  const char* x;
+
+  TILED_INLINE void step() {
+    for (int64_t i = 0; i < lines; ++i, x += 64) _mm_prefetch(x, _MM_HINT_T1);
+    next.step(pieces);
+  }
+};
+
+// T tiles of outputs times R tiles of rows: `depth` tiles of inputs more, for sums that are at zero or were left in memory.
+// The second tile of outputs is `deep` tiles behind the first, that of rows `depth`.
+template <int T, int R, class B>
+TILED_INLINE void product(const char* w, const char* x, int64_t deep, int64_t depth, float* sums, bool zero, B beside) {
+  if (zero) {
+    _tile_zero(0);
+    if (T > 1) _tile_zero(1);
+    if (R > 1) _tile_zero(2);
+    if (T > 1 && R > 1) _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, 64);
+    if (T > 1) _tile_loadd(1, sums + SUMS, 64);
+    if (R > 1) _tile_loadd(2, sums + 2 * SUMS, 64);
+    if (T > 1 && R > 1) _tile_loadd(3, sums + 3 * SUMS, 64);
+  }
+  for (int64_t i = 0; i < depth; ++i, w += TILE, x += TILE) {
+    _tile_loadd(4, w, 64);
+    _tile_loadd(6, x, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (T > 1) _tile_loadd(5, w + deep * TILE, 64);
+    if (T > 1) _tile_dpbf16ps(1, 5, 6);
+    if (R > 1) _tile_loadd(7, x + depth * TILE, 64);
+    if (R > 1) _tile_dpbf16ps(2, 4, 7);
+    if (T > 1 && R > 1) _tile_dpbf16ps(3, 5, 7);
+    beside.step();
+  }
+  _tile_stored(0, sums, 64);
+  if (T > 1) _tile_stored(1, sums + SUMS, 64);
+  if (R > 1) _tile_stored(2, sums + 2 * SUMS, 64);
+  if (T > 1 && R > 1) _tile_stored(3, sums + 3 * SUMS, 64);
+}
+
+// How a product is cut: chunks of `outs` outputs and `deep` tiles of inputs, of which there are `depth`; `tall` tiles of rows.
+struct Cut {
+  int64_t outs, deep, depth, tall;
+
+  explicit Cut(const Product& p) {
+    depth = words_for(p.k);
+    tall = parts(p.rows, SIDE);
+    outs = p.rows <= FEW ? PAIR : OUTS;
+    deep = p.rows <= FEW ? depth : DEEP;
+  }
+  int64_t chunk() const { return outs * deep * 64; }  // bytes
+  int64_t sums() const { return parts(tall, 2) * PAIR * outs * 4; }
+  int64_t x(int64_t tile, int64_t row) const {  // where x's tiles for the chunk at `tile` and a tile of rows start
+    return (tile * tall + row * std::min(deep, depth - tile)) * TILE;
+  }
+};
+
+// Outputs [first, last), block of outputs after block and chunk after chunk of its inputs.
+template <class W>
+TILED void strip(const W& w, const Product& p, const Cut& cut, const char* packed, int64_t first, int64_t last, char* scratch) {
+  const int64_t chunks = parts(cut.depth, cut.deep), steps = parts(last - first, cut.outs) * chunks;
+  const bool few = p.rows <= FEW;
+  typename W::Row rows[2][OUTS + GROUP];
+  float* const sums = reinterpret_cast<float*>(scratch + 2 * cut.chunk());
+
+  const auto open = [&](int64_t step) {
+    const int64_t from = first + step / chunks * cut.outs, tile = step % chunks * cut.deep;
+    const int64_t outs = step < steps ? std::min(cut.outs, last - from) : 0;
+    typename W::Row* here = rows[step / chunks % 2];
+    for (int64_t o = 0; tile == 0 && o < parts(outs, GROUP) * GROUP; ++o) {
+      const int64_t out = std::min(from + o, last - 1), group = std::max(first, std::min(from + o / GROUP * GROUP, last - GROUP));
+      here[o] = w.row(out, few ? w.bytes(group, std::min(group + GROUP, last)) : NEXT);
+    }
+    return Layout<W>{here, outs, std::min(cut.deep * LANES, p.k - tile * LANES), cut.deep, scratch + step % 2 * cut.chunk()};
+  };
+
+  open(0).step(ALL);
+  for (int64_t step = 0; step < steps; ++step) {
+    Layout<W> next = open(step + 1);
+    const int64_t from = first + step / chunks * cut.outs, tile = step % chunks * cut.deep;
+    const int64_t outs = std::min(cut.outs, last - from), depth = std::min(cut.deep, cut.depth - tile);
+    const int64_t products = parts(cut.tall, 2) * parts(outs, PAIR) * depth;
+    const int64_t pieces = parts(parts(cut.outs, GROUP) * parts(cut.deep, PIECE), products);
+    float* c = sums;
+    for (int64_t m = 0; m < cut.tall; m += 2)
+      for (int64_t o = 0; o < outs; o += PAIR, c += 4 * SUMS) {
+        const char* a = scratch + step % 2 * cut.chunk() + o * cut.deep * 64;
+        const char* b = packed + cut.x(tile, m);
+        const bool two = o + SIDE < outs, high = m + 1 < cut.tall;
+        const Beside<W> beside{next, pieces, few ? 0 : LINES, b + (2 + 2 * o / cut.outs) * depth * TILE};
+        if (two && high) product<2, 2>(a, b, cut.deep, depth, c, tile == 0, beside);
+        else if (two) product<2, 1>(a, b, cut.deep, depth, c, tile == 0, beside);
+        else if (high) product<1, 2>(a, b, cut.deep, depth, c, tile == 0, beside);
+        else product<1, 1>(a, b, cut.deep, depth, c, tile == 0, beside);
+        if (tile + depth < cut.depth) continue;
+        for (int i = 0; i < 4; ++i)
+          if ((two || i % 2 == 0) && (high || i < 2)) finish(p, c + i * SUMS, (m + i / 2) * SIDE, from + o + i % 2 * SIDE);
+      }
+    next.step(ALL);
+  }
+}
+
+template <class W>
+TILED void multiply(const W& w, const Product& p, int threads) {
+  static thread_local Buffer packs;
+  const Cut cut(p);
+  if (p.n * p.k < SERIAL) threads = 1;
+  const int64_t step = std::max<int64_t>(1, p.n / cut.outs / (SHARES * threads)) * cut.outs;
+  char* const packed = packs.of(cut.tall * cut.depth * TILE);
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Buffer own;
+    char* const scratch = own.of(2 * cut.chunk() + cut.sums());
+    Config before, ours;
+    ours.palette = 1;
+    for (int tile = 0; tile < 8; ++tile) ours.bytes[tile] = 64, ours.rows[tile] = SIDE;
+    _tile_storeconfig(&before);  // torch's own products may rely on what they set up
+    _tile_loadconfig(&ours);
+#pragma omp for collapse(2)
+    for (int64_t m = 0; m < cut.tall; ++m)
+      for (int64_t i = 0; i < cut.depth; ++i) {
+        const int64_t tile = i / cut.deep * cut.deep;
+        pack(p, m * SIDE, i * LANES, packed + cut.x(tile, m) + (i - tile) * TILE);
+      }
+#pragma omp for schedule(dynamic)
+    for (int64_t first = 0; first < p.n; first += step)
+      strip(w, p, cut, packed, first, std::min(first + step, p.n), scratch);
+    if (before.palette) _tile_loadconfig(&before);
+    else _tile_release();
+  }
+}
+
+// So many rows at a time that their sums stay in cache, as evenly as tiles allow.
+template <class W>
+void multiply_all(const W& w, Product p, int threads) {
+  const int64_t all = p.rows, some = parts(parts(all, parts(all, MOST)), PAIR) * PAIR;
+  for (int64_t row = 0; row < all; row += some, p.x += some * p.k, p.y += some * p.n) {
+    p.rows = std::min(some, all - row);
+    multiply(w, p, threads);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether there are tiles, and the kernel lets this process use them.
+int tiles_supported() {
+  constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+
+void dense_tiles(const bf16* x, const bf16* weights, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
+  multiply_all(Dense{weights, k}, Product{x, bias, y, rows, k, n}, threads);
+}
+
+void sparse_tiles(const bf16* x, const bf16* values, const uint32_t* masks, const int64_t* offsets, const bf16* bias, bf16* y,
+                  int64_t rows, int64_t k, int64_t n, int threads) {
+  multiply_all(Sparse{values, masks, offsets, words_for(k)}, Product{x, bias, y, rows, k, n}, threads);
+}
+}
+
+#else
+
+extern "C" int tiles_supported() { return 0; }
+
+#endif
