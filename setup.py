@@ -7,7 +7,7 @@ from setuptools import Extension, setup
 
 native = Extension(
     "models.kernels.native",
-    ["models/kernels/few_rows.cpp", "models/kernels/tiles.cpp"],
+    ["models/kernels/few_rows.cpp", "models/kernels/tiles.cpp", "models/kernels/decode.cpp"],
     depends=["models/kernels/weights.h"],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp"],

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import attend
+from models import kernels
+from models.attention import attend, decodes
 from models.kv_cache import RequestCache
 from models.llava import Block, Llava
 from models.route import Route
@@ -134,13 +135,16 @@ def _attention(model: Llava, block: Block, layer: int, qkv: Tensor, cos: Tensor,
     qkv = qkv.view(len(qkv), heads + 2 * kv_heads, dim)
     rotated = rotate(qkv[:, : heads + kv_heads], cos, sin)
     query, key, value = rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :]
-    mixed, start = [], 0
-    for work, count, asked in parts:
-        stop = start + count
-        keys, values = work.cache.append(layer, key[start:stop], value[start:stop])
-        own = query[start:stop] if asked is None else query[start:stop][asked]
-        mixed.append(attend(own, keys, values, scale=scale, at=asked, bias=work.cache.bias(layer)).reshape(-1, heads * dim))
-        start = stop
+    rows = [count for _, count, _ in parts]
+    new = zip(key.split(rows), value.split(rows), strict=True)
+    seen = [work.cache.append(layer, k, v) for (work, _, _), (k, v) in zip(parts, new, strict=True)]
+    biases = [work.cache.bias(layer) for work, _, _ in parts]
+    if max(rows) == 1 and decodes(query) and (native := kernels.library()):
+        return kernels.decode(native, query, seen, biases, scale).view(-1, heads * dim)
+    mixed = []
+    for own, (keys, values), bias, (_, _, asked) in zip(query.split(rows), seen, biases, parts, strict=True):
+        own = own if asked is None else own[asked]
+        mixed.append(attend(own, keys, values, scale=scale, at=asked, bias=bias).reshape(-1, heads * dim))
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 

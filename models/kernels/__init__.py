@@ -1,7 +1,7 @@
 """Products on a CPU, in C++: bfloat16, weights dense or compressed to their non-zeros.
 
-Few rows are multiplied on vectors (few_rows.cpp), more of them on the tiles of AMX where there are any (tiles.cpp). The library is
-built at install where a C++ compiler is present, and used where the processor has AVX-512 BF16 and VBMI2. Callers ask `library()`
+Few rows are multiplied on vectors (few_rows.cpp), more of them on the tiles of AMX where there are any (tiles.cpp), and the new
+rows of a decoding step attend in one call (decode.cpp). The library is built at install where a C++ compiler is present, and used where the processor has AVX-512 BF16 and VBMI2. Callers ask `library()`
 first; where it is None they take torch's way. Nothing here is differentiable.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -20,13 +21,15 @@ log = logging.getLogger("espalier.kernels")
 TILED_FROM = 4
 """Rows from which tiles are faster than vectors. With fewer, memory brings dense weights faster to vectors by 1.2 times and sparse
 ones by 1.3 to 1.4."""
-POINTER, COUNT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+POINTER, COUNT, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "dense": [POINTER] * 4 + [COUNT] * 3 + [INT],
     "sparse": [POINTER] * 6 + [COUNT] * 3 + [INT],
     "expand": [POINTER] * 4 + [COUNT] * 3 + [INT],
+    "decode": [POINTER, COUNT, POINTER, POINTER] + [COUNT] * 4 + [FLOAT, INT],
 }
 TILED_SIGNATURES = {f"{name}_tiles": SIGNATURES[name] for name in ("dense", "sparse")}
+DECODE_DIM = 32
 
 
 @cache
@@ -83,6 +86,27 @@ def expand(native: ctypes.CDLL, values: Tensor, masks: Tensor, offsets: Tensor, 
     last = first + len(out)
     native.expand(
         values.data_ptr(), masks.data_ptr(), offsets.data_ptr(), out.data_ptr(), out.shape[1], first, last,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def decode(
+    native: ctypes.CDLL, query: Tensor, seen: Sequence[tuple[Tensor, Tensor]], biases: Sequence[Tensor | None], scale: float
+) -> Tensor:
+    """Attention of one row of each request, query [requests, heads, dim], over that request's keys and values, seen
+    [kv_heads, length, dim] each with rows that follow one another, and a bias [length] on its scores or None: as query.
+
+    All bfloat16 on the CPU; dim a multiple of DECODE_DIM.
+    """
+    requests, heads, dim = query.shape
+    words: list[int | None] = []
+    for (keys, values), bias in zip(seen, biases, strict=True):
+        words += (keys.data_ptr(), values.data_ptr(), _pointer(bias), keys.shape[1], keys.stride(0), values.stride(0))
+    out = query.new_empty(requests, heads, dim)
+    table = (COUNT * len(words))(*(word or 0 for word in words))
+    native.decode(
+        query.data_ptr(), query.stride(0), table, out.data_ptr(), requests, heads, len(seen[0][0]), dim, scale,
         torch.get_num_threads(),
     )  # fmt: skip
     return out

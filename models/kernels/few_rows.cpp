@@ -26,10 +26,6 @@ constexpr int64_t STRIP = 1 << 20;           // bytes of dense W that a thread t
                                              // L2 for further rows (64 KB took 1.4 times as long at one row, 128 KB 1.15 at 24)
 constexpr int64_t SHARES = 4;                // strips a thread gets at least, so that a slower one is not waited for
 
-WIDE_INLINE float widen(bf16 value) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(uint32_t(value) << 16))); }
-
-WIDE_INLINE bf16 narrow(float value) { return bf16(_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)))); }
-
 // R rows of x from `row` on, times O rows of W from `first` on.
 template <int R, int O, class W>
 WIDE_INLINE void block(const W& w, const Product& p, int64_t row, int64_t first) {

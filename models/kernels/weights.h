@@ -16,6 +16,11 @@ using bf16 = uint16_t;
 constexpr int64_t LANES = 32;         // weights a register holds
 constexpr int64_t SERIAL = 64 << 10;  // weights below which waking other threads costs more than they save
 
+// One value, to float32 and back.
+WIDE_INLINE float widen(bf16 value) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(uint32_t(value) << 16))); }
+
+WIDE_INLINE bf16 narrow(float value) { return bf16(_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)))); }
+
 struct Product {
   const bf16* x;     // [rows, k]
   const bf16* bias;  // [n], or null

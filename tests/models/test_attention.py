@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models import kernels
 from models.attention import _fused, attend
 
 
@@ -39,3 +40,26 @@ def test_attention_matches_torch(length, at, biased, causal):
 def test_rows_must_be_one_or_all_unless_their_places_are_given():
     with pytest.raises(ValueError, match="unless `at` says which"):
         attend(*parts(3, 10), scale=1.0)
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (4, 4, 128), (6, 2, 32)])
+def test_new_rows_of_all_requests_attend_as_each_alone_in_float32(heads, kv_heads, dim):
+    generator = torch.Generator().manual_seed(dim)
+    lengths = (1, 15, 16, 200)
+    rows = torch.randn(len(lengths), heads + 3, dim, generator=generator).bfloat16()
+    slabs = [torch.randn(2, kv_heads, n + 5, dim, generator=generator).bfloat16() for n in lengths]
+    seen = [(slab[0, :, :n], slab[1, :, :n]) for slab, n in zip(slabs, lengths, strict=True)]
+    biases = [torch.linspace(0, 3, n).bfloat16() if n > 15 else None for n in lengths]
+    query = rows[:, :heads]
+    found = kernels.decode(kernels.library(), query, seen, biases, 0.2)
+    for own, (keys, values), bias, out in zip(query, seen, biases, found, strict=True):
+        alone = attend(own[None].float(), keys.float(), values.float(), scale=0.2, bias=None if bias is None else bias.float())
+        torch.testing.assert_close(out[None].float(), alone, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
+def test_a_new_row_hides_no_value_that_is_not_a_number():
+    query, keys = torch.ones(1, 2, 32).bfloat16(), torch.ones(1, 20, 32).bfloat16()
+    keys[0, 3, 5] = torch.nan
+    assert kernels.decode(kernels.library(), query, [(keys, torch.ones_like(keys))], [None], 1.0).isnan().all()
