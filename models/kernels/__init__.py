@@ -1,8 +1,9 @@
 """Products on a CPU, in C++: bfloat16, weights dense or compressed to their non-zeros.
 
 Few rows are multiplied on vectors (few_rows.cpp), more of them on the tiles of AMX where there are any (tiles.cpp), and the new
-rows of a decoding step attend in one call (decode.cpp). The library is built at install where a C++ compiler is present, and used where the processor has AVX-512 BF16 and VBMI2. Callers ask `library()`
-first; where it is None they take torch's way. Nothing here is differentiable.
+rows of a decoding step attend in one call (decode.cpp). The library is built at install where a C++ compiler is present, and used
+where the processor has AVX-512 BF16 and VBMI2. Callers ask `library()` first; where it is None they take torch's way. Nothing here
+is differentiable.
 """
 
 from __future__ import annotations
