@@ -34,7 +34,7 @@ from pruning.dynamic.levels import AUTO, Level, cheapest_level, make_route, menu
 from pruning.dynamic.router import Reading, Router, read_request
 from pruning.dynamic.router_file import load_router
 
-SHARES = (5 / 6, 3 / 4, 2 / 3, 1 / 2, 5 / 12, 1 / 3, 1 / 4, 1 / 6)
+SHARES = (2 / 3, 1 / 2, 1 / 3, 1 / 4)
 """Of the visual tokens: fixed budgets beside the levels, against which `auto` has to be worth it."""
 
 
