@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels import DECODE_DIM
-
 # Query rows a block: scores of all heads stay in the L2 cache. On a CPU without tiles this takes half the time of torch's fused
 # kernel at 577 to 616 rows (measured in bf16; 96 to 192 are alike): the products are large and the upper triangle is left out.
 BLOCK = 128
@@ -20,11 +18,6 @@ def _has_tiles() -> bool:
     """Whether the CPU multiplies bf16 tiles (AMX): there torch's fused kernel takes 2.2 ms where blocks take 5.9 (577 rows, 16
     heads)."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-
-
-def decodes(query: Tensor) -> bool:
-    """Whether our kernel takes rows like these, one of each request."""
-    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[-1] % DECODE_DIM == 0
 
 
 def attend(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import kernels
-from models.attention import attend, decodes
+from models.attention import attend
 from models.kv_cache import RequestCache
 from models.llava import Block, Llava
 from models.route import Route
@@ -139,7 +139,7 @@ def _attention(model: Llava, block: Block, layer: int, qkv: Tensor, cos: Tensor,
     new = zip(key.split(rows), value.split(rows), strict=True)
     seen = [work.cache.append(layer, k, v) for (work, _, _), (k, v) in zip(parts, new, strict=True)]
     biases = [work.cache.bias(layer) for work, _, _ in parts]
-    if max(rows) == 1 and decodes(query) and (native := kernels.library()):
+    if max(rows) == 1 and kernels.decodes(query) and (native := kernels.library()):
         return kernels.decode(native, query, seen, biases, scale).view(-1, heads * dim)
     mixed = []
     for own, (keys, values), bias, (_, _, asked) in zip(query.split(rows), seen, biases, parts, strict=True):

@@ -31,6 +31,7 @@ SIGNATURES = {
 }
 TILED_SIGNATURES = {f"{name}_tiles": SIGNATURES[name] for name in ("dense", "sparse")}
 DECODE_DIM = 32
+"""What a head's width is a multiple of, where `decode` takes it: the values that a register holds."""
 
 
 @cache
@@ -90,6 +91,11 @@ def expand(native: ctypes.CDLL, values: Tensor, masks: Tensor, offsets: Tensor, 
         torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def decodes(query: Tensor) -> bool:
+    """Whether `decode` takes rows like these [..., dim]."""
+    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[-1] % DECODE_DIM == 0
 
 
 def decode(

@@ -8,8 +8,8 @@
 // - A compressed W is expanded in registers, for each block of 8 rows of x anew: every expanded register then serves 8
 //   products, so that expanding hides behind them. (Expanding once into a buffer for 9 to 64 rows took 1.05 to 1.3 times as long.)
 //
-// Every output is one chain of additions in the order of its inputs, in either form and with any number of rows:
-// an answer does not depend on who shares its batch. Subnormal numbers count as zero (vdpbf16ps has no other way).
+// Every output is one chain of additions in the order of its inputs, in either form and with any number of rows: as long as
+// vectors do it, an answer does not depend on who shares its batch (tiles add in another order, see there). Subnormal numbers count as zero (vdpbf16ps has no other way).
 
 #include <cstdint>
 
