@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -218,14 +220,37 @@ def bench_http(
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Errors that a user can act on are one line, not a traceback."""
+    """Errors that a user can act on are one line, not a traceback; Ctrl-C ends a command with 130 whatever it met."""
     from models.checkpoint import CheckpointError
 
+    with _interruption() as pressed:
+        try:
+            yield
+        except (CheckpointError, ValueError, OSError) as error:
+            if pressed:
+                raise KeyboardInterrupt from error
+            errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+@contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """Fills the list when Ctrl-C comes: torch makes a ValueError of one that meets it asking for the length of a storage."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored in the background, or a host's own: theirs to keep
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, note)
     try:
-        yield
-    except (CheckpointError, ValueError, OSError) as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main() -> None:

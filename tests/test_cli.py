@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from espalier import app
+from espalier import _plain_errors, app
 from models.checkpoint import read_manifest
 from tests.server.tiny import write
 
@@ -84,3 +84,19 @@ def test_ctrl_c_leaves_what_is_finished_and_no_checkpoint(dense: Path, tmp_path:
     assert "Traceback" not in errors
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
     assert json.loads(state.read_text())["state"]["generation"] >= 1
+
+
+def test_ctrl_c_stays_what_it_is_where_a_library_makes_an_error_of_it() -> None:
+    def as_torch_does() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), _plain_errors():
+            as_torch_does()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
