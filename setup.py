@@ -7,8 +7,8 @@ from setuptools import Extension, setup
 
 native = Extension(
     "models.kernels.native",
-    ["models/kernels/few_rows.cpp", "models/kernels/tiles.cpp", "models/kernels/decode.cpp"],
-    depends=["models/kernels/weights.h"],
+    [f"models/kernels/{name}.cpp" for name in ("few_rows", "tiles", "decode", "rows")],
+    depends=["models/kernels/floats.h", "models/kernels/weights.h"],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp"],
     extra_link_args=["-fopenmp"],

@@ -17,7 +17,6 @@ from statistics import mean
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -28,10 +27,11 @@ from evals.sweep import stored
 from models.checkpoint import Checkpoint, load
 from models.embedded.world import FAMILIES, Scene, draw
 from models.flops import flops_ratio
-from models.forward import forward, prompt_work, rotate
+from models.forward import forward, prompt_work
 from models.kv_cache import RequestCache
 from models.llava import Llava
 from models.route import Route
+from models.rows import rms_norm, rotate
 from models.vision import ImageFeatures
 from pruning.dynamic.gaze import words
 from pruning.dynamic.levels import Level, layers_to_run, make_route, rungs_of
@@ -128,7 +128,7 @@ def fastv(model: Llava, prompt: Prompt, visual: Tensor, keep: int) -> Route:
     forward(model, [prompt_work(model, ids, visual, full, cache)], watch=lambda _, hidden: inputs.append(hidden))
     block = model.blocks[FASTV_LAYER - 1]
     last = inputs[FASTV_LAYER - 1][-1:]
-    qkv = block.qkv(F.rms_norm(last, last.shape[-1:], block.input_norm, model.eps)).view(1, -1, model.head_dim)
+    qkv = block.qkv(rms_norm(last, block.input_norm, model.eps)).view(1, -1, model.head_dim)
     query = rotate(qkv[:, : block.heads], *model.rope(torch.tensor([len(ids) - 1]))).view(block.kv_heads, -1, model.head_dim)
     scores = (query @ cache.keys(FASTV_LAYER - 1).transpose(1, 2)).float() * model.head_dim**-0.5
     looks = scores.softmax(-1).mean((0, 1))[ids == model.config.image_token_id]

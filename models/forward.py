@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models import kernels
@@ -19,6 +18,7 @@ from models.attention import attend
 from models.kv_cache import RequestCache
 from models.llava import Block, Llava
 from models.route import Route
+from models.rows import rms_norm, rotate, swiglu
 
 
 @dataclass
@@ -116,15 +116,14 @@ def _layer(
 ) -> Tensor:
     """One layer on `rows` of `hidden`, or on all of them: every row is seen, the rows that ask are changed."""
     x, c, s = (hidden, cos, sin) if rows is None else (hidden[rows], cos[rows], sin[rows])
-    qkv = block.qkv(F.rms_norm(x, x.shape[-1:], block.input_norm, model.eps))
+    qkv = block.qkv(rms_norm(x, block.input_norm, model.eps))
     mixed = _attention(model, block, layer, qkv, c, s, parts)
     if any(asked is not None for _, _, asked in parts):
         asking = _rows([count for _, count, _ in parts], [asked for _, _, asked in parts], hidden.device)
         rows = asking if rows is None else rows[asking]
         x = hidden[rows]
     x = block.out(mixed).add_(x)
-    gate, up = block.gate_up(F.rms_norm(x, x.shape[-1:], block.post_norm, model.eps)).chunk(2, dim=-1)
-    x = block.down(F.silu(gate).mul_(up)).add_(x)
+    x = block.down(swiglu(block.gate_up(rms_norm(x, block.post_norm, model.eps)))).add_(x)
     return x if rows is None else hidden.index_copy(0, rows, x)
 
 
@@ -146,16 +145,6 @@ def _attention(model: Llava, block: Block, layer: int, qkv: Tensor, cos: Tensor,
         own = own if asked is None else own[asked]
         mixed.append(attend(own, keys, values, scale=scale, at=asked, bias=bias).reshape(-1, heads * dim))
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [rows, heads, dim] (halves, as in LLaMA)."""
-    first, second = x.chunk(2, dim=-1)
-    out = torch.empty_like(x)
-    half = x.shape[-1] // 2
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
-    return out
 
 
 def _leave(

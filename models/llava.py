@@ -13,6 +13,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from models.forms import choose
 from models.linear import Linear, Matrix, take
+from models.rows import rms_norm
 from models.vision import VisionBlock, VisionTower, feature_layers
 from models.widths import head_dim, layer_widths, query_heads
 
@@ -96,7 +97,7 @@ class Llava:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states [rows, width] to float32 logits [rows, vocab]."""
-        return self.head(F.rms_norm(hidden, hidden.shape[-1:], self.norm, self.eps)).float()
+        return self.head(rms_norm(hidden, self.norm, self.eps)).float()
 
     def linears(self) -> dict[str, Matrix]:
         """Every matrix by name, `language.3.qkv` and the like."""

@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from models.attention import attend
 from models.linear import Linear
+from models.rows import quick_gelu
 
 ALIGN = 8
 """Rows of the vision tower are a multiple of this."""
@@ -110,7 +111,7 @@ def class_attention(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    if name == "quick_gelu":  # x * sigmoid(1.702 x) with one temporary instead of three
-        return (x * 1.702).sigmoid_().mul_(x)
+    if name == "quick_gelu":
+        return quick_gelu(x)
     activation: Callable[[Tensor], Tensor] = ACT2FN[name]
     return activation(x)

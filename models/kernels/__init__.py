@@ -1,9 +1,9 @@
 """Products on a CPU, in C++: bfloat16, weights dense or compressed to their non-zeros.
 
-Few rows are multiplied on vectors (few_rows.cpp), more of them on the tiles of AMX where there are any (tiles.cpp), and the new
-rows of a decoding step attend in one call (decode.cpp). The library is built at install where a C++ compiler is present, and used
-where the processor has AVX-512 BF16 and VBMI2. Callers ask `library()` first; where it is None they take torch's way. Nothing here
-is differentiable.
+Few rows are multiplied on vectors (few_rows.cpp), more of them on the tiles of AMX where there are any (tiles.cpp), the new rows of
+a decoding step attend in one call (decode.cpp), and what happens between products is one pass each (rows.cpp). The library is built
+at install where a C++ compiler is present, and used where the processor has AVX-512 BF16 and VBMI2. Callers ask `library()` first;
+where it is None they take torch's way. Nothing here is differentiable.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ SIGNATURES = {
     "sparse": [POINTER] * 6 + [COUNT] * 3 + [INT],
     "expand": [POINTER] * 4 + [COUNT] * 3 + [INT],
     "decode": [POINTER, COUNT, POINTER, POINTER] + [COUNT] * 4 + [FLOAT, INT],
+    "norm": [POINTER] * 3 + [COUNT] * 2 + [FLOAT, INT],
+    "gate": [POINTER] * 3 + [COUNT] * 3 + [FLOAT, INT],
+    "rotate": [POINTER] * 4 + [COUNT] * 4 + [INT],
 }
 TILED_SIGNATURES = {f"{name}_tiles": SIGNATURES[name] for name in ("dense", "sparse")}
 DECODE_DIM = 32
@@ -117,6 +120,36 @@ def decode(
         torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def norm(native: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm of x [rows, width] times weight [width], both bfloat16 on the CPU."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    native.norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, eps, torch.get_num_threads())
+    return y
+
+
+def gate(native: ctypes.CDLL, x: Tensor, up: Tensor | None, slope: float) -> Tensor:
+    """x sigmoid(slope x), times `up` if there is one, all bfloat16 on the CPU.
+
+    Both [rows, width], a row's values side by side, and rows as far apart in one as in the other.
+    """
+    y = x.new_empty(x.shape)
+    native.gate(x.data_ptr(), _pointer(up), y.data_ptr(), *x.shape, x.stride(0), slope, torch.get_num_threads())
+    return y
+
+
+def rotate(native: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x [rows, heads, dim] by cos and sin [rows, 1, dim / 2], all bfloat16 on the CPU; heads side by
+    side, rows of x any distance apart."""
+    rows, heads, dim = x.shape
+    y = x.new_empty(x.shape)
+    native.rotate(
+        x.data_ptr(), cos.contiguous().data_ptr(), sin.contiguous().data_ptr(), y.data_ptr(), rows, heads, dim // 2, x.stride(0),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
 def _tiled(x: Tensor) -> bool:

@@ -11,7 +11,7 @@
 #include <cmath>
 #include <vector>
 
-#include "weights.h"
+#include "floats.h"
 
 // One request's rows in a layer; the wrapper lays these out as six 64-bit words.
 struct Seen {
@@ -25,27 +25,11 @@ struct Seen {
 
 namespace {
 
-constexpr int64_t FLOATS = 16;  // in a register
-
-WIDE_INLINE __m512 widen_all(const bf16* at) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))), 16));
-}
-
 WIDE_INLINE float dot(const bf16* a, const bf16* b, int64_t dim) {
   __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < dim; i += LANES)
+  for (int64_t i = 0; i < dim; i += 2 * FLOATS)
     sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
   return _mm512_reduce_add_ps(sum);
-}
-
-// e^x for x <= 0, and not a number for one that is none: 2^n times a polynomial (Taylor's, of ln 2 times what is left of n), good to 2e-6.
-WIDE_INLINE __m512 exponential(__m512 x) {
-  const __m512 scaled = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-87.0f), x), _mm512_set1_ps(1.44269504f));
-  const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT);
-  const __m512 t = _mm512_mul_ps(_mm512_sub_ps(scaled, whole), _mm512_set1_ps(0.69314718f));
-  __m512 sum = _mm512_set1_ps(1.0f / 120);
-  for (const float next : {1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(next));
-  return _mm512_scalef_ps(sum, whole);
 }
 
 // Scores [length], padded to whole registers with minus infinity, to their exponentials; returns what these add up to.
@@ -81,11 +65,10 @@ WIDE void attend(const Seen& seen, int64_t head, const bf16* query, int64_t grou
     for (int64_t t = 0; t < seen.length; ++t)
       for (int64_t i = 0; i < dim; i += FLOATS) {
         const __m512 sum = _mm512_loadu_ps(mixed + i);
-        _mm512_storeu_ps(mixed + i, _mm512_fmadd_ps(_mm512_set1_ps(scores[t]), widen_all(values + t * dim + i), sum));
+        _mm512_storeu_ps(mixed + i, _mm512_fmadd_ps(_mm512_set1_ps(scores[t]), widen_all(values + t * dim + i, WHOLE), sum));
       }
     for (int64_t i = 0; i < dim; i += FLOATS) {
-      const __m256bh narrow = _mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(mixed + i), share));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + g * dim + i), (__m256i)narrow);
+      narrow_all(out + g * dim + i, _mm512_mul_ps(_mm512_loadu_ps(mixed + i), share), WHOLE);
     }
   }
 }

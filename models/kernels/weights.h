@@ -1,25 +1,13 @@
 // What is multiplied, and how a weight is read: 32 values at a time, dense as torch holds them or compressed to the non-zeros.
-// Only what is marked uses the wide instructions, so the library loads and answers `supported` on any x86-64.
 
 #pragma once
 
 #include <cstdint>
 
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics
-#include <immintrin.h>
-
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi2,popcnt")))
-#define WIDE_INLINE WIDE __attribute__((always_inline)) inline
-
-using bf16 = uint16_t;
+#include "floats.h"
 
 constexpr int64_t LANES = 32;         // weights a register holds
 constexpr int64_t SERIAL = 64 << 10;  // weights below which waking other threads costs more than they save
-
-// One value, to float32 and back.
-WIDE_INLINE float widen(bf16 value) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(uint32_t(value) << 16))); }
-
-WIDE_INLINE bf16 narrow(float value) { return bf16(_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)))); }
 
 struct Product {
   const bf16* x;     // [rows, k]

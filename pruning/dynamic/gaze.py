@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.forward import Work, forward, prompt_work, rotate, token_work
+from models.forward import Work, forward, prompt_work, token_work
 from models.kv_cache import RequestCache
 from models.llava import Llava
 from models.route import Route
+from models.rows import rms_norm, rotate
 from models.vision import ImageFeatures
 
 WORDS = 64
@@ -107,7 +108,7 @@ def _gaze(model: Llava, inputs: Sequence[Tensor], is_visual: Tensor, cache: Requ
     cos, sin = model.rope(text)
     most = torch.zeros(len(places), device=model.device)
     for layer, (block, hidden) in enumerate(zip(model.blocks, inputs, strict=True)):
-        qkv = block.qkv(F.rms_norm(hidden[text], hidden.shape[-1:], block.input_norm, model.eps))
+        qkv = block.qkv(rms_norm(hidden[text], block.input_norm, model.eps))
         query = qkv.view(len(text), -1, model.head_dim)[:, : block.heads]
         query = rotate(query, cos, sin).view(len(text), block.kv_heads, -1, model.head_dim)
         scores = torch.einsum("rkgd,knd->kgrn", query, cache.keys(layer)).float() * model.head_dim**-0.5
