@@ -266,7 +266,8 @@ class Engine:
         work = prompt_work(self.model, ids, visual, route, cache)
         receipt = Receipt(
             level=level.name, reason=request.reason, visual_tokens=len(route.kept), visual_tokens_total=route.visual_tokens,
-            layers=sum(route.layers), layers_total=self.model.layers, checkpoint=self.fingerprint,
+            layers=sum(route.layers), layers_total=self.model.layers, passed_layers=len(route.visual_stays),
+            checkpoint=self.fingerprint,
             expected_agreement=None if chance is None else round(chance, 4),
             flops_ratio=round(flops_ratio(self.model.config, route, len(request.prompt), _router_flops(reading, route)), 4),
         )  # fmt: skip

@@ -44,7 +44,7 @@ class Metrics:
         self.waiting = gauge("requests_waiting", "Requests in the queue.")
         self.kv_usage = gauge("kv_cache_usage_ratio", "Reserved rows of the KV cache over all.")
         self.visual_tokens = counter("visual_tokens_total", "Visual tokens kept and dropped.", "level", "outcome")
-        self.layers = counter("layers_total", "Layers run and skipped, counted once a request.", "level", "outcome")
+        self.layers = counter("layers_total", "Layers run, skipped, and of those run: passed by visual tokens.", "level", "outcome")
         self.flops = histogram("flops_ratio", "Prefill FLOPs over the dense ones, language model.", _RATIO, "level")
         self.expected = histogram(
             "expected_agreement_ratio", "Chance that an answer is the un-pruned model's, foreseen by the router.", _CHANCE, "level"
@@ -79,6 +79,7 @@ class Metrics:
         self.visual_tokens.labels(level, "dropped").inc(receipt.visual_tokens_total - receipt.visual_tokens)
         self.layers.labels(level, "run").inc(receipt.layers)
         self.layers.labels(level, "skipped").inc(receipt.layers_total - receipt.layers)
+        self.layers.labels(level, "passed").inc(receipt.passed_layers)
         self.flops.labels(level).observe(receipt.flops_ratio)
         self.prompt_tokens.inc(prompt_tokens)
         if receipt.expected_agreement is not None:

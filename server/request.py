@@ -47,6 +47,7 @@ class Receipt:
     layers_total: int
     flops_ratio: float
     checkpoint: str
+    passed_layers: int = 0  # of those that run, how many visual tokens pass by
     expected_agreement: float | None = None  # chance that the answer is the un-pruned model's, where a router foresaw it
 
 

@@ -154,6 +154,17 @@ def test_every_picture_of_a_request_is_routed(routed):
     assert receipt.expected_agreement == pytest.approx(chance, abs=1e-3)
 
 
+def test_a_receipt_tells_how_many_layers_visual_tokens_passed_by(routed):
+    engine = new_engine(load(routed))
+    for place in (place for place, rung in enumerate(engine.menu["strong"].rungs[:-1]) if rung.passed_layers):
+        expect(engine.router, [0.99 if rung == place else 0.01 for rung in range(RUNGS)])
+        engine.menu["strong"] = replace(engine.menu["strong"], price=0.1)
+        receipt = answer(engine, 0, level="strong").finished.receipt
+        assert receipt.passed_layers == engine.menu["strong"].rungs[place].passed_layers > 0
+    passed = engine.metrics.registry.get_sample_value("espalier_layers_total", {"level": "strong", "outcome": "passed"})
+    assert passed >= receipt.passed_layers
+
+
 def test_a_question_that_needs_more_is_given_more_at_the_same_level(routed):
     engine = new_engine(load(routed))
     engine.menu["strong"] = replace(engine.menu["strong"], price=0.5)
