@@ -143,7 +143,7 @@ def route(
     checkpoint: CHECKPOINT,
     out: Annotated[Path, typer.Option(help="The directory to make: the checkpoint with its router.")],
     data: Annotated[str | None, typer.Option(help="world (default), or a JSONL file of pictures and questions.")] = None,
-    pictures: Annotated[int | None, typer.Option(help="Pictures that the model is watched on, a third of them held out; 3000 by default.")] = None,
+    pictures: Annotated[int | None, typer.Option(help="Pictures to watch on, a third of them held out; 3000 by default.")] = None,
     questions: Annotated[int | None, typer.Option(help="Questions about each, at most; 4 by default.")] = None,
     answer: Annotated[int | None, typer.Option(help="Tokens of an answer that are watched; 64 by default.")] = None,
     rows: Annotated[int | None, typer.Option(help="The router's width; an eighth of the model's by default, 64 at least.")] = None,

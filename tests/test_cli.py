@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,11 +12,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from espalier import _plain_errors, app
 from models.checkpoint import read_manifest
+from pruning.dynamic.lesson import Lesson
+from pruning.static.recipe import Recipe
 from tests.server.tiny import write
 
 COMMAND = [sys.executable, "-m", "espalier", "prune"]
@@ -63,6 +68,14 @@ def test_a_checkpoint_that_is_not_pruned_has_nothing_to_draw(dense: Path, tmp_pa
     result = CliRunner().invoke(app, ["inspect", str(dense), "--picture", str(tmp_path / "picture.png")])
     assert result.exit_code == 1
     assert "is not pruned: there is nothing to draw" in result.output
+
+
+@pytest.mark.parametrize(("command", "model"), [("prune", Recipe), ("route", Lesson)])
+def test_help_says_the_defaults_that_hold(command: str, model: type[BaseModel]) -> None:
+    help_of = {str(one.name): getattr(one, "help", None) or "" for one in typer.main.get_group(app).commands[command].params}
+    said = {name: found[1] for name, text in help_of.items() if (found := re.search(r"; ([\d.]+) by default", text))}
+    assert len(said) > 3
+    assert said == {name: f"{model.model_fields[name].default:g}" for name in said}
 
 
 def test_ctrl_c_leaves_what_is_finished_and_no_checkpoint(dense: Path, tmp_path: Path) -> None:
