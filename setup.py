@@ -7,8 +7,8 @@ from setuptools import Extension, setup
 
 native = Extension(
     "models.kernels.native",
-    [f"models/kernels/{name}.cpp" for name in ("few_rows", "tiles", "decode", "rows")],
-    depends=["models/kernels/floats.h", "models/kernels/weights.h"],
+    [f"models/kernels/{name}.cpp" for name in ("few_rows", "few_tiles", "tiles", "decode", "rows")],
+    depends=[f"models/kernels/{name}.h" for name in ("floats", "weights", "amx")],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp"],
     extra_link_args=["-fopenmp"],

@@ -1,16 +1,16 @@
 """Products on a CPU, in C++: bfloat16, weights dense or compressed to their non-zeros.
 
-Few rows are multiplied on vectors (few_rows.cpp), more of them on the tiles of AMX where there are any (tiles.cpp), the new rows of
-a decoding step attend in one call (decode.cpp), and what happens between products is one pass each (rows.cpp). The library is built
-at install where a C++ compiler is present, and used where the processor has AVX-512 BF16 and VBMI2. Callers ask `library()` first;
-where it is None they take torch's way. Nothing here is differentiable.
+Few rows are multiplied on vectors (few_rows.cpp), more of them on the tiles of AMX where there are any (few_tiles.cpp up to four,
+tiles.cpp beyond), the new rows of a decoding step attend in one call (decode.cpp), and what happens between products is one pass
+each (rows.cpp). The library is built at install where a C++ compiler is present, and used where the processor has AVX-512 BF16 and
+VBMI2. Callers ask `library()` first; where it is None they take torch's way. Nothing here is differentiable.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -19,9 +19,9 @@ from torch import Tensor
 
 log = logging.getLogger("espalier.kernels")
 
-TILED_FROM = 4
-"""Rows from which tiles are faster than vectors. With fewer, memory brings dense weights faster to vectors by 1.2 times and sparse
-ones by 1.3 to 1.4."""
+TILED_FROM, FEW_TILED = 3, 4
+"""Rows from which tiles are faster than vectors, and up to which a row fills four columns of a tile. With one or two, memory brings
+sparse weights faster to vectors by 1.1 times; with more than four, a row is a column."""
 POINTER, COUNT, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "dense": [POINTER] * 4 + [COUNT] * 3 + [INT],
@@ -32,7 +32,7 @@ SIGNATURES = {
     "gate": [POINTER] * 3 + [COUNT] * 3 + [FLOAT, INT],
     "rotate": [POINTER] * 4 + [COUNT] * 4 + [INT],
 }
-TILED_SIGNATURES = {f"{name}_tiles": SIGNATURES[name] for name in ("dense", "sparse")}
+TILED_SIGNATURES = {f"{name}{kind}": SIGNATURES[name] for name in ("dense", "sparse") for kind in ("_tiles", "_few_tiles")}
 DECODE_DIM = 32
 """What a head's width is a multiple of, where `decode` takes it: the values that a register holds."""
 
@@ -67,7 +67,7 @@ def dense(native: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -
     """x [rows, in] times weight [out, in], transposed, plus bias [out]: [rows, out]. All bfloat16 on the CPU; weight contiguous."""
     x, (n, k) = x.contiguous(), weight.shape
     y = x.new_empty(len(x), n)
-    product = native.dense_tiles if _tiled(x) else native.dense
+    product = _product(native, "dense", x)
     product(x.data_ptr(), weight.data_ptr(), _pointer(bias), y.data_ptr(), len(x), k, n, torch.get_num_threads())
     return y
 
@@ -78,7 +78,7 @@ def sparse(
     """The same product with a weight as `models.linear.SparseLinear` holds it."""
     x, n = x.contiguous(), len(masks)
     y = x.new_empty(len(x), n)
-    product = native.sparse_tiles if _tiled(x) else native.sparse
+    product = _product(native, "sparse", x)
     product(
         x.data_ptr(), values.data_ptr(), masks.data_ptr(), offsets.data_ptr(), _pointer(bias), y.data_ptr(),
         len(x), x.shape[1], n, torch.get_num_threads(),
@@ -152,8 +152,11 @@ def rotate(native: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def _tiled(x: Tensor) -> bool:
-    return len(x) >= TILED_FROM and tiles()
+def _product(native: ctypes.CDLL, form: str, x: Tensor) -> Callable[..., None]:
+    """The function that multiplies so many rows by a weight of this form."""
+    few = len(x) < TILED_FROM or not tiles()
+    found: Callable[..., None] = getattr(native, form if few else f"{form}_few_tiles" if len(x) <= FEW_TILED else f"{form}_tiles")
+    return found
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -1,4 +1,4 @@
-// y = x W^T on the tiles of AMX, for any number of rows: W dense as torch holds it, or compressed to its non-zeros.
+// y = x W^T on the tiles of AMX, for any number of rows (for up to four see few_tiles.cpp): W dense as torch holds it, or compressed to its non-zeros.
 //
 // A tile of W is 16 outputs by 32 inputs as they lie, a tile of x 16 rows by 32 inputs with pair under pair, and one instruction
 // adds their product to 16 x 16 sums. What keeps the tiles fed:
@@ -19,16 +19,11 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
 
-#include "weights.h"
-
-#define TILED __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi2,popcnt,amx-tile,amx-bf16")))
-#define TILED_INLINE TILED __attribute__((always_inline)) inline
+#include "amx.h"
 
 namespace {
 
-constexpr int64_t SIDE = 16, TILE = 1024;  // rows of a tile and its bytes
 constexpr int64_t PAIR = 2 * SIDE;         // outputs, and rows of x, of four tiles of sums
 constexpr int64_t SUMS = SIDE * SIDE;      // of one tile
 constexpr int64_t FEW = 32;                // rows of x for which W's arrival takes longest
@@ -40,58 +35,6 @@ constexpr int64_t NEXT = 320;              // bytes from a row's part in a chunk
 constexpr int64_t LINES = 4;               // cache lines of x that are asked for beside each product
 constexpr int64_t SHARES = 8;              // strips a thread gets at least, so that a slower one is not waited for
 constexpr int64_t ALL = INT64_MAX;
-
-struct alignas(64) Config {
-  uint8_t palette = 0, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Grows and never shrinks: what one product needed the next one like it finds.
-struct Buffer {
-  char* at = nullptr;
-  int64_t size = 0;
-
-  char* of(int64_t wanted) {
-    if (wanted > size) {
-      std::free(at);
-      size = (wanted + 4095) / 4096 * 4096;
-      at = static_cast<char*>(std::aligned_alloc(4096, size));
-    }
-    return at;
-  }
-  ~Buffer() { std::free(at); }
-};
-
-int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-
-// 16 x 16 values of 32 bits, in four steps that each merge what is twice as far apart.
-TILED_INLINE void transpose(__m512i r[SIDE]) {
-  __m512i t[SIDE];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    const int from = i % 4 + i / 4 * 8;
-    t[from] = _mm512_shuffle_i32x4(r[from], r[from + 4], 0x88);
-    t[from + 4] = _mm512_shuffle_i32x4(r[from], r[from + 4], 0xdd);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
-}
 
 // 16 rows of x and 32 inputs of each, as a tile; zeros where there are none.
 TILED void pack(const Product& p, int64_t row, int64_t input, char* tile) {
@@ -278,11 +221,7 @@ TILED void multiply(const W& w, const Product& p, int threads) {
   {
     static thread_local Buffer own;
     char* const scratch = own.of(2 * cut.chunk() + cut.sums());
-    Config before, ours;
-    ours.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) ours.bytes[tile] = 64, ours.rows[tile] = SIDE;
-    _tile_storeconfig(&before);  // torch's own products may rely on what they set up
-    _tile_loadconfig(&ours);
+    const Config before = take_tiles();
 #pragma omp for collapse(2)
     for (int64_t m = 0; m < cut.tall; ++m)
       for (int64_t i = 0; i < cut.depth; ++i) {
@@ -292,8 +231,7 @@ TILED void multiply(const W& w, const Product& p, int threads) {
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < p.n; first += step)
       strip(w, p, cut, packed, first, std::min(first + step, p.n), scratch);
-    if (before.palette) _tile_loadconfig(&before);
-    else _tile_release();
+    give_back(before);
   }
 }
 

@@ -57,11 +57,12 @@ def test_half_the_weights_take_little_more_than_half_the_bytes():
     assert SparseLinear.of(linear).bytes <= 0.60 * linear.bytes
 
 
-def test_not_a_number_is_not_hidden(path):
-    x, linear = problem((2, 64, 8), 1.0, 0)
+@pytest.mark.parametrize("rows", [2, 4, 9])
+def test_not_a_number_is_not_hidden_and_harms_no_other_row(path, rows):
+    x, linear = problem((rows, 64, 8), 1.0, 0)
     x[1, 3] = torch.nan
     out = linear(x)
-    assert torch.isfinite(out[0]).all()
+    assert torch.isfinite(out[[i for i in range(rows) if i != 1]]).all()
     assert out[1].isnan().all()
 
 
@@ -81,10 +82,13 @@ def test_a_row_is_the_same_in_any_company_and_form_on_tiles(inputs):
     x, linear = problem((700, inputs, 50), 0.5, 1)
     sparse = SparseLinear.of(linear)
     together = sparse(x)
-    for rows in (kernels.TILED_FROM, 17, 250):
+    for rows in (kernels.FEW_TILED + 1, 17, 250):
         assert torch.equal(sparse(x[-rows:]), together[-rows:])
-    for rows in (kernels.TILED_FROM, 16, TILED_ROWS):
+    for rows in (kernels.FEW_TILED + 1, 16, TILED_ROWS):
         assert torch.equal(linear(x[-rows:]), together[-rows:])
+    few = sparse(x[-kernels.FEW_TILED :])
+    for rows in range(kernels.TILED_FROM, kernels.FEW_TILED + 1):
+        assert torch.equal(linear(x[-rows:]), few[-rows:])
 
 
 @pytest.mark.skipif(not kernels.tiles(), reason="needs a CPU with AMX")
