@@ -85,7 +85,7 @@ def test_image_features_match_transformers(layer, strategy):
     config = tiny_config()
     config.vision_feature_layer, config.vision_feature_select_strategy = layer, strategy
     reference, model = random_model(config, seed=1), from_transformers(random_model(config, seed=1))
-    pics = pixels(2, seed=4)
+    pics = pixels(3, seed=4)  # more than a CPU encodes at once
     expected = reference.model.get_image_features(
         pics, vision_feature_layer=layer, vision_feature_select_strategy=strategy
     ).pooler_output
