@@ -18,8 +18,8 @@ BREAK_EVEN = 0.4
 """Share of zeros from which the bitmask is the faster form on a CPU for any 1 to 32 rows.
 
 Of a 2048 x 5632 (out x in) matrix with 0.3 of zeros, 32 rows took 1.05 times as long as of a dense one and one row 0.90 times;
-with 0.4 they took 0.95 and 0.79 times as long. On tiles (2048 x 11264) 1 to 64 rows take 0.87 to 0.95 times as long from 0.2 of zeros
-on, and 0.73 to 0.84 with 0.4, but 616 rows of a prompt 1.12, 1.08 and 1.02 times with 0.2, 0.3 and 0.4.
+with 0.4 they took 0.95 and 0.79 times as long. On tiles (2048 x 11264) 1 to 64 rows take 0.87 to 0.95 times as long with 0.2
+of zeros and 0.73 to 0.84 with 0.4, but 616 rows of a prompt 1.12, 1.08 and 1.02 times with 0.2, 0.3 and 0.4.
 """
 DECODE_ROWS = (1, 16)
 """What is timed on a GPU, which differ more than CPUs with these instructions do. Prefill is arithmetic in any form."""
