@@ -25,11 +25,26 @@ struct Seen {
 
 namespace {
 
-WIDE_INLINE float dot(const bf16* a, const bf16* b, int64_t dim) {
-  __m512 sum = _mm512_setzero_ps();
+// Eight dot products, whose last additions are shared: G queries by 8 / G keys, query after query for each key.
+template <int G>
+WIDE_INLINE __m256 dots(const bf16* query, const bf16* const (&keys)[8 / G], int64_t dim) {
+  __m512 s[8];
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) s[j] = _mm512_setzero_ps();
   for (int64_t i = 0; i < dim; i += 2 * FLOATS)
-    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
-  return _mm512_reduce_add_ps(sum);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j)
+      s[j] = _mm512_dpbf16_ps(s[j], (__m512bh)_mm512_loadu_si512(query + j % G * dim + i), (__m512bh)_mm512_loadu_si512(keys[j / G] + i));
+#pragma GCC unroll 4
+  for (int j = 0; j < 8; j += 2) s[j] = _mm512_add_ps(_mm512_unpacklo_ps(s[j], s[j + 1]), _mm512_unpackhi_ps(s[j], s[j + 1]));
+#pragma GCC unroll 2
+  for (int j = 0; j < 8; j += 4) {
+    const __m512d even = _mm512_castps_pd(s[j]), odd = _mm512_castps_pd(s[j + 2]);
+    s[j] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+  }
+  const __m512 half = _mm512_add_ps(_mm512_shuffle_f32x4(s[0], s[4], 0x88), _mm512_shuffle_f32x4(s[0], s[4], 0xdd));
+  const __m256 low = _mm512_castps512_ps256(half), high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(half), 1));
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 // Scores [length], padded to whole registers with minus infinity, to their exponentials; returns what these add up to.
@@ -47,31 +62,61 @@ WIDE_INLINE float exponentials(float* scores, int64_t length) {
   return _mm512_reduce_add_ps(sum);
 }
 
-WIDE void attend(const Seen& seen, int64_t head, const bf16* query, int64_t group, int64_t dim, float scale, float* scratch, bf16* out) {
-  const bf16* const keys = seen.keys + head * seen.key_heads;
-  const bf16* const values = seen.values + head * seen.value_heads;
-  const int64_t padded = (seen.length + FLOATS - 1) / FLOATS * FLOATS;
-  float* const mixed = scratch + group * padded;
-  for (int64_t t = 0; t < seen.length; ++t)
-    for (int64_t g = 0; g < group; ++g) {
-      const float bias = seen.bias ? widen(seen.bias[t]) : 0.0f;
-      scratch[g * padded + t] = scale * dot(query + g * dim, keys + t * dim, dim) + bias;
-    }
-  for (int64_t g = 0; g < group; ++g) {
-    float* const scores = scratch + g * padded;
-    std::fill(scores + seen.length, scores + padded, -INFINITY);
-    const __m512 share = _mm512_set1_ps(1.0f / exponentials(scores, seen.length));
-    std::fill(mixed, mixed + dim, 0.0f);
-    for (int64_t t = 0; t < seen.length; ++t)
-      for (int64_t i = 0; i < dim; i += FLOATS) {
-        const __m512 sum = _mm512_loadu_ps(mixed + i);
-        _mm512_storeu_ps(mixed + i, _mm512_fmadd_ps(_mm512_set1_ps(scores[t]), widen_all(values + t * dim + i, WHOLE), sum));
-      }
-    for (int64_t i = 0; i < dim; i += FLOATS) {
-      narrow_all(out + g * dim + i, _mm512_mul_ps(_mm512_loadu_ps(mixed + i), share), WHOLE);
+// D registers of each row of values, weighed by the scores of G queries.
+template <int G, int D>
+WIDE_INLINE void mix(const bf16* values, const float* scores, int64_t length, int64_t padded, int64_t dim, const __m512 (&share)[G],
+                     bf16* out) {
+  __m512 sums[G][D];
+#pragma GCC unroll 8
+  for (int g = 0; g < G; ++g)
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) sums[g][d] = _mm512_setzero_ps();
+  for (int64_t t = 0; t < length; ++t) {
+    __m512 row[D];
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) row[d] = widen_all(values + t * dim + d * FLOATS, WHOLE);
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g)
+#pragma GCC unroll 8
+      for (int d = 0; d < D; ++d) sums[g][d] = _mm512_fmadd_ps(_mm512_set1_ps(scores[g * padded + t]), row[d], sums[g][d]);
+  }
+#pragma GCC unroll 8
+  for (int g = 0; g < G; ++g)
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) narrow_all(out + g * dim + d * FLOATS, _mm512_mul_ps(sums[g][d], share[g]), WHOLE);
+}
+
+// A head's keys and values, for G of the queries that share them; `scores` has room for [G, padded length].
+template <int G>
+WIDE void attend(const Seen& seen, const bf16* keys, const bf16* values, const bf16* query, int64_t dim, float scale, float* scores,
+                 bf16* out) {
+  constexpr int T = 8 / G;
+  const int64_t length = seen.length, padded = (length + FLOATS - 1) / FLOATS * FLOATS;
+  for (int64_t t = 0; t < length; t += T) {
+    const bf16* some[T];
+    for (int i = 0; i < T; ++i) some[i] = keys + std::min(t + i, length - 1) * dim;
+    alignas(32) float found[8];
+    _mm256_store_ps(found, dots<G>(query, some, dim));
+    for (int i = 0; i < std::min<int64_t>(T, length - t); ++i) {
+      const float bias = seen.bias ? widen(seen.bias[t + i]) : 0.0f;
+      for (int g = 0; g < G; ++g) scores[g * padded + t + i] = scale * found[i * G + g] + bias;
     }
   }
+  __m512 share[G];
+  for (int g = 0; g < G; ++g) {
+    std::fill(scores + g * padded + length, scores + (g + 1) * padded, -INFINITY);
+    share[g] = _mm512_set1_ps(1.0f / exponentials(scores + g * padded, length));
+  }
+  constexpr int MOST = G == 1 ? 8 : 16 / G;  // registers of values: their sums for all queries take 8 or 16
+  int64_t i = 0;
+  for (; i + MOST * FLOATS <= dim; i += MOST * FLOATS) mix<G, MOST>(values + i, scores, length, padded, dim, share, out + i);
+  for (; i < dim; i += 2 * FLOATS) mix<G, 2>(values + i, scores, length, padded, dim, share, out + i);
 }
+
+using Attend = void (*)(const Seen&, const bf16*, const bf16*, const bf16*, int64_t, float, float*, bf16*);
+
+// Queries that are taken together: as many as divide a group, up to eight.
+int together(int64_t group) { return group % 8 == 0 ? 8 : group % 4 == 0 ? 4 : group % 2 == 0 ? 2 : 1; }
 
 }  // namespace
 
@@ -79,15 +124,19 @@ WIDE void attend(const Seen& seen, int64_t head, const bf16* query, int64_t grou
 extern "C" void decode(const bf16* query, int64_t apart, const Seen* seen, bf16* out, int64_t requests, int64_t heads,
                        int64_t kv_heads, int64_t dim, float scale, int threads) {
   const int64_t group = heads / kv_heads;
+  const int some = together(group);
+  const Attend attend_some = some == 8 ? attend<8> : some == 4 ? attend<4> : some == 2 ? attend<2> : attend<1>;
 #pragma omp parallel num_threads(threads)
   {
     static thread_local std::vector<float> scratch;
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t r = 0; r < requests; ++r)
       for (int64_t h = 0; h < kv_heads; ++h) {
-        scratch.resize(std::max<size_t>(scratch.size(), group * (seen[r].length + FLOATS) + dim));
-        const int64_t at = h * group * dim;
-        attend(seen[r], h, query + r * apart + at, group, dim, scale, scratch.data(), out + r * heads * dim + at);
+        const Seen& own = seen[r];
+        scratch.resize(std::max<size_t>(scratch.size(), some * (own.length + FLOATS)));
+        for (int64_t at = h * group * dim; at < (h + 1) * group * dim; at += some * dim)
+          attend_some(own, own.keys + h * own.key_heads, own.values + h * own.value_heads, query + r * apart + at, dim, scale,
+                      scratch.data(), out + r * heads * dim + at);
       }
   }
 }

@@ -43,7 +43,7 @@ def test_rows_must_be_one_or_all_unless_their_places_are_given():
 
 
 @pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (4, 4, 128), (6, 2, 32)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (4, 4, 128), (6, 2, 32), (16, 2, 96), (4, 2, 160)])
 def test_new_rows_of_all_requests_attend_as_each_alone_in_float32(heads, kv_heads, dim):
     generator = torch.Generator().manual_seed(dim)
     lengths = (1, 15, 16, 200)
