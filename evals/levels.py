@@ -30,7 +30,7 @@ from models.embedded.world import Scene, draw
 from models.flops import flops_ratio
 from models.route import Route
 from pruning.dynamic.gaze import Asked, answers, gives, words
-from pruning.dynamic.levels import AUTO, Level, cheapest_level, make_route, menu_of
+from pruning.dynamic.levels import AUTO, Level, make_route, menu_of, worthwhile_level
 from pruning.dynamic.router import Reading, Router, read_request
 from pruning.dynamic.router_file import load_router
 
@@ -108,8 +108,6 @@ def ask(
 
 def run(checkpoint: Checkpoint, router: Router, pictures: int, split: str) -> dict[str, Any]:
     menu = menu_of(checkpoint.manifest, checkpoint.model.layers)
-    assert checkpoint.manifest.router is not None
-    threshold = float(checkpoint.manifest.router.auto["threshold"])
     fixed = [Level(f"{share:.3f} of the tokens", "", share) for share in SHARES]
     columns: dict[tuple[str, str], Column] = defaultdict(Column)
     taken: dict[str, int] = defaultdict(int)
@@ -120,7 +118,7 @@ def run(checkpoint: Checkpoint, router: Router, pictures: int, split: str) -> di
         for place, talk in talks(checkpoint, scene, visual).items():
             readings = read_all(checkpoint, router, talk[0])
             outcome = {level.name: ask(checkpoint, level, talk, readings) for level in menu.values() if level.name != AUTO}
-            chosen = [cheapest_level(menu, reading.chances, threshold)[0].name for reading in readings]
+            chosen = [worthwhile_level(menu, reading.chances)[0].name for reading in readings]
             for name, found in outcome.items():
                 columns[place, name].add(*found)
             agreed, right, ratios = [], [], []
@@ -137,7 +135,7 @@ def run(checkpoint: Checkpoint, router: Router, pictures: int, split: str) -> di
     for (place, name), column in columns.items():
         levels[place][name] = summary(column)
     return {
-        "levels": dict(levels), "taken": dict(taken), "against_fixed": against_fixed(columns), "threshold": threshold,
+        "levels": dict(levels), "taken": dict(taken), "against_fixed": against_fixed(columns), "price": menu[AUTO].price,
     }  # fmt: skip
 
 

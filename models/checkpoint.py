@@ -77,7 +77,7 @@ class RouterRecord(BaseModel):
     measured: dict[str, Any] = Field(
         description="On held-out questions: the agreement of each rung, and of each share of what is written that may be believed."
     )
-    auto: dict[str, Any] = Field(description="From which chance of keeping its answer on a level is taken, and what came of it.")
+    auto: dict[str, Any] = Field(description="The price at which the target share of answers stays, and what it buys.")
 
 
 class Manifest(BaseModel):

@@ -23,7 +23,7 @@ from models.kv_cache import KVCache, RequestCache
 from models.route import Route
 from models.vision import ImageFeatures
 from pruning.dynamic.gaze import words
-from pruning.dynamic.levels import AUTO, Level, cheapest_level, expected_rows, make_route, menu_of
+from pruning.dynamic.levels import AUTO, Level, expected_rows, make_route, menu_of, worthwhile_level
 from pruning.dynamic.policies import TokenPolicy
 from pruning.dynamic.router import Reading, RouterFailed, read_request
 from pruning.dynamic.router_file import load_router
@@ -84,8 +84,6 @@ class Engine:
         if default_level not in self.menu:
             raise ValueError(f"default level {default_level!r} is not one of {', '.join(self.menu)}")
         self.default_level = default_level
-        record = checkpoint.manifest.router
-        self.auto_threshold = float(record.auto["threshold"]) if record else 1.0
         self.model_name = name or checkpoint.name
         self.context_length, self.fingerprint = self.model.context_length, checkpoint.fingerprint
         self.created = int(time.time())
@@ -283,17 +281,17 @@ class Engine:
         return read_request(self.router, self.model, features, words(request.prompt, self.model.config.image_token_id))
 
     def _settle(self, request: Request, level: Level, reading: Reading | None) -> tuple[Level, float | None]:
-        """What a level that chooses by question, or the cheapest one that may be trusted, is for this request, and the chance
-        that its answer stays. The most that it could be was reserved."""
+        """What a level that chooses by question, or the one most worth its arithmetic, is for this request, and the chance that its
+        answer stays. The most that it could be was reserved."""
         chance: float | None = None
         if reading is None:
             settled = self.menu["off"] if level.name == AUTO else replace(self.menu["off"], name=level.name)
         elif level.name == AUTO:
-            settled, chance = cheapest_level(self.menu, reading.chances, self.auto_threshold)
+            settled, chance = worthwhile_level(self.menu, reading.chances)
         else:
             settled, chance = level.settled(reading.chances)
         if level.name == AUTO:
-            request.reason = f"auto: {_expectation(settled, chance, self.auto_threshold)}"
+            request.reason = f"auto: {_expectation(settled, chance)}"
             self.metrics.degradations.labels(AUTO, settled.name).inc()
         request.level = settled.name
         with self._changed:
@@ -400,13 +398,13 @@ class Engine:
             self.abort(request.id)
 
 
-def _expectation(settled: Level, chance: float | None, threshold: float) -> str:
+def _expectation(settled: Level, chance: float | None) -> str:
     """Why `auto` chose a level, in words."""
     if chance is None:
         return "no picture, and nothing to leave out"
     if settled.name == "off":
-        return f"no level is expected to keep this answer with a chance of {threshold:.3f}"
-    return f"{settled.name} keeps this answer with an expected chance of {chance:.3f}, and {threshold:.3f} are asked for"
+        return "no level saves enough for what it risks of this answer"
+    return f"{settled.name} keeps this answer with an expected chance of {chance:.3f}: more is not worth its arithmetic"
 
 
 def _router_flops(reading: Reading | None, route: Route) -> int:

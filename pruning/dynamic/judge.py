@@ -132,5 +132,5 @@ def judge(
             "agreement": [round(share, 4) for share in shares], "discrimination": discrimination,
             "gains": {f"{gain:g}": [round(x, 4) for x in found.tolist()] for gain, found in zip(GAINS, believed, strict=True)},
         },
-        "auto": auto(chances, stayed, rungs, levels, lesson.target),
+        "auto": auto(chances, stayed, rungs, trade["tokens and layers"], lesson.target),
     }  # fmt: skip

@@ -15,7 +15,7 @@ from pruning.dynamic.policies import TokenPolicy, keep_tokens
 from pruning.dynamic.router import Reading
 
 AUTO = "auto"
-"""The level of a request that takes the cheapest level expected to keep its answer."""
+"""The level of a request that takes the level most worth its arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def menu_of(manifest: Manifest, layers: int, *, routed: bool = True) -> dict[str
         menu[name] = replace(
             plain[name], description=text, visual_ratio=tokens, skipped_layers=0, rungs=rungs, price=found["price"]
         )
-    text = f"the cheapest level that is expected to keep the answer, so that {record.auto['target']:.0%} of all answers stay"
-    menu[AUTO] = Level(AUTO, text, 1.0, card=manifest.cards.get(AUTO), rungs=rungs)
+    text = f"the level that is most worth its arithmetic to this question, so that {record.auto['target']:.0%} of all answers stay"
+    menu[AUTO] = Level(AUTO, text, 1.0, card=manifest.cards.get(AUTO), rungs=rungs, price=record.auto["price"])
     return menu
 
 
@@ -154,13 +154,17 @@ def layers_passed(runs: Sequence[bool], passed: int, costs: Sequence[float]) -> 
     return frozenset(sorted(inner, key=lambda layer: costs[layer])[:passed])
 
 
-def cheapest_level(menu: Mapping[str, Level], chances: Sequence[float], threshold: float) -> tuple[Level, float]:
-    """The cheapest level, as it is for this request, whose chance of keeping the answer reaches the threshold; or `off`."""
-    for name in PRUNED:
-        level, chance = menu[name].settled(chances)
-        if chance >= threshold and not level.whole:
-            return level, chance
-    return menu["off"], 1.0
+def worthwhile_level(menu: Mapping[str, Level], chances: Sequence[float]) -> tuple[Level, float]:
+    """What `auto` takes, as it is for this request, and the chance that the answer stays: the level with the least expected loss at
+    the price of `auto` itself, `off` among them."""
+    rungs = menu[AUTO].rungs
+    costs, expected = torch.tensor([rung.cost for rung in rungs]), torch.tensor(chances)
+    taken = torch.tensor([*(int(choose(expected, costs, menu[name].price)) for name in PRUNED), len(rungs) - 1])
+    best = int(choose(expected[taken], costs[taken], menu[AUTO].price))
+    rung = int(taken[best])
+    if rung == len(rungs) - 1:
+        return menu["off"], 1.0
+    return menu[PRUNED[best]].at(rungs[rung]), chances[rung]
 
 
 def expected_rows(level: Level, prompt: int, images: int, visual_tokens_per_image: int, layers: int) -> int:

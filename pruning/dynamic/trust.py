@@ -1,11 +1,10 @@
 """How likely is it, from what was read, that an answer stays on a rung; and what follows: the price at which a level spends its
-budget, and for level `auto` how likely it must be, so that a given share of all answers is kept.
+budget, and for level `auto` the price at which a given share of all answers is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import floor
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from pruning.dynamic.fit import read
-from pruning.dynamic.levels import PRUNED, Rung, choose
+from pruning.dynamic.levels import Rung, choose
 from pruning.dynamic.router import Router
 from pruning.dynamic.watch import Watched
 
@@ -77,47 +76,17 @@ def _at(price: float, chances: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> d
 
 
 def price_of(trade: Sequence[Mapping[str, float]], what: str, budget: float) -> float:
-    """The price at which `what`, flops_ratio or visual_ratio, is `budget` on average; between those of a trade, in proportion."""
-    spent = [entry[what] for entry in trade]  # falls as the price rises
-    return float(np.exp(np.interp(-budget, [-one for one in spent], [np.log(entry["price"]) for entry in trade])))
+    """The price at which `what`, flops_ratio, visual_ratio or agreement, is `budget` on average; between those of a trade, in
+    proportion."""
+    bought = np.minimum.accumulate([entry[what] for entry in trade])  # less and less as the price rises
+    return float(np.exp(np.interp(-budget, -bought, [np.log(entry["price"]) for entry in trade])))
 
 
 def auto(
-    chances: Tensor, kept: Tensor, rungs: Sequence[Rung], levels: Mapping[str, Mapping[str, float]], target: float
+    chances: Tensor, kept: Tensor, rungs: Sequence[Rung], trade: Sequence[Mapping[str, float]], target: float
 ) -> dict[str, Any]:
-    """From which chance on level `auto` takes a level, and what comes of it."""
-    costs = torch.tensor([rung.cost for rung in rungs])
-    taken = torch.stack([choose(chances, costs, levels[name]["price"]) for name in PRUNED], 1)
-    # A level that takes the whole model is no saving: `off` is.
-    own = chances.gather(1, taken).masked_fill(taken == len(rungs) - 1, 0.0)
-    stays = kept.gather(1, taken)
-    threshold = least_trust(own, stays, target)
-    chosen = cheapest(own, threshold)
-    spent = F.pad(costs[taken], (0, 1), value=rungs[-1].cost).gather(1, chosen[:, None])
-    stayed = F.pad(stays, (0, 1), value=True).gather(1, chosen[:, None])
-    return {
-        "threshold": threshold, "target": target, "questions": len(kept),
-        "agreement": round(float(stayed.float().mean()), 4), "flops_ratio": round(float(spent.mean()), 4),
-        "levels": {name: round(float((chosen == place).float().mean()), 4) for place, name in enumerate((*PRUNED, "off"))},
-    }
-
-
-def cheapest(chances: Tensor, threshold: float) -> Tensor:
-    """For each row of chances [n, levels], cheapest first, the first level whose chance reaches the threshold; levels for `off`."""
-    enough = F.pad((chances >= threshold).int(), (0, 1), value=1)
-    return enough.argmax(1)
-
-
-def least_trust(chances: Tensor, kept: Tensor, target: float) -> float:
-    """The lowest threshold at and above which the chosen levels keep `target` of the answers; above 1 where none does."""
-    stayed = F.pad(kept, (0, 1), value=True)
-    lowest = 1.01
-    for threshold in sorted({floor(1000 * value) / 1000 for value in chances.flatten().tolist()}, reverse=True):
-        share = stayed.gather(1, cheapest(chances, threshold)[:, None]).float().mean()
-        if share < target:
-            break
-        lowest = threshold
-    return lowest
+    """The price at which `target` of the answers stay, and what it buys."""
+    return {"target": target, "questions": len(kept), **_at(price_of(trade, "agreement", target), chances, kept, rungs)}
 
 
 def logistic(features: Tensor, labels: Tensor, decay: float = 3e-3) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from pruning.dynamic.lesson import Lesson
 from pruning.dynamic.levels import PRUNED, Level, Rung, choose, make_route
 from pruning.dynamic.router import Router, Shape, read_request
 from pruning.dynamic.train import run
-from pruning.dynamic.trust import BUDGETS, auto, budgets, cheapest, least_trust, logistic, price_of
+from pruning.dynamic.trust import BUDGETS, auto, budgets, logistic, price_of
 from pruning.dynamic.watch import LEFT_OVER, Watched
 from pruning.dynamic.writing import divergence
 from tests.pruning.kills import Killed, die_at
@@ -160,27 +160,6 @@ def test_learning_to_write_lowers_the_divergence(plain, watched):
 # ---- what it is trusted with
 
 
-def test_the_cheapest_level_that_is_trusted_enough_is_taken():
-    chances = torch.tensor([[0.9, 0.95, 0.99], [0.5, 0.95, 0.9], [0.1, 0.2, 0.3]])
-    assert cheapest(chances, 0.9).tolist() == [0, 1, 3]
-
-
-def test_the_threshold_keeps_the_share_that_is_asked_for_and_is_no_higher_than_it_must_be():
-    torch.manual_seed(0)
-    chances = torch.rand(400, 3)
-    kept = torch.rand(400, 3) < chances
-    threshold = least_trust(chances, kept, 0.9)
-    stayed = torch.cat([kept, torch.ones(400, 1, dtype=torch.bool)], 1)
-
-    def share(at: float) -> float:
-        return float(stayed.gather(1, cheapest(chances, at)[:, None]).float().mean())
-
-    lower = max(value for value in (1000 * chances).floor().flatten().div(1000).tolist() if value < threshold - 1e-6)
-    assert share(threshold) >= 0.9 - 1e-6
-    assert share(lower) < 0.9
-    assert least_trust(0.9 * chances, torch.zeros_like(kept), 1.0) > 1, "where no level keeps anything, all goes to off"
-
-
 def test_logistic_regression_finds_what_separates():
     torch.manual_seed(0)
     features = 5 + 3 * torch.randn(500, 4)
@@ -227,12 +206,20 @@ def test_layers_stay_out_of_the_trade_in_tokens(judged):
     assert min(entry["visual_ratio"] for entry in trade["tokens and layers"]) == pytest.approx(0.1)
 
 
-def test_auto_never_takes_a_level_for_the_whole_model(judged):
-    """A level that would run everything saves nothing: what stays is then `off`."""
+def test_where_no_rung_keeps_anything_auto_runs_the_whole_model():
     chances, kept = torch.zeros(10, 4), torch.zeros(10, 4, dtype=torch.bool)
     chances[:, 3], kept[:, 3] = 1.0, True
-    levels, _ = budgets(chances, kept, LADDER)
-    assert auto(chances, kept, LADDER, levels, 0.99)["levels"]["off"] == 1.0
+    _, trade = budgets(chances, kept, LADDER)
+    found = auto(chances, kept, LADDER, trade["tokens and layers"], 0.99)
+    assert (found["agreement"], found["visual_ratio"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("target", [0.8, 0.9, 0.99])
+def test_autos_price_keeps_the_share_that_is_asked_for(judged, target):
+    _, trade = budgets(*judged, LADDER)
+    found = auto(*judged, LADDER, trade["tokens and layers"], target)
+    assert found["agreement"] == pytest.approx(target, abs=0.005)
+    assert found["flops_ratio"] < LADDER[-1].cost
 
 
 def test_the_manifest_says_what_was_measured_and_what_auto_keeps(routed):
@@ -243,7 +230,7 @@ def test_the_manifest_says_what_was_measured_and_what_auto_keeps(routed):
     assert record.measured["agreement"][-1] == 1.0, "the whole model agrees with itself"
     assert record.auto["questions"] == 2 * (QUICK["pictures"] // 3)
     assert 0 <= record.auto["agreement"] <= 1
-    assert sum(record.auto["levels"].values()) == pytest.approx(1, abs=1e-3)
+    assert record.auto["price"] > 0
 
 
 # ---- training

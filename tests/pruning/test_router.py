@@ -18,7 +18,7 @@ from models.checkpoint import CheckpointError, load, read_manifest, sha256
 from models.flops import flops_ratio
 from models.vision import ImageFeatures
 from pruning.dynamic.gaze import WORDS, words
-from pruning.dynamic.levels import AUTO, PRUNED, choose, layers_passed, make_route
+from pruning.dynamic.levels import AUTO, PRUNED, choose, layers_passed, make_route, menu_of, worthwhile_level
 from pruning.dynamic.policies import euclidean, means, members
 from pruning.dynamic.router import Reading, Router, RouterFailed, Shape, read_request
 from pruning.dynamic.router_file import FILE, load_router
@@ -206,11 +206,28 @@ def test_without_a_picture_there_is_nothing_to_route(routed, level):
     assert receipt.level == ("off" if level == AUTO else level)
 
 
-@pytest.mark.parametrize(("threshold", "chosen"), [(0.0, PRUNED[0]), (1.01, "off")])
-def test_auto_says_what_it_chose_and_forcing_that_gives_the_same_answer(routed, threshold, chosen):
+@given(st.lists(st.floats(0, 1, width=32), min_size=RUNGS, max_size=RUNGS), st.floats(0.001, 10))
+def test_auto_takes_the_level_with_the_least_expected_loss_at_its_own_price(routed, chances, price):
+    menu = menu_of(read_manifest(routed), 3)
+    menu[AUTO] = replace(menu[AUTO], price=price)
+    rungs, chances = menu[AUTO].rungs, [*chances, 1.0]
+
+    def loss(level, chance):
+        costs = {(rung.visual_ratio, rung.skipped_layers, rung.passed_layers): rung.cost for rung in rungs}
+        return 1 - chance + price * costs[level.visual_ratio, level.skipped_layers, level.passed_layers]
+
+    level, chance = worthwhile_level(menu, chances)
+    assert level.name in ("off", *PRUNED)
+    if level.name != "off":
+        assert level == menu[level.name].settled(chances)[0], "forcing it gives the same"
+    assert loss(level, chance) <= min(loss(menu["off"], 1.0), *(loss(*menu[name].settled(chances)) for name in PRUNED)) + 1e-5
+
+
+@pytest.mark.parametrize(("price", "chosen"), [(100.0, PRUNED[0]), (0.0, "off")])
+def test_auto_says_what_it_chose_and_forcing_that_gives_the_same_answer(routed, price, chosen):
     engine = new_engine(load(routed))
     expect(engine.router, RISING)
-    engine.auto_threshold = threshold
+    engine.menu[AUTO] = replace(engine.menu[AUTO], price=price)
     _, reader = submit(engine, 0, level=AUTO)
     drain(engine)
     receipt = reader.finished.receipt
@@ -228,7 +245,7 @@ def test_auto_says_what_it_chose_and_forcing_that_gives_the_same_answer(routed, 
 def test_a_level_that_chooses_gives_back_the_memory_that_it_does_not_need(routed, level):
     engine = new_engine(load(routed))
     expect(engine.router, [0.99] * RUNGS)
-    engine.auto_threshold = 0.0
+    engine.menu[AUTO] = replace(engine.menu[AUTO], price=100.0)
     submit(engine, 0, level=level, max_tokens=4)
     engine.step()
     assert engine.scheduler.used == engine.kv.used < VISUAL * 3
@@ -248,7 +265,7 @@ def test_auto_is_as_careful_as_the_hardest_picture_asks_for(routed):
 def test_mixed_with_other_levels_auto_answers_as_it_would_alone(routed):
     engine = new_engine(load(routed, dtype="float32"))
     expect(engine.router, RISING)
-    engine.auto_threshold = 0.0
+    engine.menu[AUTO] = replace(engine.menu[AUTO], price=100.0)
     alone = [answer(engine, number, level=level).answer for number, level in enumerate((AUTO, "off", "light"))]
     together = [submit(engine, number, level=level)[1] for number, level in enumerate((AUTO, "off", "light"))]
     drain(engine)
