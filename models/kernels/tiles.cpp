@@ -4,8 +4,8 @@
 // adds their product to 16 x 16 sums. What keeps the tiles fed:
 // - W is laid out as tiles chunk by chunk, where a compressed one is expanded, and the next chunk while this one is multiplied:
 //   the two use different units. So a compressed W costs fewer bytes and hardly any time.
-// - Few rows take chunks of few outputs and all inputs, four rows of W side by side: memory is walked in long lines. (Chunks of
-//   256 inputs took up to 1.5 times as long.)
+// - Few rows, all of which stay in cache, take chunks of few outputs and all inputs, four rows of W side by side: memory is walked in
+//   long lines, and sums never leave their tiles. (Chunks of 256 inputs took up to 1.5 times as long at 16 to 64 rows.)
 // - Many rows take chunks of many outputs and so few inputs that four tiles' worth stay in a first-level cache of 48 KB; sums
 //   rest in the second level meanwhile. (Chunks of 512 inputs took 1.15 times as long.)
 //
@@ -26,10 +26,11 @@ namespace {
 
 constexpr int64_t PAIR = 2 * SIDE;         // outputs, and rows of x, of four tiles of sums
 constexpr int64_t SUMS = SIDE * SIDE;      // of one tile
-constexpr int64_t FEW = 32;                // rows of x for which W's arrival takes longest
+constexpr int64_t FEW = 256;               // rows of x for which W's arrival takes long
+constexpr int64_t FITS = 560 << 10;        // values of x that stay in a second-level cache of 2 MB beside chunks of W
 constexpr int64_t MOST = 640;              // rows of x whose sums stay in a second-level cache of 2 MB
-constexpr int64_t OUTS = 192;              // outputs in a chunk for more rows than FEW, PAIR for those
-constexpr int64_t DEEP = 8;                // tiles of inputs in a chunk for more rows than FEW, all for those
+constexpr int64_t OUTS = 192;              // outputs in a chunk for more rows than few, PAIR for those
+constexpr int64_t DEEP = 8;                // tiles of inputs in a chunk for more rows than few, all for those
 constexpr int64_t GROUP = 4, PIECE = 8;    // rows of W that are laid out side by side, and how many tiles of inputs at once
 constexpr int64_t NEXT = 320;              // bytes from a row's part in a chunk to the one in the next, about
 constexpr int64_t LINES = 4;               // cache lines of x that are asked for beside each product
@@ -151,12 +152,14 @@ TILED_INLINE void product(const char* w, const char* x, int64_t deep, int64_t de
 // How a product is cut: chunks of `outs` outputs and `deep` tiles of inputs, of which there are `depth`; `tall` tiles of rows.
 struct Cut {
   int64_t outs, deep, depth, tall;
+  bool few;  // rows, so that sums stay in tiles from the first input to the last
 
   explicit Cut(const Product& p) {
     depth = words_for(p.k);
     tall = parts(p.rows, SIDE);
-    outs = p.rows <= FEW ? PAIR : OUTS;
-    deep = p.rows <= FEW ? depth : DEEP;
+    few = p.rows <= FEW && p.rows * p.k <= FITS;
+    outs = few ? PAIR : OUTS;
+    deep = few ? depth : DEEP;
   }
   int64_t chunk() const { return outs * deep * 64; }  // bytes
   int64_t sums() const { return parts(tall, 2) * PAIR * outs * 4; }
@@ -169,7 +172,6 @@ struct Cut {
 template <class W>
 TILED void strip(const W& w, const Product& p, const Cut& cut, const char* packed, int64_t first, int64_t last, char* scratch) {
   const int64_t chunks = parts(cut.depth, cut.deep), steps = parts(last - first, cut.outs) * chunks;
-  const bool few = p.rows <= FEW;
   typename W::Row rows[2][OUTS + GROUP];
   float* const sums = reinterpret_cast<float*>(scratch + 2 * cut.chunk());
 
@@ -179,7 +181,7 @@ TILED void strip(const W& w, const Product& p, const Cut& cut, const char* packe
     typename W::Row* here = rows[step / chunks % 2];
     for (int64_t o = 0; tile == 0 && o < parts(outs, GROUP) * GROUP; ++o) {
       const int64_t out = std::min(from + o, last - 1), group = std::max(first, std::min(from + o / GROUP * GROUP, last - GROUP));
-      here[o] = w.row(out, few ? w.bytes(group, std::min(group + GROUP, last)) : NEXT);
+      here[o] = w.row(out, cut.few ? w.bytes(group, std::min(group + GROUP, last)) : NEXT);
     }
     return Layout<W>{here, outs, std::min(cut.deep * LANES, p.k - tile * LANES), cut.deep, scratch + step % 2 * cut.chunk()};
   };
@@ -197,7 +199,7 @@ TILED void strip(const W& w, const Product& p, const Cut& cut, const char* packe
         const char* a = scratch + step % 2 * cut.chunk() + o * cut.deep * 64;
         const char* b = packed + cut.x(tile, m);
         const bool two = o + SIDE < outs, high = m + 1 < cut.tall;
-        const Beside<W> beside{next, pieces, few ? 0 : LINES, b + (2 + 2 * o / cut.outs) * depth * TILE};
+        const Beside<W> beside{next, pieces, cut.few ? 0 : LINES, b + (2 + 2 * o / cut.outs) * depth * TILE};
         if (two && high) product<2, 2>(a, b, cut.deep, depth, c, tile == 0, beside);
         else if (two) product<2, 1>(a, b, cut.deep, depth, c, tile == 0, beside);
         else if (high) product<1, 2>(a, b, cut.deep, depth, c, tile == 0, beside);
