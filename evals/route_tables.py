@@ -106,22 +106,35 @@ def _picture(entries: Sequence[Entry], checkpoint: str, path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for policy in dict.fromkeys(entry["policy"] for entry in entries):
-        points: dict[float, list[float]] = defaultdict(list)
-        for entry in entries:
-            if entry["policy"] == policy:
-                points[entry["flops_ratio"]].append(entry["accuracy"])
-        if policy == "off":
-            axes.axhline(mean(points[1.0]), color="black", linewidth=0.8, linestyle=":", label="off")
-        else:
-            axes.plot(*zip(*sorted((x, mean(y)) for x, y in points.items()), strict=True), marker="o", markersize=3, label=policy)
-    axes.set(xlabel="prefill FLOPs over dense", ylabel="accuracy", title=f"{checkpoint}, held-out test")
-    axes.legend(fontsize=7)
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    off = next(entry["accuracy"] for entry in entries if entry["policy"] == "off")
+    for axes in panels:
+        axes.axhline(off, color="black", linewidth=0.8, linestyle=":", label="off")
+        for policy, curve in _curves(entries).items():
+            color, style = colors[POLICIES.index(policy)], "-" if policy.startswith("router") else "--"
+            axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, linestyle=style, color=color, label=policy)
+        axes.set(xlabel="prefill FLOPs over dense", ylabel="accuracy")
+    panels[0].set_title(f"{checkpoint}, held-out test")
+    panels[1].set(title="the same, near the top", ylim=(off - 0.1, off + 0.005))
+    panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _curves(entries: Sequence[Entry]) -> dict[str, list[tuple[float, float]]]:
+    """Each policy's points, from little arithmetic to much: FLOPs ratio and accuracy, means over seeds."""
+    points: dict[str, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
+    for entry in entries:
+        if entry["policy"] != "off":
+            points[entry["policy"]][entry["budget"]].append(entry)
+    return {policy: sorted(map(_middle, budgets.values())) for policy, budgets in points.items()}
+
+
+def _middle(entries: Sequence[Entry]) -> tuple[float, float]:
+    return mean(one["flops_ratio"] for one in entries), mean(one["accuracy"] for one in entries)
 
 
 if __name__ == "__main__":
