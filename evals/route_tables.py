@@ -80,16 +80,22 @@ def _level_cells(found: Sequence[Entry]) -> list[str]:
 
 def _table(entries: Sequence[Entry]) -> list[str]:
     off = next(entry["accuracy"] for entry in entries if entry["policy"] == "off")
-    routed = [entry for entry in entries if entry["policy"] != "off"]
-    budgets = list(dict.fromkeys(entry["budget"] for entry in routed))
-    cells: dict[tuple[str, str], list[Entry]] = defaultdict(list)
-    for entry in routed:
-        cells[entry["policy"], entry["budget"]].append(entry)
+    cells = _cells(entries)
+    budgets = list(dict.fromkeys(budget for _, budget in cells))
     lines = [f"`off`: {off:.2%}\n", f"| policy | {' | '.join(budgets)} |", "|---|" + "---|" * len(budgets)]
-    for policy in sorted({entry["policy"] for entry in routed}, key=POLICIES.index):
-        row = [_cell(cells[policy, budget], off) for budget in budgets]
+    for policy in sorted({policy for policy, _ in cells}, key=POLICIES.index):
+        row = [_cell(cells.get((policy, budget), []), off) for budget in budgets]
         lines.append(f"| {policy} | {' | '.join(row)} |")
     return lines
+
+
+def _cells(entries: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
+    """The runs, one a seed, of each policy at each budget; `off` aside."""
+    cells: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        if entry["policy"] != "off":
+            cells[entry["policy"], entry["budget"]].append(entry)
+    return cells
 
 
 def _cell(entries: Sequence[Entry], off: float) -> str:
@@ -126,15 +132,10 @@ def _picture(entries: Sequence[Entry], checkpoint: str, path: Path) -> Path:
 
 def _curves(entries: Sequence[Entry]) -> dict[str, list[tuple[float, float]]]:
     """Each policy's points, from little arithmetic to much: FLOPs ratio and accuracy, means over seeds."""
-    points: dict[str, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
-    for entry in entries:
-        if entry["policy"] != "off":
-            points[entry["policy"]][entry["budget"]].append(entry)
-    return {policy: sorted(map(_middle, budgets.values())) for policy, budgets in points.items()}
-
-
-def _middle(entries: Sequence[Entry]) -> tuple[float, float]:
-    return mean(one["flops_ratio"] for one in entries), mean(one["accuracy"] for one in entries)
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (policy, _), runs in _cells(entries).items():
+        curves[policy].append((mean(one["flops_ratio"] for one in runs), mean(one["accuracy"] for one in runs)))
+    return {policy: sorted(points) for policy, points in curves.items()}
 
 
 if __name__ == "__main__":

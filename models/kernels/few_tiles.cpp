@@ -24,9 +24,6 @@ constexpr int64_t RING = 8, AHEAD = 4;  // tiles of W, and how many are laid out
 constexpr int64_t STRIP = 1 << 20;      // bytes of dense W that a thread takes at a time
 constexpr int64_t SHARES = 4;           // strips a thread gets at least, so that a slower one is not waited for
 
-// Of a word of which `left` inputs are still there.
-inline __mmask32 lanes_of(int64_t left) { return left >= LANES ? ~0u : left > 0 ? (1u << left) - 1 : 0; }
-
 // Four rows of x and four words of each, as a tile; zeros where there are none.
 TILED void pack(const Product& p, int64_t word, char* tile) {
   __m512i r[SIDE];

@@ -39,7 +39,7 @@ constexpr int64_t ALL = INT64_MAX;
 
 // 16 rows of x and 32 inputs of each, as a tile; zeros where there are none.
 TILED void pack(const Product& p, int64_t row, int64_t input, char* tile) {
-  const __mmask32 lanes = p.k - input >= LANES ? ~0u : (1u << (p.k - input)) - 1;
+  const __mmask32 lanes = lanes_of(p.k - input);
   __m512i r[SIDE];
 #pragma GCC unroll 16
   for (int i = 0; i < SIDE; ++i) {
@@ -55,21 +55,14 @@ TILED void pack(const Product& p, int64_t row, int64_t input, char* tile) {
 TILED void finish(const Product& p, const float* sums, int64_t row, int64_t out) {
   const int64_t rows = std::min(SIDE, p.rows - row);
   const __mmask16 lanes = p.n - out >= SIDE ? 0xffff : (1u << (p.n - out)) - 1;
-  __m512 bias = _mm512_setzero_ps();
-  if (p.bias) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p.bias + out));
-    bias = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-  }
+  const __m512 bias = p.bias ? widen_all(p.bias + out, lanes) : _mm512_setzero_ps();
   __m512i r[SIDE];
 #pragma GCC unroll 16
   for (int i = 0; i < SIDE; ++i) r[i] = _mm512_load_si512(sums + SIDE * i);
   transpose(r);
 #pragma GCC unroll 16
   for (int i = 0; i < SIDE; ++i)
-    if (i < rows) {
-      const __m256bh narrow = _mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(r[i]), bias));
-      _mm256_mask_storeu_epi16(p.y + (row + i) * p.n + out, lanes, (__m256i)narrow);
-    }
+    if (i < rows) narrow_all(p.y + (row + i) * p.n + out, _mm512_add_ps(_mm512_castsi512_ps(r[i]), bias), lanes);
 }
 
 // Lays out a chunk of W as tiles, piece after piece: [outputs / 16, deep, 16, 32].
@@ -93,7 +86,7 @@ struct Layout {
           for (int g = 0; g < GROUP; ++g) _mm512_store_si512(to + i * TILE + g * 64, r[g].next(~0u));
       } else {
         for (int64_t i = 0; i * LANES < left; ++i) {
-          const __mmask32 lanes = left - i * LANES >= LANES ? ~0u : (1u << (left - i * LANES)) - 1;
+          const __mmask32 lanes = lanes_of(left - i * LANES);
           for (int g = 0; g < GROUP; ++g) _mm512_store_si512(to + i * TILE + g * 64, r[g].next(lanes));
         }
       }

@@ -61,4 +61,7 @@ struct Sparse {
   int64_t bytes(int64_t first, int64_t last) const { return (offsets[last] - offsets[first]) * 2; }
 };
 
+// Of a word of which `left` inputs are still there.
+inline __mmask32 lanes_of(int64_t left) { return left >= LANES ? ~0u : left > 0 ? (1u << left) - 1 : 0; }
+
 inline int64_t words_for(int64_t k) { return (k + LANES - 1) / LANES; }
