@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from transformers import LlavaConfig
 
 from models.flops import prefill_flops
-from models.linear import Matrix
 from models.llava import Llava
 from models.route import Route
+from models.sparse import Matrix
 from models.vision import feature_layers
 
 STREAM_BYTES = 1 << 30

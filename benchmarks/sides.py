@@ -17,9 +17,10 @@ from transformers.generation.streamers import BaseStreamer
 from models.forms import choose
 from models.forward import forward, prompt_work, token_work
 from models.kv_cache import RequestCache
-from models.linear import Linear, Matrix
+from models.linear import Linear
 from models.llava import Llava, from_transformers
 from models.route import Route
+from models.sparse import Matrix
 from pruning.dynamic.gaze import Asked, words
 from pruning.dynamic.router import Router, read_request
 

@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from models import kernels
-from models.linear import Linear, Matrix, SemiStructuredLinear, SparseLinear
+from models.linear import Linear
+from models.sparse import Matrix, PackedLinear, SemiStructuredLinear, SparseLinear
 
 log = logging.getLogger("espalier.forms")
 
-BREAK_EVEN = 0.4
-"""Share of zeros from which the bitmask is the faster form on a CPU for any 1 to 32 rows.
+BREAK_EVEN = 0.3
+"""Share of zeros from which the packed form is the faster one on a CPU with AMX.
 
-Of a 2048 x 5632 (out x in) matrix with 0.3 of zeros, 32 rows took 1.05 times as long as of a dense one and one row 0.90 times;
-with 0.4 they took 0.95 and 0.79 times as long. On tiles (2048 x 11264) 1 to 64 rows take 0.87 to 0.95 times as long with 0.2
-of zeros and 0.73 to 0.84 with 0.4, but 616 rows of a prompt 1.12, 1.08 and 1.02 times with 0.2, 0.3 and 0.4.
+With 0.3 of zeros 1, 4, 16, 64 and 168 rows take 0.70 to 0.95 times as long as of a dense matrix (2048 to 11264 and 5632 to 2048),
+and 616 rows of a prompt 1.07 and 0.98 times; with 0.2 it is 0.80 to 1.12. Without AMX 1 and 4 rows take 0.70 and 0.86 times as
+long, 8 and more 1.1 to 1.2 times, however many zeros there are.
 """
 DECODE_ROWS = (1, 16)
 """What is timed on a GPU, which differ more than CPUs with these instructions do. Prefill is arithmetic in any form."""
@@ -39,7 +40,7 @@ def choose(linear: Linear) -> Matrix:
         return linear
     if not kernels.library():
         return linear
-    return SparseLinear.of(linear)
+    return PackedLinear.of(linear)
 
 
 def is_2_4(weight: Tensor) -> bool:
@@ -62,7 +63,7 @@ def faster(linear: Linear, form: type[SparseLinear] | type[SemiStructuredLinear]
     return sparse
 
 
-def seconds(matrix: Matrix, rows: int) -> float:
+def seconds(matrix: Linear | SparseLinear | SemiStructuredLinear, rows: int) -> float:
     """Of one product, mean over some after a warm-up."""
     like = matrix.values if isinstance(matrix, SparseLinear) else matrix.weight
     inputs = matrix.inputs if isinstance(matrix, SparseLinear) else matrix.weight.shape[1]

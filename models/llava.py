@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from models.forms import choose
-from models.linear import Linear, Matrix, take
+from models.linear import Linear, take
 from models.rows import rms_norm
+from models.sparse import Matrix
 from models.vision import VisionBlock, VisionTower, feature_layers
 from models.widths import head_dim, layer_widths, query_heads
 
@@ -112,7 +113,7 @@ class Llava:
         return sum(self.bytes_by_form().values())
 
     def bytes_by_form(self) -> dict[str, int]:
-        """Resident bytes of the matrices and the embedding: `dense`, `bitmask`, `2:4`."""
+        """Resident bytes of the matrices and the embedding: `dense`, `packed`, `bitmask`, `2:4`."""
         tied = self.head.weight.data_ptr() == self.embedding.data_ptr()
         held = {"dense": 0 if tied else self.embedding.nbytes}
         for matrix in self.linears().values():

@@ -1,9 +1,9 @@
-"""Products on a CPU, in C++: bfloat16, weights dense or compressed to their non-zeros.
+"""Products on a CPU, in C++: bfloat16, weights dense or packed to their non-zeros.
 
-Few rows are multiplied on vectors (few_rows.cpp), more of them on the tiles of AMX where there are any (few_tiles.cpp up to four,
-tiles.cpp beyond), the new rows of a decoding step attend in one call (decode.cpp), and what happens between products is one pass
-each (rows.cpp). The library is built at install where a C++ compiler is present, and used where the processor has AVX-512 BF16 and
-VBMI2. Callers ask `library()` first; where it is None they take torch's way. Nothing here is differentiable.
+Few rows are multiplied on vectors (few_rows.cpp), more of them on the tiles of AMX where there are any (few_tiles.cpp up to
+sixteen, tiles.cpp beyond), the new rows of a decoding step attend in one call (decode.cpp), and what happens between products is
+one pass each (rows.cpp). The library is built at install where a C++ compiler is present, and used where the processor has AVX-512
+BF16, VBMI and VBMI2. Callers ask `library()` first; where it is None they take torch's way. Nothing here is differentiable.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from torch import Tensor
 
 log = logging.getLogger("espalier.kernels")
 
-TILED_FROM, FEW_TILED = 3, 4
-"""Rows from which tiles are faster than vectors, and up to which a row fills four columns of a tile. With one or two, memory brings
-sparse weights faster to vectors by 1.1 times; with more than four, a row is a column."""
+TILED_FROM = {"dense": 3, "packed": 2}
+"""Rows from which tiles are faster than vectors."""
+PARTED, FEW_TILED = 4, 16
+"""Rows up to which one is several columns of a tile, and up to which W is laid out in the first-level cache (few_tiles.cpp)."""
 POINTER, COUNT, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "dense": [POINTER] * 4 + [COUNT] * 3 + [INT],
-    "sparse": [POINTER] * 6 + [COUNT] * 3 + [INT],
-    "expand": [POINTER] * 4 + [COUNT] * 3 + [INT],
+    "packed": [POINTER] * 4 + [COUNT] * 3 + [INT],
+    "expand": [POINTER] * 2 + [COUNT] * 3 + [INT],
     "decode": [POINTER, COUNT, POINTER, POINTER] + [COUNT] * 4 + [FLOAT, INT],
     "norm": [POINTER] * 3 + [COUNT] * 2 + [FLOAT, INT],
     "gate": [POINTER] * 3 + [COUNT] * 3 + [FLOAT, INT],
     "rotate": [POINTER] * 4 + [COUNT] * 4 + [INT],
 }
-TILED_SIGNATURES = {f"{name}{kind}": SIGNATURES[name] for name in ("dense", "sparse") for kind in ("_tiles", "_few_tiles")}
+TILED_SIGNATURES = {f"{name}{kind}": SIGNATURES[name] for name in ("dense", "packed") for kind in ("_tiles", "_few_tiles")}
 DECODE_DIM = 32
 """What a head's width is a multiple of, where `decode` takes it: the values that a register holds."""
 
@@ -46,7 +47,7 @@ def library() -> ctypes.CDLL | None:
         return None
     found = ctypes.CDLL(spec.origin)  # after torch, whose OpenMP and so whose threads it then shares
     if not found.supported():
-        log.info("this processor lacks AVX-512 BF16 or VBMI2: small batches run through torch")
+        log.info("this processor lacks AVX-512 BF16, VBMI or VBMI2: small batches run through torch")
         return None
     tiled = bool(found.tiles_supported())
     for name, types in (SIGNATURES | (TILED_SIGNATURES if tiled else {})).items():
@@ -72,27 +73,18 @@ def dense(native: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -
     return y
 
 
-def sparse(
-    native: ctypes.CDLL, x: Tensor, values: Tensor, masks: Tensor, offsets: Tensor, bias: Tensor | None
-) -> Tensor:
-    """The same product with a weight as `models.linear.SparseLinear` holds it."""
-    x, n = x.contiguous(), len(masks)
+def packed(native: ctypes.CDLL, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """The same product with the parts of a packed weight, as `models.sparse.PackedLinear` holds them."""
+    x, weight, n = x.contiguous(), _packed(parts), len(parts[-1]) - 1
     y = x.new_empty(len(x), n)
-    product = _product(native, "sparse", x)
-    product(
-        x.data_ptr(), values.data_ptr(), masks.data_ptr(), offsets.data_ptr(), _pointer(bias), y.data_ptr(),
-        len(x), x.shape[1], n, torch.get_num_threads(),
-    )  # fmt: skip
+    product = _product(native, "packed", x)
+    product(x.data_ptr(), weight, _pointer(bias), y.data_ptr(), len(x), x.shape[1], n, torch.get_num_threads())
     return y
 
 
-def expand(native: ctypes.CDLL, values: Tensor, masks: Tensor, offsets: Tensor, first: int, out: Tensor) -> Tensor:
+def expand(native: ctypes.CDLL, parts: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
     """Write the dense rows from `first` on to `out` [rows, in], contiguous bfloat16."""
-    last = first + len(out)
-    native.expand(
-        values.data_ptr(), masks.data_ptr(), offsets.data_ptr(), out.data_ptr(), out.shape[1], first, last,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    native.expand(_packed(parts), out.data_ptr(), out.shape[1], first, first + len(out), torch.get_num_threads())
     return out
 
 
@@ -154,9 +146,15 @@ def rotate(native: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _product(native: ctypes.CDLL, form: str, x: Tensor) -> Callable[..., None]:
     """The function that multiplies so many rows by a weight of this form."""
-    few = len(x) < TILED_FROM or not tiles()
+    few = len(x) < TILED_FROM[form] or not tiles()
     found: Callable[..., None] = getattr(native, form if few else f"{form}_few_tiles" if len(x) <= FEW_TILED else f"{form}_tiles")
     return found
+
+
+def _packed(parts: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
+    """weights.h's `Packed`: where the parts lie, and how many words of masks a row has."""
+    *_, masks, _ = parts
+    return (COUNT * (len(parts) + 1))(*(part.data_ptr() for part in parts), masks.shape[1])
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -2,12 +2,9 @@
 
 #pragma once
 
-#include <algorithm>
-#include <cstdlib>
-
 #include "weights.h"
 
-#define TILED __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi2,popcnt,amx-tile,amx-bf16")))
+#define TILED __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2,popcnt,amx-tile,amx-bf16")))
 #define TILED_INLINE TILED __attribute__((always_inline)) inline
 
 constexpr int64_t SIDE = 16, TILE = 1024;  // rows of a tile and its bytes
@@ -35,22 +32,6 @@ TILED_INLINE void give_back(const Config& before) {
   else _tile_release();
 }
 
-// Grows and never shrinks: what one product needed the next one like it finds.
-struct Buffer {
-  char* at = nullptr;
-  int64_t size = 0;
-
-  char* of(int64_t wanted) {
-    if (wanted > size) {
-      std::free(at);
-      size = (wanted + 4095) / 4096 * 4096;
-      at = static_cast<char*>(std::aligned_alloc(4096, size));
-    }
-    return at;
-  }
-  ~Buffer() { std::free(at); }
-};
-
 // 16 x 16 values of 32 bits, in four steps that each merge what is twice as far apart.
 TILED_INLINE void transpose(__m512i r[SIDE]) {
   __m512i t[SIDE];
@@ -77,4 +58,18 @@ TILED_INLINE void transpose(__m512i r[SIDE]) {
     r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
     r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
   }
+}
+
+// A tile of sums [outputs, rows] to y.
+TILED inline void finish(const Product& p, const float* sums, int64_t row, int64_t out) {
+  const int64_t rows = std::min(SIDE, p.rows - row);
+  const __mmask16 lanes = p.n - out >= SIDE ? 0xffff : (1u << (p.n - out)) - 1;
+  const __m512 bias = p.bias ? widen_all(p.bias + out, lanes) : _mm512_setzero_ps();
+  __m512i r[SIDE];
+#pragma GCC unroll 16
+  for (int i = 0; i < SIDE; ++i) r[i] = _mm512_load_si512(sums + SIDE * i);
+  transpose(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < SIDE; ++i)
+    if (i < rows) narrow_all(p.y + (row + i) * p.n + out, _mm512_add_ps(_mm512_castsi512_ps(r[i]), bias), lanes);
 }

@@ -1,4 +1,4 @@
-"""Products of few rows on a GPU, in Triton: weights compressed to their non-zeros, as `models.linear.SparseLinear` holds them.
+"""Products of few rows on a GPU, in Triton: weights compressed to their non-zeros, as `models.sparse.SparseLinear` holds them.
 
 A program walks a few rows of the weight from left to right. The running count of set bits says where each weight's value lies.
 """

@@ -1,15 +1,16 @@
-// y = x W^T for few rows of x, in bfloat16 with float32 sums: W dense as torch holds it, or compressed to its non-zeros.
+// y = x W^T for few rows of x, in bfloat16 with float32 sums: W dense as torch holds it, or packed to its non-zeros.
 // Plain C functions, called through ctypes by __init__.py, which checks what it hands over; built without torch.
 //
 // With few rows a product takes as long as W takes to arrive from memory, and three things keep the rest out of its way:
 // - Several output rows are worked on at once: they share the loads of x, and their chains of additions overlap.
 // - Each load asks for what the next such block will read at the same place. So memory is walked in one straight line,
 //   as it likes best, though several rows are read side by side (measured: two such rows without this took longer than one).
-// - A compressed W is expanded in registers, for each block of 8 rows of x anew: every expanded register then serves 8
+// - A packed W is expanded in registers, for each block of 8 rows of x anew: every expanded register then serves 8
 //   products, so that expanding hides behind them. (Expanding once into a buffer for 9 to 64 rows took 1.05 to 1.3 times as long.)
 //
 // Every output is one chain of additions in the order of its inputs, in either form and with any number of rows: as long as
-// vectors do it, an answer does not depend on who shares its batch (tiles add in another order, see there). Subnormal numbers count as zero (vdpbf16ps has no other way).
+// vectors do it, an answer does not depend on who shares its batch (tiles add in another order, see there). Subnormal numbers
+// count as zero (vdpbf16ps has no other way).
 
 #include <cstdint>
 
@@ -28,31 +29,38 @@ constexpr int64_t SHARES = 4;                // strips a thread gets at least, s
 
 // R rows of x from `row` on, times O rows of W from `first` on.
 template <int R, int O, class W>
-WIDE_INLINE void block(const W& w, const Product& p, int64_t row, int64_t first) {
+WIDE_INLINE void block(const W& w, const Product& p, int64_t row, int64_t first, uint8_t* scratch) {
   const int64_t ahead = w.bytes(first, first + O);
   typename W::Row weights[O];
   __m512 sums[O][R];
 #pragma GCC unroll 8
   for (int o = 0; o < O; ++o) {
-    weights[o] = w.row(first + o, ahead);
+    weights[o] = w.open(first + o);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) sums[o][r] = _mm512_setzero_ps();
   }
+  const int64_t apart = w.unpack(weights[0], w.start(first + O), 0, scratch);
+  auto asking = w.ask(first, first + O, pairs_for(p.k));
   const bf16* x = p.x + row * p.k;
-  const auto step = [&](int64_t i, __mmask32 lanes) WIDE __attribute__((always_inline)) {
-    __m512i loaded[O];
+  const auto step = [&](int64_t i, __mmask64 lanes) WIDE __attribute__((always_inline)) {
+    asking.step();
+    Two loaded[O];
 #pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) loaded[o] = weights[o].next(lanes);
+    for (int o = 0; o < O; ++o) loaded[o] = weights[o].next(lanes, apart, ahead);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const __m512i inputs = _mm512_maskz_loadu_epi16(lanes, x + r * p.k + i);
+      const bf16* at = x + r * p.k + i;
+      const __m512i inputs = _mm512_maskz_loadu_epi16(__mmask32(lanes), at);
 #pragma GCC unroll 8
-      for (int o = 0; o < O; ++o) sums[o][r] = _mm512_dpbf16_ps(sums[o][r], (__m512bh)inputs, (__m512bh)loaded[o]);
+      for (int o = 0; o < O; ++o) sums[o][r] = _mm512_dpbf16_ps(sums[o][r], (__m512bh)inputs, (__m512bh)loaded[o].first);
+      const __m512i further = _mm512_maskz_loadu_epi16(__mmask32(lanes >> LANES), at + LANES);
+#pragma GCC unroll 8
+      for (int o = 0; o < O; ++o) sums[o][r] = _mm512_dpbf16_ps(sums[o][r], (__m512bh)further, (__m512bh)loaded[o].second);
     }
   };
   int64_t i = 0;
-  for (; i + LANES <= p.k; i += LANES) step(i, ~0u);
-  if (i < p.k) step(i, (1u << (p.k - i)) - 1);
+  for (; i + BOTH <= p.k; i += BOTH) step(i, ~0ull);
+  if (i < p.k) step(i, both_of(p.k - i));
 #pragma GCC unroll 8
   for (int o = 0; o < O; ++o) {
     const float bias = p.bias ? widen(p.bias[first + o]) : 0.0f;
@@ -62,14 +70,14 @@ WIDE_INLINE void block(const W& w, const Product& p, int64_t row, int64_t first)
 }
 
 template <int R, class W>
-WIDE void strip(const W& w, const Product& p, int64_t row, int64_t first, int64_t last) {
+WIDE void strip(const W& w, const Product& p, int64_t row, int64_t first, int64_t last, uint8_t* scratch) {
   constexpr int O = R <= 4 ? 4 : 3;
-  for (; first + O <= last; first += O) block<R, O>(w, p, row, first);
-  for (; first < last; ++first) block<R, 1>(w, p, row, first);
+  for (; first + O <= last; first += O) block<R, O>(w, p, row, first, scratch);
+  for (; first < last; ++first) block<R, 1>(w, p, row, first, scratch);
 }
 
 template <class W>
-constexpr void (*STRIPS[ROWS])(const W&, const Product&, int64_t, int64_t, int64_t) = {
+constexpr void (*STRIPS[ROWS])(const W&, const Product&, int64_t, int64_t, int64_t, uint8_t*) = {
     strip<1, W>, strip<2, W>, strip<3, W>, strip<4, W>, strip<5, W>, strip<6, W>, strip<7, W>, strip<8, W>};
 
 // Output rows in a strip: a multiple of 12, so that blocks of 3 and of 4 leave none over.
@@ -83,19 +91,29 @@ template <class W>
 void multiply(const W& w, const Product& p, int threads) {
   if (p.n * p.k < SERIAL) threads = 1;
   const int64_t step = strip_rows(p.k, p.n, threads), blocks = (p.rows + ROWS - 1) / ROWS;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t first = 0; first < p.n; first += step)
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t row = p.rows * b / blocks, next = p.rows * (b + 1) / blocks;
-      STRIPS<W>[next - row - 1](w, p, row, first, std::min(first + step, p.n));
-    }
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Buffer own;
+    uint8_t* const scratch = reinterpret_cast<uint8_t*>(own.of(unpacked(4 * p.k)));
+#pragma omp for schedule(dynamic)
+    for (int64_t first = 0; first < p.n; first += step)
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t row = p.rows * b / blocks, next = p.rows * (b + 1) / blocks;
+        STRIPS<W>[next - row - 1](w, p, row, first, std::min(first + step, p.n), scratch);
+      }
+  }
 }
 
-WIDE void expand_row(const Sparse& w, int64_t row, int64_t k, bf16* out) {
-  Sparse::Row weights = w.row(row, w.bytes(row, row + 1));
-  int64_t i = 0;
-  for (; i + LANES <= k; i += LANES) _mm512_storeu_si512(out + i, weights.next(~0u));
-  if (i < k) _mm512_mask_storeu_epi16(out + i, (1u << (k - i)) - 1, weights.next(~0u));
+WIDE void expand_row(const Packed& w, int64_t row, int64_t k, bf16* out, uint8_t* scratch) {
+  const int64_t ahead = w.bytes(row, row + 1);
+  Packed::Row weights = w.open(row);
+  const int64_t apart = w.unpack(weights, w.start(row + 1), ahead / 2, scratch);
+  for (int64_t i = 0; i < k; i += BOTH) {
+    const __mmask64 lanes = both_of(k - i);
+    const Two both = weights.next(lanes, apart, ahead);
+    _mm512_mask_storeu_epi16(out + i, __mmask32(lanes), both.first);
+    _mm512_mask_storeu_epi16(out + i + LANES, __mmask32(lanes >> LANES), both.second);
+  }
 }
 
 }  // namespace
@@ -104,24 +122,27 @@ extern "C" {
 
 int supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
 }
 
 void dense(const bf16* x, const bf16* weights, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
   multiply(Dense{weights, k}, Product{x, bias, y, rows, k, n}, threads);
 }
 
-void sparse(const bf16* x, const bf16* values, const uint32_t* masks, const int64_t* offsets, const bf16* bias, bf16* y,
-            int64_t rows, int64_t k, int64_t n, int threads) {
-  multiply(Sparse{values, masks, offsets, words_for(k)}, Product{x, bias, y, rows, k, n}, threads);
+void packed(const bf16* x, const Packed* w, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
+  multiply(*w, Product{x, bias, y, rows, k, n}, threads);
 }
 
-// Rows [first, last) of a compressed matrix as dense ones, to out [last - first, k].
-void expand(const bf16* values, const uint32_t* masks, const int64_t* offsets, bf16* out, int64_t k, int64_t first,
-            int64_t last, int threads) {
-  const Sparse w{values, masks, offsets, words_for(k)};
-#pragma omp parallel for num_threads(threads)
-  for (int64_t row = first; row < last; ++row) expand_row(w, row, k, out + (row - first) * k);
+// Rows [first, last) of a packed matrix as dense ones, to out [last - first, k].
+void expand(const Packed* w, bf16* out, int64_t k, int64_t first, int64_t last, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Buffer own;
+    uint8_t* const scratch = reinterpret_cast<uint8_t*>(own.of(unpacked(k)));
+#pragma omp for
+    for (int64_t row = first; row < last; ++row) expand_row(*w, row, k, out + (row - first) * k, scratch);
+  }
 }
 }
 

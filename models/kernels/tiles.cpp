@@ -1,9 +1,9 @@
-// y = x W^T on the tiles of AMX, for any number of rows (for up to four see few_tiles.cpp): W dense as torch holds it, or compressed to its non-zeros.
+// y = x W^T on the tiles of AMX, for any number of rows (for up to sixteen see few_tiles.cpp): W dense as torch holds it, or packed.
 //
 // A tile of W is 16 outputs by 32 inputs as they lie, a tile of x 16 rows by 32 inputs with pair under pair, and one instruction
 // adds their product to 16 x 16 sums. What keeps the tiles fed:
-// - W is laid out as tiles chunk by chunk, where a compressed one is expanded, and the next chunk while this one is multiplied:
-//   the two use different units. So a compressed W costs fewer bytes and hardly any time.
+// - W is laid out as tiles chunk by chunk, where a packed one is expanded, and the next chunk while this one is multiplied:
+//   the two use different units. So a packed W costs fewer bytes and hardly any time.
 // - Few rows, all of which stay in cache, take chunks of few outputs and all inputs, four rows of W side by side: memory is walked in
 //   long lines, and sums never leave their tiles. (Chunks of 256 inputs took up to 1.5 times as long at 16 to 64 rows.)
 // - Many rows take chunks of many outputs and so few inputs that four tiles' worth stay in a first-level cache of 48 KB; sums
@@ -51,44 +51,41 @@ TILED void pack(const Product& p, int64_t row, int64_t input, char* tile) {
   for (int i = 0; i < SIDE; ++i) _mm512_store_si512(tile + 64 * i, r[i]);
 }
 
-// A tile of sums [outputs, rows] to y.
-TILED void finish(const Product& p, const float* sums, int64_t row, int64_t out) {
-  const int64_t rows = std::min(SIDE, p.rows - row);
-  const __mmask16 lanes = p.n - out >= SIDE ? 0xffff : (1u << (p.n - out)) - 1;
-  const __m512 bias = p.bias ? widen_all(p.bias + out, lanes) : _mm512_setzero_ps();
-  __m512i r[SIDE];
-#pragma GCC unroll 16
-  for (int i = 0; i < SIDE; ++i) r[i] = _mm512_load_si512(sums + SIDE * i);
-  transpose(r);
-#pragma GCC unroll 16
-  for (int i = 0; i < SIDE; ++i)
-    if (i < rows) narrow_all(p.y + (row + i) * p.n + out, _mm512_add_ps(_mm512_castsi512_ps(r[i]), bias), lanes);
-}
-
 // Lays out a chunk of W as tiles, piece after piece: [outputs / 16, deep, 16, 32].
 template <class W>
 struct Layout {
+  const W& w;
   typename W::Row* rows;  // [outs], and as many more as fill a group
-  int64_t outs, inputs, deep;
+  int64_t outs, inputs, deep, ahead;
   char* tiles;
+  uint8_t* scratch;  // for what of a group is unpacked
   int64_t row = 0, word = 0;
 
   TILED_INLINE void step(int64_t pieces) {
     for (; pieces > 0 && row < outs; --pieces) {
       typename W::Row r[GROUP];
-      for (int g = 0; g < GROUP; ++g) r[g] = rows[row + g];
+      for (int g = 0; g < GROUP; ++g) {
+        r[g] = rows[row + g];
+        if (word == 0) r[g].apart = w.unpack(r[g], w.end(r[g], pairs_for(inputs)), ahead / 2, scratch + g * unpacked(inputs));
+      }
       char* to = tiles + (row / SIDE * deep + word) * TILE + row % SIDE * 64;
       const int64_t left = inputs - word * LANES;
       if (left >= PIECE * LANES) {
-#pragma GCC unroll 8
-        for (int i = 0; i < PIECE; ++i)
 #pragma GCC unroll 4
-          for (int g = 0; g < GROUP; ++g) _mm512_store_si512(to + i * TILE + g * 64, r[g].next(~0u));
+        for (int i = 0; i < PIECE; i += 2)
+#pragma GCC unroll 4
+          for (int g = 0; g < GROUP; ++g) {
+            const Two both = r[g].next(~0ull, r[g].apart, ahead);
+            _mm512_store_si512(to + i * TILE + g * 64, both.first);
+            _mm512_store_si512(to + (i + 1) * TILE + g * 64, both.second);
+          }
       } else {
-        for (int64_t i = 0; i * LANES < left; ++i) {
-          const __mmask32 lanes = lanes_of(left - i * LANES);
-          for (int g = 0; g < GROUP; ++g) _mm512_store_si512(to + i * TILE + g * 64, r[g].next(lanes));
-        }
+        for (int64_t i = 0; i * LANES < left; i += 2)
+          for (int g = 0; g < GROUP; ++g) {
+            const Two both = r[g].next(both_of(left - i * LANES), r[g].apart, ahead);
+            _mm512_store_si512(to + i * TILE + g * 64, both.first);
+            if ((i + 1) * LANES < left) _mm512_store_si512(to + (i + 1) * TILE + g * 64, both.second);
+          }
       }
       for (int g = 0; g < GROUP; ++g) rows[row + g] = r[g];
       word += PIECE;
@@ -167,16 +164,18 @@ TILED void strip(const W& w, const Product& p, const Cut& cut, const char* packe
   const int64_t chunks = parts(cut.depth, cut.deep), steps = parts(last - first, cut.outs) * chunks;
   typename W::Row rows[2][OUTS + GROUP];
   float* const sums = reinterpret_cast<float*>(scratch + 2 * cut.chunk());
+  uint8_t* const uppers = reinterpret_cast<uint8_t*>(scratch + 2 * cut.chunk() + cut.sums());
 
   const auto open = [&](int64_t step) {
     const int64_t from = first + step / chunks * cut.outs, tile = step % chunks * cut.deep;
     const int64_t outs = step < steps ? std::min(cut.outs, last - from) : 0;
     typename W::Row* here = rows[step / chunks % 2];
     for (int64_t o = 0; tile == 0 && o < parts(outs, GROUP) * GROUP; ++o) {
-      const int64_t out = std::min(from + o, last - 1), group = std::max(first, std::min(from + o / GROUP * GROUP, last - GROUP));
-      here[o] = w.row(out, cut.few ? w.bytes(group, std::min(group + GROUP, last)) : NEXT);
+      here[o] = w.open(std::min(from + o, last - 1));
     }
-    return Layout<W>{here, outs, std::min(cut.deep * LANES, p.k - tile * LANES), cut.deep, scratch + step % 2 * cut.chunk()};
+    const int64_t inputs = std::min(cut.deep * LANES, p.k - tile * LANES);
+    const int64_t ahead = !cut.few ? NEXT : outs <= 0 ? 0 : w.bytes(from, from + outs) / parts(outs, GROUP);
+    return Layout<W>{w, here, outs, inputs, cut.deep, ahead, scratch + step % 2 * cut.chunk(), uppers};
   };
 
   open(0).step(ALL);
@@ -215,7 +214,7 @@ TILED void multiply(const W& w, const Product& p, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Buffer own;
-    char* const scratch = own.of(2 * cut.chunk() + cut.sums());
+    char* const scratch = own.of(2 * cut.chunk() + cut.sums() + GROUP * unpacked(p.k));
     const Config before = take_tiles();
 #pragma omp for collapse(2)
     for (int64_t m = 0; m < cut.tall; ++m)
@@ -255,9 +254,8 @@ void dense_tiles(const bf16* x, const bf16* weights, const bf16* bias, bf16* y, 
   multiply_all(Dense{weights, k}, Product{x, bias, y, rows, k, n}, threads);
 }
 
-void sparse_tiles(const bf16* x, const bf16* values, const uint32_t* masks, const int64_t* offsets, const bf16* bias, bf16* y,
-                  int64_t rows, int64_t k, int64_t n, int threads) {
-  multiply_all(Sparse{values, masks, offsets, words_for(k)}, Product{x, bias, y, rows, k, n}, threads);
+void packed_tiles(const bf16* x, const Packed* w, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
+  multiply_all(*w, Product{x, bias, y, rows, k, n}, threads);
 }
 }
 

@@ -94,7 +94,7 @@ def test_pruned_weights_run_beside_dense_ones(tiny, capsys, sparsity, pattern):
     assert sparse["zeros"] == pytest.approx(sparsity, abs=0.02)
     assert all(value > 0 for value in sparse["over_dense"]["4x3"].values())
     if kernels.library():
-        assert sparse["weight_bytes"]["bitmask"] > 0
+        assert sparse["weight_bytes"]["packed"] > 0
         assert sparse["matrix_bytes_ratio"] < 0.85  # rows this short carry much beside their weights
 
 

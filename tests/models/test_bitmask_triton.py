@@ -12,7 +12,8 @@ import pytest
 CHECK = """
 import torch
 from models.kernels import bitmask_triton
-from models.linear import Linear, SparseLinear
+from models.linear import Linear
+from models.sparse import SparseLinear
 
 generator = torch.Generator().manual_seed(0)
 for rows, inputs, outputs, biased in [(1, 128, 16, False), (16, 300, 37, True), (3, 31, 5, True), (2, 130, 16, False)]:

@@ -15,10 +15,11 @@ from models.checkpoint import load
 from models.forms import BREAK_EVEN, choose, faster, is_2_4
 from models.forward import forward, prompt_work, token_work
 from models.kv_cache import RequestCache
-from models.linear import Linear, SemiStructuredLinear, SparseLinear
+from models.linear import Linear
 from models.llava import Llava, from_transformers
 from models.random_llava import random_model, tiny_config
 from models.route import Route
+from models.sparse import PackedLinear, SemiStructuredLinear, SparseLinear
 from tests.server.tiny import write
 
 native = pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
@@ -32,7 +33,7 @@ def matrix(zeros: float, dtype: torch.dtype = torch.bfloat16) -> Linear:
 
 @native
 @pytest.mark.parametrize(
-    ("zeros", "form"), [(0.0, Linear), (BREAK_EVEN - 0.01, Linear), (BREAK_EVEN, SparseLinear), (1.0, SparseLinear)]
+    ("zeros", "form"), [(0.0, Linear), (BREAK_EVEN - 0.01, Linear), (BREAK_EVEN, PackedLinear), (1.0, PackedLinear)]
 )
 def test_zeros_decide_on_a_cpu(zeros, form):
     assert type(choose(matrix(zeros))) is form
@@ -106,19 +107,19 @@ def test_zeros_at_load_give_sparse_forms_and_the_same_answers(monkeypatch):
     sparse = from_transformers(zeroed())
     monkeypatch.setattr(llava, "choose", lambda linear: linear)
     dense = from_transformers(zeroed())
-    compressed = {name for name, matrix in sparse.linears().items() if matrix.form == "bitmask"}
+    compressed = {name for name, matrix in sparse.linears().items() if matrix.form == "packed"}
     assert compressed == {name for name in sparse.linears() if name.startswith("language.")} - {"language.1.down"}
     torch.testing.assert_close(logits(sparse), logits(dense), rtol=0.02, atol=0.02)
     assert sparse.sparsity() == dense.sparsity()
     assert sparse.sparsity()["language"] == pytest.approx(0.6 * 11 / 12, abs=0.05)
     held = sparse.bytes_by_form()
-    assert held["bitmask"] == sum(sparse.linears()[name].bytes for name in compressed)
+    assert held["packed"] == sum(sparse.linears()[name].bytes for name in compressed)
     assert sum(held.values()) == sparse.weight_bytes < dense.weight_bytes
     assert set(dense.bytes_by_form()) == {"dense"}
 
 
 @native
-@pytest.mark.parametrize(("dtype", "form"), [("bfloat16", "bitmask"), ("float32", "dense")])
+@pytest.mark.parametrize(("dtype", "form"), [("bfloat16", "packed"), ("float32", "dense")])
 def test_a_checkpoint_with_zeros_takes_its_form_from_its_dtype(tmp_path: Path, dtype: str, form: str):
     directory = write(tmp_path / "pruned")
     tensors = load_file(directory / "model.safetensors")

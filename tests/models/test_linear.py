@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import kernels
-from models.linear import TILED_ROWS, Linear, SemiStructuredLinear, SparseLinear
+from models.linear import TILED_ROWS, Linear
+from models.sparse import PackedLinear, SemiStructuredLinear, SparseLinear
 
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 600), st.integers(1, 70))  # rows, in, out
 
@@ -27,7 +28,11 @@ def reference(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     return torch.nn.functional.linear(x.float(), linear.weight.float(), bias)
 
 
-@pytest.fixture(params=["native", "without tiles", "torch"])
+native = pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
+on_tiles = pytest.mark.skipif(not kernels.tiles(), reason="needs a CPU with AMX")
+
+
+@pytest.fixture(params=[pytest.param("native", marks=native), pytest.param("without tiles", marks=native), "torch"])
 def path(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(kernels, "library", lambda: None)
@@ -36,8 +41,11 @@ def path(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("form", [lambda linear: linear, SparseLinear.of], ids=["dense", "sparse"])
+@pytest.mark.parametrize("form", [lambda linear: linear, SparseLinear.of, PackedLinear.of], ids=["dense", "sparse", "packed"])
 def test_each_form_equals_float32(path, form):
+    if form == PackedLinear.of and path == "torch":
+        pytest.skip("only the kernels read it")
+
     @settings(max_examples=60)
     @given(SHAPES, st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.integers(0, 99))
     def check(shape, kept, seed):
@@ -47,14 +55,42 @@ def test_each_form_equals_float32(path, form):
     check()
 
 
-def test_a_sparse_weight_comes_back_as_it_was(path):
+def test_a_sparse_weight_comes_back_as_it_was():
     _, linear = problem((1, 133, 37), 0.5, 1)
     assert torch.equal(SparseLinear.of(linear).dense(), linear.weight)
 
 
-def test_half_the_weights_take_little_more_than_half_the_bytes():
+@native
+@given(
+    st.integers(1, 300), st.integers(1, 40), st.sampled_from([1, 3, 40, 256]), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 99)
+)
+def test_a_packed_weight_comes_back_bit_for_bit(inputs, outputs, uppers, kept, seed):
+    """Of whatever magnitudes: with more than 16 upper bytes some have no code, and of 256 nearly all."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(256, (outputs, inputs), generator=generator) + 256 * torch.randint(
+        uppers, (outputs, inputs), generator=generator
+    )
+    bits[torch.rand(outputs, inputs, generator=generator) >= kept] = 0
+    bits[bits == 1 << 15] = 0
+    weight = bits.to(torch.uint16).view(torch.bfloat16)
+    packed = PackedLinear.of(Linear(weight))
+    assert torch.equal(packed.dense().view(torch.int16), weight.view(torch.int16))
+    assert torch.equal(packed.dense(slice(3, 7)).view(torch.int16), weight[3:7].view(torch.int16))
+    assert packed.nonzeros == int((bits != 0).sum())
+
+
+@native
+@given(SHAPES, st.integers(0, 99))
+def test_what_has_no_code_is_multiplied_too(shape, seed):
+    x, linear = problem(shape, 0.5, seed)
+    linear.weight *= 2.0 ** torch.randint(-30, 1, linear.weight.shape)
+    torch.testing.assert_close(PackedLinear.of(linear)(x).float(), reference(x, linear), rtol=0.02, atol=0.02 * shape[1] ** 0.5)
+
+
+@pytest.mark.parametrize(("form", "share"), [(SparseLinear, 0.60), (PackedLinear, 0.46)])
+def test_half_the_weights_take_so_much_of_the_bytes(form, share):
     _, linear = problem((1, 1024, 512), 0.5, 0)
-    assert SparseLinear.of(linear).bytes <= 0.60 * linear.bytes
+    assert form.of(linear).bytes <= share * linear.bytes
 
 
 @pytest.mark.parametrize("rows", [2, 4, 9])
@@ -66,32 +102,35 @@ def test_not_a_number_is_not_hidden_and_harms_no_other_row(path, rows):
     assert out[1].isnan().all()
 
 
-@pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
+@native
 @pytest.mark.parametrize("inputs", [2048, 2500])
 def test_a_row_is_the_same_in_any_company_and_form_without_tiles(inputs, monkeypatch):
     monkeypatch.setattr(kernels, "tiles", lambda: False)
     x, linear = problem((32, inputs, 50), 0.5, 1)
-    together = SparseLinear.of(linear)(x)
+    together = PackedLinear.of(linear)(x)
     for rows in (1, 2, 5, 8):
         assert torch.equal(linear(x[:rows]), together[:rows])
 
 
-@pytest.mark.skipif(not kernels.tiles(), reason="needs a CPU with AMX")
+@on_tiles
 @pytest.mark.parametrize("inputs", [2048, 2500])
 def test_a_row_is_the_same_in_any_company_and_form_on_tiles(inputs):
     x, linear = problem((700, inputs, 50), 0.5, 1)
-    sparse = SparseLinear.of(linear)
-    together = sparse(x)
-    for rows in (kernels.FEW_TILED + 1, 17, 250):
-        assert torch.equal(sparse(x[-rows:]), together[-rows:])
-    for rows in (kernels.FEW_TILED + 1, 16, TILED_ROWS):
+    packed = PackedLinear.of(linear)
+    together = packed(x)
+    for rows in (kernels.PARTED + 1, kernels.FEW_TILED, 17, 250):
+        assert torch.equal(packed(x[-rows:]), together[-rows:])
+    for rows in (kernels.PARTED + 1, kernels.FEW_TILED, TILED_ROWS):
         assert torch.equal(linear(x[-rows:]), together[-rows:])
-    few = sparse(x[-kernels.FEW_TILED :])
-    for rows in range(kernels.TILED_FROM, kernels.FEW_TILED + 1):
+    few = packed(x[-kernels.PARTED :])
+    for rows in range(2, kernels.PARTED):
+        assert torch.equal(packed(x[-rows:]), few[-rows:])
+    for rows in range(kernels.TILED_FROM["dense"], kernels.PARTED + 1):
         assert torch.equal(linear(x[-rows:]), few[-rows:])
+    assert torch.equal(packed(x[-1:]), linear(x[-1:]))
 
 
-@pytest.mark.skipif(not kernels.tiles(), reason="needs a CPU with AMX")
+@on_tiles
 def test_torch_multiplies_on_tiles_before_and_after_us():
     """Both set tiles up for themselves, each in threads that the other uses too."""
     x, linear = problem((TILED_ROWS, 512, 512), 0.5, 1)
@@ -101,19 +140,30 @@ def test_torch_multiplies_on_tiles_before_and_after_us():
     assert torch.equal(linear(x), ours)
 
 
-def test_many_rows_meet_one_part_after_another(path, monkeypatch):
+@pytest.mark.parametrize("form", [SparseLinear, pytest.param(PackedLinear, marks=native)])
+def test_many_rows_meet_one_part_after_another(form, monkeypatch):
+    monkeypatch.setattr(kernels, "tiles", lambda: False)
     x, linear = problem((100, 130, 60), 0.5, 1)
-    whole = SparseLinear.of(linear)(x)
-    monkeypatch.setattr("models.linear.PART_ROWS", 7)
-    torch.testing.assert_close(SparseLinear.of(linear)(x), whole)
+    whole = form.of(linear)(x)
+    monkeypatch.setattr("models.sparse.PART_ROWS", 7)
+    torch.testing.assert_close(form.of(linear)(x), whole)
 
 
-def test_only_weights_of_16_bits_are_held_sparse(path):
+def test_only_weights_of_16_bits_are_held_sparse():
     _, linear = problem((1, 64, 8), 0.5, 0)
     half = Linear(linear.weight.half())
     assert torch.equal(SparseLinear.of(half).dense(), half.weight)
     with pytest.raises(ValueError, match="only bfloat16 and float16"):
         SparseLinear.of(Linear(torch.zeros(4, 4)))
+    with pytest.raises(ValueError, match="only bfloat16 weights on the CPU are held packed"):
+        PackedLinear.of(half)
+
+
+def test_a_packed_weight_says_that_it_needs_the_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    x, linear = problem((3, 64, 8), 0.5, 0)
+    with pytest.raises(RuntimeError, match="native CPU kernels"):
+        PackedLinear.of(linear)(x)
 
 
 @pytest.mark.gpu
