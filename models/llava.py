@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +71,11 @@ class Llava:
         """Of each layer: structured pruning may leave them different numbers."""
         return [block.kv_heads for block in self.blocks]
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         return head_dim(self.config.text_config)
 
-    @property
+    @cached_property
     def eps(self) -> float:
         return float(self.config.text_config.rms_norm_eps)
 

@@ -17,7 +17,7 @@ from models.checkpoint import Checkpoint
 from models.flops import flops_ratio
 from models.route import Route
 from models.work import Work
-from pruning.dynamic.gaze import WORDS, Asked, gives
+from pruning.dynamic.gaze import WORDS, Asked, margins
 from pruning.dynamic.lesson import Lesson
 from pruning.dynamic.levels import Level, Rung, layers_passed, layers_to_run, make_route
 from pruning.dynamic.router import GAINED_AT, Router, Shape, read_request
@@ -60,13 +60,13 @@ def ladder(source: Checkpoint, shape: Shape, text: int) -> list[Rung]:
     return sorted(found, key=lambda rung: rung.cost)
 
 
-def agreement(
+def clearness(
     levels: Sequence[Level], source: Checkpoint, router: Router, watched: Watched, questions: Tensor,
     advance: Callable[[int], None],
 ) -> Tensor:  # fmt: skip
-    """Whether each answer stays what the un-pruned model says, token by token: bool [questions, levels]. All questions about a
-    picture are one pass."""
-    found = torch.zeros(len(questions), len(levels), dtype=torch.bool)
+    """How clearly each answer stays what the un-pruned model says, see `gaze.margins`: float32 [questions, levels]. All questions
+    about a picture are one pass."""
+    found = torch.zeros(len(questions), len(levels))
     model, change = source.model, source.manifest.layer_change
     for picture in torch.unique(watched.picture[questions]):
         here = (watched.picture[questions] == picture).nonzero()[:, 0]
@@ -83,7 +83,7 @@ def agreement(
                 assert visual is not None
                 routes.append(route)
                 routed.append(replace(one, visual=visual))
-            found[here, place] = torch.tensor(gives(model, routed, made, routes))
+            found[here, place] = torch.tensor(margins(model, routed, made, routes))
             advance(len(here))
     return found
 
@@ -108,22 +108,23 @@ def judge(
     rungs = ladder(source, router.shape, int((watched.text >= 0).sum(1).median()))
     task = progress.add_task("judging", total=len(few) * len(GAINS) * len(GAINED_AT) + len(held) * (len(rungs) - 1))
 
-    def stays(name: str, levels: Sequence[Level], questions: Tensor) -> Tensor:
+    def measured(name: str, levels: Sequence[Level], questions: Tensor) -> Tensor:
         if (stored := work.read_tensors(name)) is None:
-            found = agreement(levels, source, router, watched, questions, lambda done: progress.advance(task, done))
-            work.write_tensors(name, {"stays": found}, {})
+            found = clearness(levels, source, router, watched, questions, lambda done: progress.advance(task, done))
+            work.write_tensors(name, {"margins": found}, {})
             return found
         progress.advance(task, len(questions) * len(levels))
-        return stored[0]["stays"]
+        return stored[0]["margins"]
 
     believed = []
     for gain in GAINS:
         router.write.gains.fill_(gain)
-        believed.append(stays(f"gain-{gain:g}", [Level("", "", share) for share in GAINED_AT], few).float().mean(0))
+        clear = measured(f"gain-{gain:g}", [Level("", "", share) for share in GAINED_AT], few)
+        believed.append((clear > 0).float().mean(0))
     router.write.gains.copy_(torch.tensor(GAINS)[torch.stack(believed).argmax(0)])
-    kept = stays("rungs", [Level("", "", 1.0).at(rung) for rung in rungs[:-1]], held)
-    chances, discrimination = trust(router, source, watched, held, kept)
-    stayed = torch.cat([kept, torch.ones(len(kept), 1, dtype=torch.bool)], 1)
+    clear = measured("rungs", [Level("", "", 1.0).at(rung) for rung in rungs[:-1]], held)
+    chances, discrimination = trust(router, source, watched, held, clear)
+    stayed = torch.cat([clear > 0, torch.ones(len(clear), 1, dtype=torch.bool)], 1)
     levels, trade = budgets(chances, stayed, rungs)
     shares = stayed.float().mean(0).tolist()
     return {

@@ -19,7 +19,7 @@ class Lesson(BaseModel):
     answer: int = Field(64, ge=1, description="Tokens of an answer that are watched.")
     rows: int = Field(0, ge=0, multiple_of=8, description="The router's width; an eighth of the model's by default, 64 at least.")
     steps: int = Field(2500, ge=1, description="Of learning to foresee.")
-    writing: int = Field(1000, ge=0, description="Steps of learning to write into merged tokens.")
+    writing: int = Field(2500, ge=0, description="Steps of learning to write into merged tokens.")
     batch: int = Field(32, ge=1)
     rate: float = Field(3e-3, gt=0)
     writing_rate: float = Field(2e-3, gt=0)

@@ -33,8 +33,13 @@ PERIOD = 100.0
 STRENGTH = 0.3
 """Weight of the scores beside the logarithm of the distance: 0.15 and 0.6 keep less (validation, docs/log.md)."""
 
-GAINED_AT = (1 / 9, 1 / 4, 1 / 2)
+GAINED_AT = (1 / 18, 1 / 9, 1 / 4, 1 / 2)
 """Shares of the tokens at which it is measured how much of what is written is believed."""
+
+MEMBERS, HIDDEN = 4, 64
+"""Networks that judge together, and the hidden values of each."""
+AMONG = (0.0, 0.25, 0.5, 0.75, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
+"""Quantiles of the attention that is foreseen for a picture's tokens, by which they judge."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,27 @@ class Writer(nn.Module):
         return float(np.interp(share, GAINED_AT, self.gains.tolist()))
 
 
+class Trust(nn.Module):
+    """How likely an answer stays on each rung: small networks that err differently, and the mean of their logits."""
+
+    def __init__(self, features: int, rungs: int) -> None:
+        super().__init__()
+        self.hidden = nn.Parameter((2 * torch.rand(MEMBERS, features, HIDDEN) - 1) / features**0.5)
+        self.bias = nn.Parameter(torch.zeros(MEMBERS, 1, HIDDEN))
+        self.out = nn.Parameter((2 * torch.rand(MEMBERS, HIDDEN, rungs) - 1) / HIDDEN**0.5)
+        self.level = nn.Parameter(torch.zeros(MEMBERS, 1, rungs))
+
+    def members(self, impressions: Tensor, dropped: float = 0.0) -> Tensor:
+        """Each network's logits, [MEMBERS, n, rungs], of impressions [MEMBERS or 1, n, features]; while they learn a share of
+        their hidden values is `dropped`."""
+        hidden = F.dropout(F.gelu(impressions @ self.hidden + self.bias), dropped, training=dropped > 0)
+        return hidden @ self.out + self.level
+
+    def forward(self, impressions: Tensor) -> Tensor:
+        """Logits [n, rungs] of impressions [n, features]."""
+        return self.members(impressions[None]).mean(0)
+
+
 class Router(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -160,7 +186,7 @@ class Router(nn.Module):
         self.norm = nn.RMSNorm(rows)
         self.look, self.cost = nn.Linear(rows, 1), nn.Linear(rows, 1)
         self.write = Writer(shape)
-        self.trust = nn.Linear(3 * rows, shape.rungs)
+        self.trust = Trust(4 * rows + shape.layers + len(AMONG), shape.rungs)
 
     def forward(self, visual: Tensor, words: Tensor, present: Tensor | None = None) -> Read:
         """Read pictures, one a question.
@@ -180,14 +206,15 @@ class Router(nn.Module):
         return Read(seen, read, present, self.look(seen)[..., 0].float(), self.cost(layers)[..., 0].float())
 
     def impression(self, read: Read) -> Tensor:
-        """What `trust` judges by: the mean word, the mean visual row, and the largest of each of its values.
-
-        float32 [batch, 3 * rows].
-        """
-        words, visual = read.words.float(), read.visual.float()
+        """What `trust` judges by, float32 [batch, features]: the mean and the largest values of words and of visual rows, what it
+        would cost to pass the layers by, and how the attention spreads."""
+        words, visual, looks = read.words.float(), read.visual.float(), read.looks
         present = torch.ones_like(words[..., 0]) if read.present is None else read.present.float()
-        asked = (words * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp_min(1)
-        return torch.cat([asked, visual.mean(1), visual.amax(1)], -1)
+        words = words * present[..., None]
+        asked = words.sum(1) / present.sum(1, keepdim=True).clamp_min(1)
+        most = F.pad(words, (0, 0, 0, 1)).amax(1)  # of none it is zero
+        spread = looks.quantile(torch.tensor(AMONG, device=looks.device), dim=1).T
+        return torch.cat([asked, most, visual.mean(1), visual.amax(1), read.costs, spread], -1)
 
     def serving(self, dtype: torch.dtype) -> Router:
         """A copy as it serves: in the model's dtype, which is faster; what it trusts stays in float32, for thresholds are fine."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from pruning.dynamic.fit import read
 from pruning.dynamic.levels import Rung, choose
-from pruning.dynamic.router import Router
+from pruning.dynamic.router import MEMBERS, Router, Trust
 from pruning.dynamic.watch import Watched
 
 BUDGETS = {"strong": 0.25, "balanced": 0.4, "light": 0.6}
@@ -23,29 +23,30 @@ BUDGETS = {"strong": 0.25, "balanced": 0.4, "light": 0.6}
 PRICES = np.geomspace(1e-4, 100, 61).tolist()
 """Of arithmetic, in answers: at 0.1 a tenth of a dense prefill is worth a hundredth of an answer."""
 FOLDS = 5
+SHARPNESS = 2.0
+"""An answer whose least certain token is ahead by a margin counts as kept by the sigmoid of so many times the margin: one that
+hangs in the balance says less than one that is clear (docs/log.md)."""
+STEPS, BATCH, RATE, DECAY, DROPPED = 400, 256, 1e-3, 1e-2, 0.3
+"""How the networks learn; of fewer than 3,000 questions for fewer steps."""
 
 
-def trust(
-    router: Router, source: Checkpoint, watched: Watched, held: Tensor, kept: Tensor
-) -> tuple[Tensor, list[float | None]]:
-    """Fit `router.trust` to which answers each rung `kept`, bool [held, rungs]; the whole model is not among those.
+def trust(router: Router, source: Checkpoint, watched: Watched, held: Tensor, margins: Tensor) -> tuple[Tensor, list[float | None]]:
+    """Fit `router.trust` to which answers stay on each rung, by `margins`, float32 [held, rungs] (see `gaze.margins`); the whole
+    model is not among those.
 
     Returns the chances, float32 [held, rungs + 1], of folds of pictures that were left out of the fit, so that what is found with
     them does not believe itself; and how well each rung's tell answers apart that stay (area under the ROC curve).
     """
     with torch.no_grad():
         reads = [read(router, source.model.embed, watched.of(part)).read for part in torch.split(held, 64)]
-        features = torch.cat([router.impression(one) for one in reads])
-    labels = kept.float().to(features.device)
-    fold = (watched.picture[held] % FOLDS).to(features.device)
+        features = torch.cat([router.impression(one) for one in reads]).cpu()
+    labels, fold = (SHARPNESS * margins).sigmoid(), watched.picture[held] % FOLDS
     chances = torch.zeros_like(labels)
     for left_out in range(FOLDS):
-        weight, bias = logistic(features[fold != left_out], labels[fold != left_out])
-        chances[fold == left_out] = (features[fold == left_out] @ weight.T + bias).sigmoid()
-    weight, bias = logistic(features, labels)
-    router.trust.weight.copy_(weight)
-    router.trust.bias.copy_(bias)
-    chances = chances.cpu()
+        found = fit(features[fold != left_out], labels[fold != left_out])
+        chances[fold == left_out] = found(features[fold == left_out]).sigmoid()
+    router.trust.load_state_dict(fit(features, labels).state_dict())
+    kept = margins > 0
     return F.pad(chances, (0, 1), value=1.0), [_auc(chances[:, rung], kept[:, rung]) for rung in range(kept.shape[1])]
 
 
@@ -89,25 +90,27 @@ def auto(
     return {"target": target, "questions": len(kept), **_at(price_of(trade, "agreement", target), chances, kept, rungs)}
 
 
-def logistic(features: Tensor, labels: Tensor, decay: float = 3e-3) -> tuple[Tensor, Tensor]:
-    """Logistic regression of labels [n, k] on features [n, d], with a penalty on the weights [k, d]; and biases [k]."""
-    spread = features.std(0, correction=0).clamp_min(1e-6)
-    middle = features.mean(0)
-    normal = ((features - middle) / spread).detach()
-    weight = torch.zeros(labels.shape[1], features.shape[1], device=features.device, requires_grad=True)
-    bias = torch.zeros(labels.shape[1], device=features.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+def fit(features: Tensor, labels: Tensor) -> Trust:
+    """Networks that foresee labels [n, rungs], chances, from features [n, d]: each is drawn questions of its own.
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(normal @ weight.T + bias, labels) + decay * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-    plain = weight.detach() / spread
-    return plain, bias.detach() - plain @ middle
+    Seeded, and torch's own generator is left as it was.
+    """
+    spread, middle = features.std(0, correction=0).clamp_min(1e-6), features.mean(0)
+    normal = (features - middle) / spread
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = Trust(features.shape[1], labels.shape[1])
+        optimizer = torch.optim.AdamW(found.parameters(), RATE, weight_decay=DECAY)
+        for _ in range(min(STEPS, 50 + len(normal) // 8)):
+            drawn = torch.randint(len(normal), (MEMBERS, BATCH))
+            loss = F.binary_cross_entropy_with_logits(found.members(normal[drawn], DROPPED), labels[drawn])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    found.requires_grad_(False)
+    found.hidden.div_(spread[:, None])
+    found.bias.sub_(middle @ found.hidden[:, None])
+    return found
 
 
 def _auc(chances: Tensor, kept: Tensor) -> float | None:

@@ -14,16 +14,16 @@ from models.checkpoint import load, open_transformers, read_manifest
 from models.pictures import DataError
 from models.route import Route
 from models.work import Work, WorkError
-from pruning.dynamic import fit, train
+from pruning.dynamic import fit, train, trust
 from pruning.dynamic import judge as judging
 from pruning.dynamic import watch as watching
-from pruning.dynamic.gaze import Asked, answers, observe, passing_costs, said
+from pruning.dynamic.gaze import Asked, answers, gives, margins, observe, passing_costs, said
 from pruning.dynamic.judge import as_asked
 from pruning.dynamic.lesson import Lesson
 from pruning.dynamic.levels import PRUNED, Level, Rung, choose, make_route
 from pruning.dynamic.router import Router, Shape, read_request
 from pruning.dynamic.train import run
-from pruning.dynamic.trust import BUDGETS, auto, budgets, logistic, price_of
+from pruning.dynamic.trust import BUDGETS, auto, budgets, price_of
 from pruning.dynamic.watch import LEFT_OVER, Watched
 from pruning.dynamic.writing import divergence
 from tests.pruning.kills import Killed, die_at
@@ -75,6 +75,18 @@ def test_what_passing_a_layer_by_costs_is_the_divergence_of_that_route(plain):
     wanted = (dense[0].exp() * (dense[0] - passed)).sum()
     torch.testing.assert_close(costs[0, 1], wanted, rtol=1e-3, atol=1e-4)
     assert wanted > 0
+
+
+def test_a_margin_is_by_how_much_the_next_token_is_behind(plain):
+    checkpoint = load(plain)
+    asked, full = [question(checkpoint)], [Route.full(VISUAL, LAYERS)]
+    made = answers(checkpoint.model, asked, checkpoint.eos, 3)
+    (tokens,) = said(checkpoint.model, asked, made, full)
+    first, second = tokens.topk(2).values.T
+    assert margins(checkpoint.model, asked, made, full) == pytest.approx([float((first - second).min())])
+    another = [[*made[0][:-1], int(tokens[-1].argmin())]]
+    assert margins(checkpoint.model, asked, another, full)[0] < 0
+    assert gives(checkpoint.model, asked * 2, made + another, full * 2) == [True, False]
 
 
 @pytest.fixture(scope="module", name="watched")
@@ -160,12 +172,16 @@ def test_learning_to_write_lowers_the_divergence(plain, watched):
 # ---- what it is trusted with
 
 
-def test_logistic_regression_finds_what_separates():
-    torch.manual_seed(0)
-    features = 5 + 3 * torch.randn(500, 4)
-    labels = torch.stack([features[:, 1] > 5, features[:, 2] + features[:, 3] > 10], 1).float()
-    weight, bias = logistic(features, labels)
-    assert (((features @ weight.T + bias) > 0) == labels.bool()).float().mean() > 0.95
+def test_networks_find_what_separates_and_say_how_sure_they_are():
+    generator = torch.Generator().manual_seed(0)
+    features = 5 + 3 * torch.randn(3000, 4, generator=generator)
+    chances = torch.stack([(features[:, 1] - 5).sigmoid(), ((features[:, 2] - 5) * (features[:, 3] - 5) / 3).sigmoid()], 1)
+    happened = (torch.rand(3000, 2, generator=generator) < chances).float()
+    before = torch.random.get_rng_state()
+    found = trust.fit(features[:2000], happened[:2000])
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert (found(features[2000:]).sigmoid() - chances[2000:]).abs().mean() < 0.1
+    assert torch.equal(trust.fit(features[:2000], happened[:2000])(features), found(features))
 
 
 LADDER = [Rung(share, 0, 0, share) for share in (0.1, 0.3, 0.6, 1.0)]
@@ -238,7 +254,7 @@ def test_the_manifest_says_what_was_measured_and_what_auto_keeps(routed):
 
 @pytest.mark.parametrize(
     ("owner", "name", "call", "left"),
-    [(watching, "_watch", 2, 1), (train, "foresight_error", 25, 10), (train, "writing_error", 12, 10), (judging, "agreement", 2, 3),
+    [(watching, "_watch", 2, 1), (train, "foresight_error", 25, 10), (train, "writing_error", 12, 10), (judging, "clearness", 2, 3),
      (train, "derive", 1, 1)],
 )  # fmt: skip
 def test_a_killed_run_goes_on_and_ends_as_one_that_never_stopped(

@@ -53,8 +53,10 @@ def test_scores_depend_on_the_question_and_not_on_what_stands_beside():
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 577])
 def test_pictures_of_any_number_of_tokens_and_no_question_are_read(tokens):
-    read = Router(Shape(24, 4, 16))(torch.randn(1, tokens, 24), torch.randn(1, 0, 24))
+    router = Router(Shape(24, 4, 16))
+    read = router(torch.randn(1, tokens, 24), torch.randn(1, 0, 24))
     assert (read.looks.shape, read.costs.shape) == ((1, tokens), (1, 4))
+    assert torch.isfinite(router.trust(router.impression(read))).all()
 
 
 def test_an_untrained_router_leaves_the_plain_means():

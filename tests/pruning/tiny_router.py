@@ -21,8 +21,8 @@ QUICK: dict[str, Any] = {
 
 def expect(router: Router, chances: Sequence[float]) -> None:
     """Whatever it reads, the router expects the answer to stay on each rung with these chances."""
-    router.trust.weight.zero_()
-    router.trust.bias.copy_(torch.tensor(chances).logit())
+    router.trust.out.zero_()
+    router.trust.level.copy_(torch.tensor(chances).logit())
 
 
 @pytest.fixture(scope="session", name="plain")
