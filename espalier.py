@@ -148,7 +148,7 @@ def route(
     answer: Annotated[int | None, typer.Option(help="Tokens of an answer that are watched; 64 by default.")] = None,
     rows: Annotated[int | None, typer.Option(help="The router's width; an eighth of the model's by default, 64 at least.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of learning to foresee; 2500 by default.")] = None,
-    writing: Annotated[int | None, typer.Option(help="Steps of learning to write into merged tokens; 1000 by default.")] = None,
+    writing: Annotated[int | None, typer.Option(help="Steps of learning to write into merged tokens; 2500 by default.")] = None,
     target: Annotated[float | None, typer.Option(help="Share of answers that level `auto` is to keep; 0.99 by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Which pictures, and every random choice; 0 by default.")] = None,
     device: DEVICE = "cpu",
