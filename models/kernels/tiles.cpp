@@ -60,13 +60,14 @@ struct Layout {
   char* tiles;
   uint8_t* scratch;  // for what of a group is unpacked
   int64_t row = 0, word = 0;
+  int64_t apart[GROUP] = {};
 
   TILED_INLINE void step(int64_t pieces) {
     for (; pieces > 0 && row < outs; --pieces) {
       typename W::Row r[GROUP];
       for (int g = 0; g < GROUP; ++g) {
         r[g] = rows[row + g];
-        if (word == 0) r[g].apart = w.unpack(r[g], w.end(r[g], pairs_for(inputs)), ahead / 2, scratch + g * unpacked(inputs));
+        if (word == 0) apart[g] = w.unpack(r[g], w.end(r[g], pairs_for(inputs)), ahead / 2, scratch + g * unpacked(inputs));
       }
       char* to = tiles + (row / SIDE * deep + word) * TILE + row % SIDE * 64;
       const int64_t left = inputs - word * LANES;
@@ -75,14 +76,14 @@ struct Layout {
         for (int i = 0; i < PIECE; i += 2)
 #pragma GCC unroll 4
           for (int g = 0; g < GROUP; ++g) {
-            const Two both = r[g].next(~0ull, r[g].apart, ahead);
+            const Two both = r[g].next(~0ull, apart[g], ahead);
             _mm512_store_si512(to + i * TILE + g * 64, both.first);
             _mm512_store_si512(to + (i + 1) * TILE + g * 64, both.second);
           }
       } else {
         for (int64_t i = 0; i * LANES < left; i += 2)
           for (int g = 0; g < GROUP; ++g) {
-            const Two both = r[g].next(both_of(left - i * LANES), r[g].apart, ahead);
+            const Two both = r[g].next(both_of(left - i * LANES), apart[g], ahead);
             _mm512_store_si512(to + i * TILE + g * 64, both.first);
             if ((i + 1) * LANES < left) _mm512_store_si512(to + (i + 1) * TILE + g * 64, both.second);
           }

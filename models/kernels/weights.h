@@ -32,7 +32,6 @@ struct Dense {
 
   struct Row {
     const bf16* at;
-    int64_t apart;
 
     WIDE_INLINE Two next(__mmask64 lanes, int64_t, int64_t ahead) {
       const Two w{_mm512_maskz_loadu_epi16(__mmask32(lanes), at), _mm512_maskz_loadu_epi16(__mmask32(lanes >> LANES), at + LANES)};
@@ -47,7 +46,7 @@ struct Dense {
     void step() {}
   };
 
-  Row open(int64_t o) const { return {weights + o * k, 0}; }
+  Row open(int64_t o) const { return {weights + o * k}; }
   Ask ask(int64_t, int64_t, int64_t) const { return {}; }
   int64_t start(int64_t) const { return 0; }
   int64_t end(const Row&, int64_t) const { return 0; }
@@ -75,8 +74,8 @@ struct Packed {
     const uint8_t* at;  // of `lower`
     const uint64_t* mask;
     const int64_t* rare;
-    int64_t apart = 0;  // unpacked upper bytes lie so far behind the lower ones
 
+    // `apart`: how far the unpacked upper bytes lie behind the lower ones.
     WIDE_INLINE Two next(__mmask64, int64_t apart, int64_t ahead) {
       const __m512i low = _mm512_maskz_expand_epi8(*mask, _mm512_loadu_si512(at));
       const __m512i up = _mm512_maskz_expand_epi8(*mask, _mm512_loadu_si512(at + apart));
