@@ -118,7 +118,7 @@ def run(checkpoint: Checkpoint, router: Router, pictures: int, split: str) -> di
         for place, talk in talks(checkpoint, scene, visual).items():
             readings = read_all(checkpoint, router, talk[0])
             outcome = {level.name: ask(checkpoint, level, talk, readings) for level in menu.values() if level.name != AUTO}
-            chosen = [worthwhile_level(menu, reading.chances)[0].name for reading in readings]
+            chosen = [worthwhile_level(menu, reading.chances, later=place == "second")[0].name for reading in readings]
             for name, found in outcome.items():
                 columns[place, name].add(*found)
             agreed, right, ratios = [], [], []
@@ -135,7 +135,8 @@ def run(checkpoint: Checkpoint, router: Router, pictures: int, split: str) -> di
     for (place, name), column in columns.items():
         levels[place][name] = summary(column)
     return {
-        "levels": dict(levels), "taken": dict(taken), "against_fixed": against_fixed(columns), "price": menu[AUTO].price,
+        "levels": dict(levels), "taken": dict(taken), "against_fixed": against_fixed(columns),
+        "prices": [menu[AUTO].price, menu[AUTO].later_price],
     }  # fmt: skip
 
 

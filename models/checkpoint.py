@@ -77,7 +77,9 @@ class RouterRecord(BaseModel):
     measured: dict[str, Any] = Field(
         description="On held-out questions: the agreement of each rung, and of each share of what is written that may be believed."
     )
-    auto: dict[str, Any] = Field(description="The price at which the target share of answers stays, and what it buys.")
+    auto: dict[str, Any] = Field(
+        description="The prices at which the target share of answers stays, first in a chat and later, and what they buy."
+    )
 
 
 class Manifest(BaseModel):

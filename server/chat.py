@@ -47,7 +47,8 @@ Source = tuple[str, str | bytes]
 
 @dataclass(frozen=True)
 class Question:
-    """One POST, read and prepared: what its `n` engine requests share. `model` is as the client wrote it."""
+    """One POST, read and prepared: what its `n` engine requests share. `model` is as the client wrote it, `later` whether an answer
+    stands before the question."""
 
     id: str
     model: str
@@ -57,6 +58,7 @@ class Question:
     level: str
     reason: str
     sampling: Sampling
+    later: bool = False
     n: int = 1
     stream: bool = False
     include_usage: bool = False
@@ -100,7 +102,8 @@ def _ask(
     start = time.perf_counter()
     prompt, images = prepare(engine, settings, turns, sources)
     seconds = time.perf_counter() - start
-    return Question(f"chatcmpl-{uuid4().hex}", model, prompt, images, seconds, level, reason, sampling)
+    later = any(turn["role"] == "assistant" for turn in turns)
+    return Question(f"chatcmpl-{uuid4().hex}", model, prompt, images, seconds, level, reason, sampling, later)
 
 
 def _data_url(image: str | bytes) -> str | bytes:
@@ -296,6 +299,7 @@ class Answer:
             sampling=replace(question.sampling, seed=None if seed is None else (seed + index) & MAX_INT64),
             emit=emit,
             reason=question.reason,
+            later=question.later,
             timings={"image": question.image_seconds},
             created=self._arrived,
         )

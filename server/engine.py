@@ -287,7 +287,7 @@ class Engine:
         if reading is None:
             settled = self.menu["off"] if level.name == AUTO else replace(self.menu["off"], name=level.name)
         elif level.name == AUTO:
-            settled, chance = worthwhile_level(self.menu, reading.chances)
+            settled, chance = worthwhile_level(self.menu, reading.chances, later=request.later)
         else:
             settled, chance = level.settled(reading.chances)
         if level.name == AUTO:

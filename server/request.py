@@ -106,5 +106,6 @@ class Request:
     sampling: Sampling
     emit: Callable[[Event], None]
     reason: str = "default"  # where the level came from: header, body, alias, detail or default
+    later: bool = False  # the question follows others in its chat
     timings: dict[str, float] = field(default_factory=dict)
     created: float = field(default_factory=time.monotonic)

@@ -125,7 +125,8 @@ def judge(
     clear = measured("rungs", [Level("", "", 1.0).at(rung) for rung in rungs[:-1]], held)
     chances, discrimination = trust(router, source, watched, held, clear)
     stayed = torch.cat([clear > 0, torch.ones(len(clear), 1, dtype=torch.bool)], 1)
-    levels, trade = budgets(chances, stayed, rungs)
+    later = watched.later[held]
+    levels, trade = budgets(chances[~later], stayed[~later], rungs)
     shares = stayed.float().mean(0).tolist()
     return {
         "rungs": [asdict(rung) for rung in rungs], "levels": levels, "trade": trade,
@@ -133,5 +134,5 @@ def judge(
             "agreement": [round(share, 4) for share in shares], "discrimination": discrimination,
             "gains": {f"{gain:g}": [round(x, 4) for x in found.tolist()] for gain, found in zip(GAINS, believed, strict=True)},
         },
-        "auto": auto(chances, stayed, rungs, trade["tokens and layers"], lesson.target),
+        "auto": auto(chances, stayed, later, rungs, lesson.target),
     }  # fmt: skip

@@ -53,6 +53,7 @@ class Level:
     card: dict[str, Any] | None = None
     rungs: tuple[Rung, ...] = ()
     price: float = 0.0
+    later_price: float = 0.0  # of level `auto`, for a question that follows others in its chat
 
     def kept(self, visual_tokens: int) -> int:
         """Visual tokens kept of one image's; at least one, so that no picture vanishes."""
@@ -126,7 +127,8 @@ def menu_of(manifest: Manifest, layers: int, *, routed: bool = True) -> dict[str
             plain[name], description=text, visual_ratio=tokens, skipped_layers=0, rungs=rungs, price=found["price"]
         )
     text = f"the level that is most worth its arithmetic to this question, so that {record.auto['target']:.0%} of all answers stay"
-    menu[AUTO] = Level(AUTO, text, 1.0, card=manifest.cards.get(AUTO), rungs=rungs, price=record.auto["price"])
+    first, later = (record.auto[kind]["price"] for kind in ("first", "later"))
+    menu[AUTO] = Level(AUTO, text, 1.0, card=manifest.cards.get(AUTO), rungs=rungs, price=first, later_price=later)
     return menu
 
 
@@ -154,13 +156,13 @@ def layers_passed(runs: Sequence[bool], passed: int, costs: Sequence[float]) -> 
     return frozenset(sorted(inner, key=lambda layer: costs[layer])[:passed])
 
 
-def worthwhile_level(menu: Mapping[str, Level], chances: Sequence[float]) -> tuple[Level, float]:
+def worthwhile_level(menu: Mapping[str, Level], chances: Sequence[float], *, later: bool = False) -> tuple[Level, float]:
     """What `auto` takes, as it is for this request, and the chance that the answer stays: the level with the least expected loss at
-    the price of `auto` itself, `off` among them."""
-    rungs = menu[AUTO].rungs
+    the price of `auto` itself, `off` among them. `later`: the question follows others in its chat."""
+    rungs, price = menu[AUTO].rungs, menu[AUTO].later_price if later else menu[AUTO].price
     costs, expected = torch.tensor([rung.cost for rung in rungs]), torch.tensor(chances)
     taken = torch.tensor([*(int(choose(expected, costs, menu[name].price)) for name in PRUNED), len(rungs) - 1])
-    best = int(choose(expected[taken], costs[taken], menu[AUTO].price))
+    best = int(choose(expected[taken], costs[taken], price))
     rung = int(taken[best])
     if rung == len(rungs) - 1:
         return menu["off"], 1.0

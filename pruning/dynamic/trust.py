@@ -55,10 +55,9 @@ def budgets(
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, float]]]]:
     """What every price makes of held-out questions, where layers may be left out and where they may not; and the levels, each at
     the lowest price that stays within its budget."""
-    trade = {}
     tokens_alone = [i for i, rung in enumerate(rungs) if rung.runs_all_layers]
-    for name, allowed in (("tokens", tokens_alone), ("tokens and layers", list(range(len(rungs))))):
-        trade[name] = [_at(price, chances[:, allowed], kept[:, allowed], [rungs[i] for i in allowed]) for price in PRICES]
+    alone = _trade(chances[:, tokens_alone], kept[:, tokens_alone], [rungs[i] for i in tokens_alone])
+    trade = {"tokens": alone, "tokens and layers": _trade(chances, kept, rungs)}
     levels = {}
     for name, budget in BUDGETS.items():
         low, high = PRICES[0], PRICES[-1]
@@ -67,6 +66,10 @@ def budgets(
             low, high = (low, middle) if _at(middle, chances, kept, rungs)["flops_ratio"] <= budget else (middle, high)
         levels[name] = _at(high, chances, kept, rungs)
     return levels, trade
+
+
+def _trade(chances: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> list[dict[str, float]]:
+    return [_at(price, chances, kept, rungs) for price in PRICES]
 
 
 def _at(price: float, chances: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> dict[str, float]:
@@ -83,11 +86,15 @@ def price_of(trade: Sequence[Mapping[str, float]], what: str, budget: float) -> 
     return float(np.exp(np.interp(-budget, -bought, [np.log(entry["price"]) for entry in trade])))
 
 
-def auto(
-    chances: Tensor, kept: Tensor, rungs: Sequence[Rung], trade: Sequence[Mapping[str, float]], target: float
-) -> dict[str, Any]:
-    """The price at which `target` of the answers stay, and what it buys."""
-    return {"target": target, "questions": len(kept), **_at(price_of(trade, "agreement", target), chances, kept, rungs)}
+def auto(chances: Tensor, kept: Tensor, later: Tensor, rungs: Sequence[Rung], target: float) -> dict[str, Any]:
+    """The prices at which `target` of the answers stay, and what they buy: of questions that open a chat, and of the `later` ones,
+    bool [questions]. At one price for both, those that are harder would be answered worse."""
+    found: dict[str, Any] = {"target": target}
+    for kind, among in (("first", ~later), ("later", later if later.any() else ~later)):
+        chosen = chances[among], kept[among]
+        price = price_of(_trade(*chosen, rungs), "agreement", target)
+        found[kind] = {"questions": int(among.sum()), **_at(price, *chosen, rungs)}
+    return found
 
 
 def fit(features: Tensor, labels: Tensor) -> Trust:

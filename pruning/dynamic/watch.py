@@ -24,7 +24,7 @@ CHUNK = 8
 COSTLY = 3
 """Of every so many pictures the cost of passing each layer by is measured: it takes a forward pass a layer."""
 SECOND = 4
-"""One in so many questions is the second of a chat."""
+"""One in so many questions that are learned from is the second of a chat."""
 ALTERNATIVES = 32
 """Most likely tokens whose probabilities are kept at each step of an answer; the others count as one."""
 LEFT_OVER = 1e-6
@@ -35,14 +35,15 @@ LEFT_OVER = 1e-6
 class Watched:
     """Questions and what the model made of them.
 
-    visual [pictures, tokens, width]; and by question: picture [n]; words [n, most], what a router reads; head [n], tokens before
-    the picture; text [n, most], the prompt without its picture; answer [n, most], the model's own; alternatives [n, most, k] tokens
-    and likely [n, most, k + 1] log-probabilities, all others' together last; gaze [n, tokens]; costs [n, layers]. Behind the last
-    token of a row stand -1; costs that were not measured are NaN.
+    visual [pictures, tokens, width]; and by question: picture [n]; later [n], whether it follows another one in its chat; words
+    [n, most], what a router reads; head [n], tokens before the picture; text [n, most], the prompt without its picture; answer
+    [n, most], the model's own; alternatives [n, most, k] tokens and likely [n, most, k + 1] log-probabilities, all others' together
+    last; gaze [n, tokens]; costs [n, layers]. Behind the last token of a row stand -1; costs that were not measured are NaN.
     """
 
     visual: Tensor
     picture: Tensor
+    later: Tensor
     words: Tensor
     head: Tensor
     text: Tensor
@@ -94,27 +95,40 @@ def _watch(lesson: Lesson, source: Checkpoint, pictures: Iterable[Picture], firs
         pixels = source.preprocessor.pixels(shown.image)[None].to(source.model.device, source.model.dtype)
         visual.append(source.model.vision(pixels).tokens[0])
         turns = Random(f"{lesson.seed}/{first + number}").sample(shown.turns, min(lesson.questions, len(shown.turns)))
-        asked, made = _talk(lesson, source, visual[-1], [question for question, _ in turns])
-        found += _observe(source, asked, made, number, costly=(first + number) % COSTLY == 0)
+        alone, later = _split([question for question, _ in turns], held_out=first + number >= lesson.taught)
+        asked, made = _talk(lesson, source, visual[-1], alone, later)
+        seen = _observe(source, asked, made, costly=(first + number) % COSTLY == 0)
+        for place, one in enumerate(seen):
+            found.append({"picture": torch.tensor(number), "later": torch.tensor(place >= len(alone)), **one})
     return {"visual": torch.stack(visual), **{name: _rows([one[name] for one in found]) for name in found[0]}}
 
 
-def _talk(lesson: Lesson, source: Checkpoint, visual: Tensor, questions: list[str]) -> tuple[list[Asked], list[list[int]]]:
-    """All but a quarter of the questions in chats of their own, the others each behind one of those; with the model's answers."""
+def _split(questions: list[str], *, held_out: bool) -> tuple[list[str], list[str]]:
+    """Those that are asked in chats of their own, and those that follow them, one each.
+
+    Of a picture to learn from a quarter follow. Of one to judge by all are asked alone and all but the first once more: each kind
+    has its own price (see `judge`), and what foresees their answers must know both.
+    """
+    if held_out:
+        return questions, questions[1:]
+    alone = len(questions) - len(questions) // SECOND
+    return questions[:alone], questions[alone:]
+
+
+def _talk(
+    lesson: Lesson, source: Checkpoint, visual: Tensor, alone: list[str], later: list[str]
+) -> tuple[list[Asked], list[list[int]]]:
+    """Both kinds one after the other, with the model's own answers."""
     model, preprocessor = source.model, source.preprocessor
-    second = len(questions) // SECOND
-    first, then = questions[: len(questions) - second], questions[len(questions) - second :]
-    asked = [Asked(preprocessor.question(text), visual) for text in first]
+    asked = [Asked(preprocessor.question(text), visual) for text in alone]
     made = answers(model, asked, source.eos, lesson.answer)
     spoken = [preprocessor.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in made]
-    chats = [[turn] for turn in zip(first, spoken, strict=True)]
-    later = [Asked(preprocessor.question(text, chat), visual) for text, chat in zip(then, chats, strict=False)]
-    return asked + later, made + answers(model, later, source.eos, lesson.answer)
+    chats = [[turn] for turn in zip(alone, spoken, strict=True)]
+    then = [Asked(preprocessor.question(text, chat), visual) for text, chat in zip(later, chats, strict=False)]
+    return asked + then, made + answers(model, then, source.eos, lesson.answer)
 
 
-def _observe(
-    source: Checkpoint, asked: list[Asked], made: list[list[int]], picture: int, *, costly: bool
-) -> list[dict[str, Tensor]]:
+def _observe(source: Checkpoint, asked: list[Asked], made: list[list[int]], *, costly: bool) -> list[dict[str, Tensor]]:
     model, image = source.model, source.model.config.image_token_id
     dense, looks = observe(model, asked, made)
     costs = passing_costs(model, asked, made, dense) if costly else torch.full((len(asked), model.layers), torch.nan)
@@ -123,8 +137,7 @@ def _observe(
         likely, alternatives = own.topk(min(ALTERNATIVES, own.shape[-1] - 1))
         rest = torch.log1p(-likely.exp().sum(-1, keepdim=True).clamp_max(1 - LEFT_OVER))
         found.append({
-            "picture": torch.tensor(picture), "head": torch.tensor(one.prompt.index(image)),
-            "words": torch.tensor(words(one.prompt, image)),
+            "head": torch.tensor(one.prompt.index(image)), "words": torch.tensor(words(one.prompt, image)),
             "text": torch.tensor([token for token in one.prompt if token != image]), "answer": torch.tensor(answer),
             "alternatives": alternatives.int(), "likely": torch.cat([likely, rest], -1), "gaze": look,
             "costs": cost,

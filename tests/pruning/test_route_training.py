@@ -103,6 +103,17 @@ def test_a_quarter_of_the_questions_follows_one_in_the_same_chat_with_the_models
     spoken = decode(watched.answer[0][watched.answer[0] >= 0], skip_special_tokens=True).strip()
     assert spoken in texts[3]
     assert texts[0].removesuffix(" ASSISTANT:").removeprefix("<s>") in texts[3]
+    assert watched.later[watched.picture == 0].tolist() == [False, False, False, True]
+
+
+def test_of_a_picture_that_is_held_out_every_question_is_asked_alone_and_all_but_the_first_again_later(plain, watched):
+    decode = load(plain).preprocessor.tokenizer.decode
+    held = watched.picture == QUICK["pictures"] - 1
+    texts = [decode(text[text >= 0]) for text in watched.text[held]]
+    assert watched.later[held].tolist() == [False] * 4 + [True] * 3
+    for number, text in enumerate(texts[4:]):
+        assert text.endswith(texts[number + 1].removeprefix("<s>USER: \n"))
+        assert texts[number].removesuffix(" ASSISTANT:") in text
 
 
 def test_likely_tokens_and_the_rest_are_a_distribution(watched):
@@ -225,17 +236,28 @@ def test_layers_stay_out_of_the_trade_in_tokens(judged):
 def test_where_no_rung_keeps_anything_auto_runs_the_whole_model():
     chances, kept = torch.zeros(10, 4), torch.zeros(10, 4, dtype=torch.bool)
     chances[:, 3], kept[:, 3] = 1.0, True
-    _, trade = budgets(chances, kept, LADDER)
-    found = auto(chances, kept, LADDER, trade["tokens and layers"], 0.99)
-    assert (found["agreement"], found["visual_ratio"]) == (1.0, 1.0)
+    found = auto(chances, kept, torch.arange(10) < 5, LADDER, 0.99)
+    for kind in ("first", "later"):
+        assert (found[kind]["agreement"], found[kind]["visual_ratio"]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("target", [0.8, 0.9, 0.99])
-def test_autos_price_keeps_the_share_that_is_asked_for(judged, target):
-    _, trade = budgets(*judged, LADDER)
-    found = auto(*judged, LADDER, trade["tokens and layers"], target)
-    assert found["agreement"] == pytest.approx(target, abs=0.005)
-    assert found["flops_ratio"] < LADDER[-1].cost
+def test_autos_prices_keep_the_share_that_is_asked_for_of_first_and_later_questions(judged, target):
+    """The later ones are harder: at the price of the others they would be answered worse."""
+    chances, kept = judged
+    harder, stays = (torch.cat([part[:, :3] * less, part[:, 3:]], 1) for part, less in ((chances, 0.7), (kept, 1)))
+    stays = stays & (torch.rand(stays.shape, generator=torch.Generator().manual_seed(1)) < torch.tensor([0.7, 0.7, 0.7, 1.0]))
+    later = torch.arange(1000) >= 500
+    found = auto(torch.cat([chances, harder]), torch.cat([kept, stays]), later, LADDER, target)
+    for kind in ("first", "later"):
+        assert found[kind]["questions"] == 500
+        assert found[kind]["agreement"] == pytest.approx(target, abs=0.007)
+    assert found["first"]["flops_ratio"] < found["later"]["flops_ratio"] <= LADDER[-1].cost
+
+
+def test_where_no_question_follows_another_both_prices_are_one(judged):
+    found = auto(*judged, torch.zeros(500, dtype=torch.bool), LADDER, 0.9)
+    assert found["first"] == found["later"]
 
 
 def test_the_manifest_says_what_was_measured_and_what_auto_keeps(routed):
@@ -244,9 +266,10 @@ def test_the_manifest_says_what_was_measured_and_what_auto_keeps(routed):
     assert len(record.rungs) == len(record.measured["agreement"]) == record.shape["rungs"] + 1
     assert [rung["cost"] for rung in record.rungs] == sorted(rung["cost"] for rung in record.rungs)
     assert record.measured["agreement"][-1] == 1.0, "the whole model agrees with itself"
-    assert record.auto["questions"] == 2 * (QUICK["pictures"] // 3)
-    assert 0 <= record.auto["agreement"] <= 1
-    assert record.auto["price"] > 0
+    for kind, each in (("first", QUICK["questions"]), ("later", QUICK["questions"] - 1)):
+        assert record.auto[kind]["questions"] == each * (QUICK["pictures"] // 3)
+        assert 0 <= record.auto[kind]["agreement"] <= 1
+        assert record.auto[kind]["price"] > 0
 
 
 # ---- training

@@ -243,6 +243,17 @@ def test_auto_says_what_it_chose_and_forcing_that_gives_the_same_answer(routed, 
     assert count == 1
 
 
+@pytest.mark.parametrize(("later", "chosen"), [(False, PRUNED[0]), (True, "off")])
+def test_auto_has_a_price_of_its_own_for_a_question_that_follows_others(routed, later, chosen):
+    engine = new_engine(load(routed))
+    expect(engine.router, RISING)
+    engine.menu[AUTO] = replace(engine.menu[AUTO], price=100.0, later_price=0.0)
+    request = replace(ask(engine, level=AUTO), later=later)
+    engine.submit(request)
+    drain(engine)
+    assert request.emit.finished.receipt.level == chosen
+
+
 @pytest.mark.parametrize("level", [AUTO, "strong"])
 def test_a_level_that_chooses_gives_back_the_memory_that_it_does_not_need(routed, level):
     engine = new_engine(load(routed))

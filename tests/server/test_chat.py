@@ -210,6 +210,13 @@ def test_another_model_is_unknown(asked: str) -> None:
         chat.split_model(engine, asked)
 
 
+@pytest.mark.parametrize(("messages", "later"), [(ASK, False), ([{"role": "system", "content": "Be brief."}, *ASK], False),
+                                                ([*ASK, {"role": "assistant", "content": "hi"}, *ASK], True)])  # fmt: skip
+def test_a_question_behind_an_answer_is_a_later_one(messages: list[dict[str, Any]], later: bool) -> None:
+    body = json.dumps({"messages": messages}).encode()
+    assert chat.read_chat(FakeEngine(), Settings(), body, None).later == later
+
+
 # ---- limits before work
 
 
