@@ -46,6 +46,8 @@ struct Dense {
     void step() {}
   };
 
+  // Rows that are worked on at once with so many rows of x: no more than sums find registers for, nor than pay.
+  static constexpr int together(int rows) { return rows <= 3 ? 1 : rows == 4 ? 4 : 3; }
   Row open(int64_t o) const { return {weights + o * k}; }
   Ask ask(int64_t, int64_t, int64_t) const { return {}; }
   int64_t start(int64_t) const { return 0; }
@@ -106,6 +108,8 @@ struct Packed {
             bytes(first, last) / 2 / steps + 1, held / steps + 1};
   }
 
+  // As in `Dense`; what unpacking costs is shared by the rows of a block.
+  static constexpr int together(int rows) { return rows <= 4 ? 4 : 3; }
   Row open(int64_t o) const { return {lower + starts[2 * o], masks + o * pairs, rare + starts[2 * o + 1]}; }
   int64_t start(int64_t o) const { return starts[2 * o]; }
 
