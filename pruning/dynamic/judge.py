@@ -24,7 +24,7 @@ from pruning.dynamic.router import GAINED_AT, Router, Shape, read_request
 from pruning.dynamic.trust import auto, budgets, trust
 from pruning.dynamic.watch import Watched
 
-SHARES = (1 / 18, 1 / 12, 1 / 9, 1 / 6, 2 / 9, 1 / 3, 1 / 2, 1.0)
+SHARES = (1 / 36, 1 / 18, 1 / 12, 1 / 9, 1 / 6, 2 / 9, 1 / 3, 1 / 2, 1.0)
 """Of the visual tokens, that a rung may keep."""
 PASSED = (0.0, 3 / 8)
 """Shares of the layers that visual rows may pass by: three eighths was best where budgets are small, next to none where not."""

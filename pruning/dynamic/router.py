@@ -54,7 +54,7 @@ class Shape:
     rows: int
     depth: int = 2
     heads: int = 4
-    rungs: int = 15
+    rungs: int = 17
 
     def document(self) -> dict[str, int]:
         return asdict(self)
