@@ -24,6 +24,7 @@
 namespace {
 
 constexpr int ROWS = 8;                      // rows of x a block takes at most: sums must fit the 32 registers
+constexpr int OUTS = 4;                      // rows of W a block takes at most: what is unpacked must fit its buffer
 constexpr int64_t STRIP = 1 << 20;           // bytes of dense W that a thread takes at a time: long lines, and near enough in
                                              // L2 for further rows (64 KB took 1.4 times as long at one row, 128 KB 1.15 at 24)
 constexpr int64_t SHARES = 4;                // strips a thread gets at least, so that a slower one is not waited for
@@ -73,6 +74,7 @@ WIDE_INLINE void block(const W& w, const Product& p, int64_t row, int64_t first,
 template <int R, class W>
 WIDE void strip(const W& w, const Product& p, int64_t row, int64_t first, int64_t last, uint8_t* scratch) {
   constexpr int O = W::together(R);
+  static_assert(O <= OUTS);
   for (; first + O <= last; first += O) block<R, O>(w, p, row, first, scratch);
   for (; first < last; ++first) block<R, 1>(w, p, row, first, scratch);
 }
@@ -95,7 +97,7 @@ void multiply(const W& w, const Product& p, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Buffer own;
-    uint8_t* const scratch = reinterpret_cast<uint8_t*>(own.of(unpacked(W::together(1) * p.k)));
+    uint8_t* const scratch = reinterpret_cast<uint8_t*>(own.of(unpacked(OUTS * p.k)));
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < p.n; first += step)
       for (int64_t b = 0; b < blocks; ++b) {

@@ -245,8 +245,8 @@ def test_where_no_rung_keeps_anything_auto_runs_the_whole_model():
 def test_autos_prices_keep_the_share_that_is_asked_for_of_first_and_later_questions(judged, target):
     """The later ones are harder: at the price of the others they would be answered worse."""
     chances, kept = judged
-    harder, stays = (torch.cat([part[:, :3] * less, part[:, 3:]], 1) for part, less in ((chances, 0.7), (kept, 1)))
-    stays = stays & (torch.rand(stays.shape, generator=torch.Generator().manual_seed(1)) < torch.tensor([0.7, 0.7, 0.7, 1.0]))
+    less = torch.tensor([0.7, 0.7, 0.7, 1.0])
+    harder, stays = chances * less, kept & (torch.rand(kept.shape, generator=torch.Generator().manual_seed(1)) < less)
     later = torch.arange(1000) >= 500
     found = auto(torch.cat([chances, harder]), torch.cat([kept, stays]), later, LADDER, target)
     for kind in ("first", "later"):
