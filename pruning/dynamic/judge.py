@@ -134,5 +134,5 @@ def judge(
             "agreement": [round(share, 4) for share in shares], "discrimination": discrimination,
             "gains": {f"{gain:g}": [round(x, 4) for x in found.tolist()] for gain, found in zip(GAINS, believed, strict=True)},
         },
-        "auto": auto(chances, stayed, later, rungs, lesson.target),
+        "auto": auto(chances, stayed, later, rungs, levels, lesson.target),
     }  # fmt: skip

@@ -156,17 +156,27 @@ def layers_passed(runs: Sequence[bool], passed: int, costs: Sequence[float]) -> 
     return frozenset(sorted(inner, key=lambda layer: costs[layer])[:passed])
 
 
+def worthwhile(
+    chances: torch.Tensor, costs: torch.Tensor, prices: Sequence[float], price: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the rungs that levels at `prices` take, and of the whole model, the one with the least expected loss at `price`: its place
+    among those, and the rung itself, int64 [...] both; chances [..., rungs], costs [rungs]."""
+    whole = torch.full(chances.shape[:-1], len(costs) - 1)
+    taken = torch.stack([*(choose(chances, costs, one) for one in prices), whole], -1)
+    best = choose(chances.gather(-1, taken), costs[taken], price)
+    return best, taken.gather(-1, best[..., None])[..., 0]
+
+
 def worthwhile_level(menu: Mapping[str, Level], chances: Sequence[float], *, later: bool = False) -> tuple[Level, float]:
     """What `auto` takes, as it is for this request, and the chance that the answer stays: the level with the least expected loss at
     the price of `auto` itself, `off` among them. `later`: the question follows others in its chat."""
     rungs, price = menu[AUTO].rungs, menu[AUTO].later_price if later else menu[AUTO].price
-    costs, expected = torch.tensor([rung.cost for rung in rungs]), torch.tensor(chances)
-    taken = torch.tensor([*(int(choose(expected, costs, menu[name].price)) for name in PRUNED), len(rungs) - 1])
-    best = int(choose(expected[taken], costs[taken], price))
-    rung = int(taken[best])
-    if rung == len(rungs) - 1:
+    costs = torch.tensor([rung.cost for rung in rungs])
+    best, taken = map(int, worthwhile(torch.tensor(chances), costs, [menu[name].price for name in PRUNED], price))
+    rung = rungs[taken]
+    if rung is rungs[-1]:
         return menu["off"], 1.0
-    return menu[PRUNED[best]].at(rungs[rung]), chances[rung]
+    return menu[PRUNED[best]].at(rung), chances[taken]
 
 
 def expected_rows(level: Level, prompt: int, images: int, visual_tokens_per_image: int, layers: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from pruning.dynamic.fit import read
-from pruning.dynamic.levels import Rung, choose
+from pruning.dynamic.levels import PRUNED, Rung, choose, worthwhile
 from pruning.dynamic.router import MEMBERS, Router, Trust
 from pruning.dynamic.watch import Watched
 
@@ -22,6 +22,10 @@ BUDGETS = {"strong": 0.25, "balanced": 0.4, "light": 0.6}
 """Shares of the dense prefill's FLOPs that levels spend on average, the router's own among them."""
 PRICES = np.geomspace(1e-4, 100, 61).tolist()
 """Of arithmetic, in answers: at 0.1 a tenth of a dense prefill is worth a hundredth of an answer."""
+CLOSE = [0.0, *np.geomspace(PRICES[0], PRICES[-1], 601).tolist()]
+"""Those that `auto` is found among; at none the whole model runs."""
+CONFIDENCE = 1.645
+"""Standard errors that a share must lie above its target to be above it by more than chance (one-sided, 95 %)."""
 FOLDS = 5
 SHARPNESS = 2.0
 """An answer whose least certain token is ahead by a margin counts as kept by the sigmoid of so many times the margin: one that
@@ -73,27 +77,48 @@ def _trade(chances: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> list[dict[st
 
 
 def _at(price: float, chances: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> dict[str, float]:
-    costs, shares = torch.tensor([rung.cost for rung in rungs]), torch.tensor([rung.visual_ratio for rung in rungs])
-    taken = choose(chances, costs, price)
-    means = {"flops_ratio": costs[taken], "visual_ratio": shares[taken], "agreement": kept.gather(1, taken[:, None]).float()}
+    return _bought(price, choose(chances, _costs(rungs), price), kept, rungs)
+
+
+def _costs(rungs: Sequence[Rung]) -> Tensor:
+    return torch.tensor([rung.cost for rung in rungs])
+
+
+def _bought(price: float, taken: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> dict[str, float]:
+    shares = torch.tensor([rung.visual_ratio for rung in rungs])
+    stays = kept.gather(1, taken[:, None]).float()
+    means = {"flops_ratio": _costs(rungs)[taken], "visual_ratio": shares[taken], "agreement": stays}
     return {"price": price, **{name: round(float(values.mean()), 4) for name, values in means.items()}}
 
 
 def price_of(trade: Sequence[Mapping[str, float]], what: str, budget: float) -> float:
-    """The price at which `what`, flops_ratio, visual_ratio or agreement, is `budget` on average; between those of a trade, in
-    proportion."""
+    """The price at which `what`, flops_ratio or visual_ratio, is `budget` on average; between those of a trade, in proportion."""
     bought = np.minimum.accumulate([entry[what] for entry in trade])  # less and less as the price rises
     return float(np.exp(np.interp(-budget, -bought, [np.log(entry["price"]) for entry in trade])))
 
 
-def auto(chances: Tensor, kept: Tensor, later: Tensor, rungs: Sequence[Rung], target: float) -> dict[str, Any]:
-    """The prices at which `target` of the answers stay, and what they buy: of questions that open a chat, and of the `later` ones,
-    bool [questions]. At one price for both, those that are harder would be answered worse."""
-    found: dict[str, Any] = {"target": target}
-    for kind, among in (("first", ~later), ("later", later if later.any() else ~later)):
-        chosen = chances[among], kept[among]
-        price = price_of(_trade(*chosen, rungs), "agreement", target)
-        found[kind] = {"questions": int(among.sum()), **_at(price, *chosen, rungs)}
+def auto(
+    chances: Tensor, kept: Tensor, later: Tensor, rungs: Sequence[Rung], levels: Mapping[str, Mapping[str, float]], target: float
+) -> dict[str, Any]:
+    """The highest prices at which more than `target` of the answers stay, and what they buy: of questions that open a chat, and of
+    the `later` ones, bool [questions]. At one price for both, those that are harder would be answered worse."""
+    prices = [levels[name]["price"] for name in PRUNED]
+    kinds = {"first": ~later, "later": later if later.any() else ~later}
+    return {"target": target, **{kind: _safe(chances[of], kept[of], rungs, prices, target) for kind, of in kinds.items()}}
+
+
+def _safe(chances: Tensor, kept: Tensor, rungs: Sequence[Rung], prices: Sequence[float], target: float) -> dict[str, float]:
+    """More than `target` by more than chance: were it the share that stays, so many of these answers would once in twenty times.
+
+    Prices are tried upwards until one fails, so that the confidence is that of a single test (Learn then Test's fixed sequence,
+    arXiv 2110.01052)."""
+    sure = min(1.0, target + CONFIDENCE * (target * (1 - target) / len(kept)) ** 0.5)
+    found: dict[str, float] = {"questions": len(kept)}
+    for price in CLOSE:
+        bought = _bought(price, worthwhile(chances, _costs(rungs), prices, price)[1], kept, rungs)
+        if bought["agreement"] < sure:
+            break
+        found |= bought
     return found
 
 
