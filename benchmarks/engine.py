@@ -236,6 +236,7 @@ def gain(sparse: Sequence[Run], dense: Sequence[Run]) -> dict[str, float]:
     return {
         "ttft_speedup": median(b.ttft / a.ttft for a, b in pairs),
         "tpot_speedup": median(b.tpot / a.tpot for a, b in pairs),
+        "requests_speedup": median(b.total / a.total for a, b in pairs),
     }
 
 
@@ -257,10 +258,12 @@ def show(document: dict[str, Any], console: Console) -> None:
             f"{row['flops_ratio']:.1%} of the dense FLOPs; {row['kv_bytes'] / 1e6:.2f} MB of keys and values"
         )
     if sparse := document["sparse"]:
-        speed = ", ".join(f"{name} {row['tpot_speedup']:.2f}×" for name, row in sparse["over_dense"].items())
+        speed = ", ".join(
+            f"{name} {row['tpot_speedup']:.2f}× and {row['requests_speedup']:.2f}×" for name, row in sparse["over_dense"].items()
+        )
         console.print(
             f"{sparse['zeros']:.1%} zeros ({sparse['pattern']}): language matrices take {sparse['matrix_bytes_ratio']:.3f} of the "
-            f"dense bytes; each next token against our dense weights: {speed}"
+            f"dense bytes; tokens/s of decoding and of whole answers against our dense weights: {speed}"
         )
     console.print(
         f"peak {document['peak_bytes'] / 1e9:.2f} GB for one request, {document['peak_over_weights']:.2f}× "
