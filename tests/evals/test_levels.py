@@ -42,6 +42,16 @@ def test_auto_is_held_against_the_cheapest_budget_that_agrees_as_often(found):
     assert found["against_fixed"]["flops_ratio"] == min(equal)
 
 
+def test_second_in_a_chat_auto_is_held_against_itself_alone(found):
+    found_at = {
+        place: {name: found["levels"][place][name]["agreement"] for name in (AUTO, "off")} for place in ("alone", "second")
+    }
+    lost = {place: one["off"] - one[AUTO] for place, one in found_at.items()}
+    assert found["against_alone"]["agreement"] == pytest.approx(lost["alone"] - lost["second"], abs=2e-4)
+    low, high = found["against_alone"]["agreement_interval"]
+    assert low <= found["against_alone"]["agreement"] <= high
+
+
 def test_the_page_shows_the_levels(found, tmp_path):
     common = {"checkpoint": "embedded", "split": "test", "pictures": 2, "questions": 18, "seed": 0}
     off = common | {"policy": "off", "budget": "off", "keep": 144, "skip": 0, "accuracy": 0.9, "flops_ratio": 1.0}
@@ -51,3 +61,4 @@ def test_the_page_shows_the_levels(found, tmp_path):
     page = (tmp_path / "page.md").read_text()
     assert "| off | 100.0% (100.0–100.0) |" in page
     assert "- Router 0: `auto` agrees at" in page
+    assert "Second in a chat" in page
