@@ -78,7 +78,7 @@ class RouterRecord(BaseModel):
         description="On held-out questions: the agreement of each rung, and of each share of what is written that may be believed."
     )
     auto: dict[str, Any] = Field(
-        description="The prices at which the target share of answers stays, first in a chat and later, and what they buy."
+        description="The highest prices that surely keep the target share of answers, first in a chat and later, and what they buy."
     )
 
 
