@@ -152,12 +152,17 @@ def _drawn(pictures: int) -> np.ndarray:
 
 def summary(column: Column) -> dict[str, Any]:
     """Shares, with 95 % bootstrap intervals over pictures."""
-    shares, spread = column.shares(), np.quantile(column.shares(_drawn(len(column.counts))), (0.025, 0.975), axis=0)
-    named = {}
-    for place, name in enumerate(("agreement", "accuracy", "flops_ratio")):
-        named[name] = round(float(shares[place]), 4)
-        named[f"{name}_interval"] = [round(float(bound), 4) for bound in spread[:, place]]  # type: ignore[assignment]
-    return {**named, "n": int(sum(count[2] for count in column.counts))}
+    shares, drawn = column.shares(), column.shares(_drawn(len(column.counts)))
+    return {**_named(("agreement", "accuracy", "flops_ratio"), shares, drawn), "n": int(sum(count[2] for count in column.counts))}
+
+
+def _named(names: Sequence[str], found: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
+    """What was found, by name, and the 95 % interval of what was `drawn` [resamples, names] behind each."""
+    spread, named = np.quantile(drawn, (0.025, 0.975), axis=0), dict[str, Any]()
+    for place, name in enumerate(names):
+        named[name] = round(float(found[place]), 4)
+        named[f"{name}_interval"] = [round(float(bound), 4) for bound in spread[:, place]]
+    return named
 
 
 def against_fixed(columns: dict[tuple[str, str], Column]) -> dict[str, Any]:
@@ -185,13 +190,7 @@ def against_alone(columns: dict[tuple[str, str], Column]) -> dict[str, Any]:
         second, alone = (columns[place, AUTO].shares(drawn) - columns[place, "off"].shares(drawn) for place in ("second", "alone"))
         return second - alone
 
-    points = gained()
-    spread = np.quantile(gained(_drawn(len(columns["second", AUTO].counts))), (0.025, 0.975), axis=0)
-    named: dict[str, Any] = {}
-    for place, name in enumerate(("agreement", "accuracy")):
-        named[name] = round(float(points[place]), 4)
-        named[f"{name}_interval"] = [round(float(bound), 4) for bound in spread[:, place]]
-    return named
+    return _named(("agreement", "accuracy"), gained(), gained(_drawn(len(columns["second", AUTO].counts))))
 
 
 def main(

@@ -71,7 +71,7 @@ class Level:
 
     def settled(self, chances: Sequence[float]) -> tuple[Level, float]:
         """What it is for one request, given the chance that the answer stays on each rung; and the chance on the rung taken."""
-        taken = int(choose(torch.tensor(chances), torch.tensor([rung.cost for rung in self.rungs]), self.price))
+        taken = int(choose(torch.tensor(chances), costs_of(self.rungs), self.price))
         return self.at(self.rungs[taken]), chances[taken]
 
     def at(self, rung: Rung) -> Level:
@@ -79,6 +79,11 @@ class Level:
         return replace(
             self, visual_ratio=rung.visual_ratio, skipped_layers=rung.skipped_layers, passed_layers=rung.passed_layers, rungs=()
         )
+
+
+def costs_of(rungs: Sequence[Rung]) -> torch.Tensor:
+    """Their FLOPs ratios, float32 [rungs]."""
+    return torch.tensor([rung.cost for rung in rungs])
 
 
 def choose(chances: torch.Tensor, costs: torch.Tensor, price: float) -> torch.Tensor:
@@ -156,27 +161,24 @@ def layers_passed(runs: Sequence[bool], passed: int, costs: Sequence[float]) -> 
     return frozenset(sorted(inner, key=lambda layer: costs[layer])[:passed])
 
 
-def worthwhile(
-    chances: torch.Tensor, costs: torch.Tensor, prices: Sequence[float], price: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the rungs that levels at `prices` take, and of the whole model, the one with the least expected loss at `price`: its place
-    among those, and the rung itself, int64 [...] both; chances [..., rungs], costs [rungs]."""
+def offered(chances: torch.Tensor, costs: torch.Tensor, prices: Sequence[float]) -> torch.Tensor:
+    """The rungs that levels at `prices` take, and the whole model behind them, int64 [..., prices + 1]; chances [..., rungs], costs
+    [rungs]."""
     whole = torch.full(chances.shape[:-1], len(costs) - 1)
-    taken = torch.stack([*(choose(chances, costs, one) for one in prices), whole], -1)
-    best = choose(chances.gather(-1, taken), costs[taken], price)
-    return best, taken.gather(-1, best[..., None])[..., 0]
+    return torch.stack([*(choose(chances, costs, price) for price in prices), whole], -1)
 
 
 def worthwhile_level(menu: Mapping[str, Level], chances: Sequence[float], *, later: bool = False) -> tuple[Level, float]:
     """What `auto` takes, as it is for this request, and the chance that the answer stays: the level with the least expected loss at
     the price of `auto` itself, `off` among them. `later`: the question follows others in its chat."""
     rungs, price = menu[AUTO].rungs, menu[AUTO].later_price if later else menu[AUTO].price
-    costs = torch.tensor([rung.cost for rung in rungs])
-    best, taken = map(int, worthwhile(torch.tensor(chances), costs, [menu[name].price for name in PRUNED], price))
-    rung = rungs[taken]
-    if rung is rungs[-1]:
+    costs, expected = costs_of(rungs), torch.tensor(chances)
+    taken = offered(expected, costs, [menu[name].price for name in PRUNED])
+    best = int(choose(expected[taken], costs[taken], price))
+    rung = int(taken[best])
+    if rung == len(rungs) - 1:
         return menu["off"], 1.0
-    return menu[PRUNED[best]].at(rung), chances[taken]
+    return menu[PRUNED[best]].at(rungs[rung]), chances[rung]
 
 
 def expected_rows(level: Level, prompt: int, images: int, visual_tokens_per_image: int, layers: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from pruning.dynamic.fit import read
-from pruning.dynamic.levels import PRUNED, Rung, choose, worthwhile
+from pruning.dynamic.levels import PRUNED, Rung, choose, costs_of, offered
 from pruning.dynamic.router import MEMBERS, Router, Trust
 from pruning.dynamic.watch import Watched
 
@@ -77,17 +77,13 @@ def _trade(chances: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> list[dict[st
 
 
 def _at(price: float, chances: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> dict[str, float]:
-    return _bought(price, choose(chances, _costs(rungs), price), kept, rungs)
-
-
-def _costs(rungs: Sequence[Rung]) -> Tensor:
-    return torch.tensor([rung.cost for rung in rungs])
+    return _bought(price, choose(chances, costs_of(rungs), price), kept, rungs)
 
 
 def _bought(price: float, taken: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> dict[str, float]:
     shares = torch.tensor([rung.visual_ratio for rung in rungs])
     stays = kept.gather(1, taken[:, None]).float()
-    means = {"flops_ratio": _costs(rungs)[taken], "visual_ratio": shares[taken], "agreement": stays}
+    means = {"flops_ratio": costs_of(rungs)[taken], "visual_ratio": shares[taken], "agreement": stays}
     return {"price": price, **{name: round(float(values.mean()), 4) for name, values in means.items()}}
 
 
@@ -108,14 +104,18 @@ def auto(
 
 
 def _safe(chances: Tensor, kept: Tensor, rungs: Sequence[Rung], prices: Sequence[float], target: float) -> dict[str, float]:
-    """More than `target` by more than chance: were it the share that stays, so many of these answers would once in twenty times.
+    """The highest price at which more than `target` of the answers stay, by more than chance: were that the share, so many of these
+    would stay once in twenty times.
 
     Prices are tried upwards until one fails, so that the confidence is that of a single test (Learn then Test's fixed sequence,
     arXiv 2110.01052)."""
+    taken = offered(chances, costs_of(rungs), prices)
+    expected, costs = chances.gather(1, taken), costs_of(rungs)[taken]
     sure = min(1.0, target + CONFIDENCE * (target * (1 - target) / len(kept)) ** 0.5)
     found: dict[str, float] = {"questions": len(kept)}
     for price in CLOSE:
-        bought = _bought(price, worthwhile(chances, _costs(rungs), prices, price)[1], kept, rungs)
+        best = choose(expected, costs, price)
+        bought = _bought(price, taken.gather(1, best[:, None])[:, 0], kept, rungs)
         if bought["agreement"] < sure:
             break
         found |= bought
