@@ -62,15 +62,20 @@ def _levels(runs: Sequence[Entry]) -> list[str]:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
     for run in runs:
-        fixed, auto = run["against_fixed"], run["levels"]["alone"]["auto"]
-        low, high = (f"{bound:.1%}" for bound in fixed["saved_interval"])
+        auto = run["levels"]["alone"]["auto"]
         lines.append(
-            f"- Router {run['seed']}: `auto` agrees at {auto['agreement']:.2%} with {auto['flops_ratio']:.1%} of the FLOPs. The "
-            f"cheapest fixed budget that agrees as often, {fixed['level']}, takes {fixed['flops_ratio']:.1%}: "
-            f"{fixed['saved']:.1%} are saved ({low} to {high}). Second in a chat, and against `off` there, it gains "
-            f"{_points(run, 'agreement')} in agreement and {_points(run, 'accuracy')} in accuracy."
+            f"- Router {run['seed']}: `auto` agrees at {auto['agreement']:.2%} with {auto['flops_ratio']:.1%} of the FLOPs. "
+            f"The cheapest budget that agrees as often is, of those that are the same for all questions, "
+            f"{_saved(run['against_alike'])}; of levels, which are budgets on average, {_saved(run['against_levels'])}. "
+            f"Second in a chat, and against `off` there, it gains {_points(run, 'agreement')} in agreement and "
+            f"{_points(run, 'accuracy')} in accuracy."
         )
     return [*lines, ""]
+
+
+def _saved(other: Entry) -> str:
+    low, high = (f"{bound:.1%}" for bound in other["saved_interval"])
+    return f"{other['level']}, at {other['flops_ratio']:.1%}, of which `auto` saves {other['saved']:.1%} ({low} to {high})"
 
 
 def _points(run: Entry, what: str) -> str:

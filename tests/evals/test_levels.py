@@ -36,10 +36,14 @@ def test_auto_is_the_level_that_it_takes(found):
         assert found["levels"][place][AUTO] == found["levels"][place][PRUNED[0]]
 
 
-def test_auto_is_held_against_the_cheapest_budget_that_agrees_as_often(found):
-    alone = found["levels"]["alone"]
-    equal = [one["flops_ratio"] for name, one in alone.items() if name != AUTO and one["agreement"] >= alone[AUTO]["agreement"]]
-    assert found["against_fixed"]["flops_ratio"] == min(equal)
+@pytest.mark.parametrize("against", ["against_alike", "against_levels"])
+def test_auto_is_held_against_the_cheapest_budget_that_agrees_as_often(found, against):
+    alone, levels = found["levels"]["alone"], set(PRUNED)
+    others = {name for name in alone if name != AUTO and (name == "off" or (name in levels) == (against == "against_levels"))}
+    equal = {name: alone[name]["flops_ratio"] for name in others if alone[name]["agreement"] >= alone[AUTO]["agreement"]}
+    assert found[against]["flops_ratio"] == min(equal.values())
+    assert found[against]["level"] in equal
+    assert found[against]["saved"] == pytest.approx(1 - alone[AUTO]["flops_ratio"] / min(equal.values()), abs=2e-4)
 
 
 def test_second_in_a_chat_auto_is_held_against_itself_alone(found):
@@ -61,4 +65,5 @@ def test_the_page_shows_the_levels(found, tmp_path):
     page = (tmp_path / "page.md").read_text()
     assert "| off | 100.0% (100.0–100.0) |" in page
     assert "- Router 0: `auto` agrees at" in page
+    assert "the same for all questions" in page
     assert "Second in a chat" in page
