@@ -176,12 +176,11 @@ def against(columns: dict[tuple[str, str], Column], names: Sequence[str]) -> dic
     equal = {name: column for name, column in others.items() if column.shares()[0] >= agreement}
     name = min(equal, key=lambda name: equal[name].shares()[2])
     drawn = _drawn(len(auto.counts))
-    saved = 1 - auto.shares(drawn)[:, 2] / equal[name].shares(drawn)[:, 2]
-    found = equal[name].shares().tolist()
+    saved = 1 - auto.shares(drawn)[:, 2:] / equal[name].shares(drawn)[:, 2:]
+    found = equal[name].shares()
     return {
-        "level": name, "agreement": round(found[0], 4), "flops_ratio": round(found[2], 4),
-        "saved": round(1 - float(ratio) / found[2], 4),
-        "saved_interval": [round(float(bound), 4) for bound in np.quantile(saved, (0.025, 0.975))],
+        "level": name, "agreement": round(float(found[0]), 4), "flops_ratio": round(float(found[2]), 4),
+        **_named(("saved",), 1 - ratio / found[2:], saved),
     }  # fmt: skip
 
 
