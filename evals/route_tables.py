@@ -61,7 +61,7 @@ def _levels(runs: Sequence[Entry]) -> list[str]:
         cells = [cell for place in ("alone", "second") for cell in _level_cells([run["levels"][place][name] for run in runs])]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run["seed"]):
         auto = run["levels"]["alone"]["auto"]
         lines.append(
             f"- Router {run['seed']}: `auto` agrees at {auto['agreement']:.2%} with {auto['flops_ratio']:.1%} of the FLOPs. "
