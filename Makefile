@@ -26,8 +26,8 @@ test: .venv/.installed-dev ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 tables: .venv/.installed-dev ## make docs/pruning_results.md and docs/routing_results.md from the stored runs
-	@$(BIN)/python -m evals.tables
-	@$(BIN)/python -m evals.route_tables
+	@$(BIN)/python -m evals.pruning_report
+	@$(BIN)/python -m evals.routing_report
 
 install: .venv/.installed ## prepare .venv, nothing else
 

@@ -155,8 +155,8 @@ def route(
     dtype: DTYPE = "auto",
 ) -> None:
     """Train a router, from pictures and questions alone. A run that was stopped goes on when it is started again."""
-    from pruning.dynamic.lesson import Lesson
-    from pruning.dynamic.train import run
+    from pruning.dynamic.training.config import Lesson
+    from pruning.dynamic.training.train import run
 
     given = {"data": data, "pictures": pictures, "questions": questions, "answer": answer, "rows": rows, "steps": steps,
              "writing": writing, "target": target, "seed": seed}  # fmt: skip
@@ -175,7 +175,7 @@ def inspect(
     dtype: DTYPE = "auto",
 ) -> None:
     """Show what a checkpoint holds, and in which form: sizes, what was pruned and how, calibration, levels."""
-    from evals.inspection import run
+    from evals.inspect import run
 
     with _plain_errors():
         run(checkpoint, picture, device, dtype)

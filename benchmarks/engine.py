@@ -13,10 +13,10 @@ from rich.progress import track
 from rich.table import Table
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks import ceiling
+from benchmarks import roofline
 from benchmarks.memory import peak_bytes
 from benchmarks.report import finish
-from benchmarks.sides import (
+from benchmarks.runners import (
     TEXT_TOKENS,
     Questions,
     Run,
@@ -51,7 +51,7 @@ def run(
     config, place, precision = geometry_config(geometry), pick_device(device), pick_dtype(dtype)
     chosen = {name: parse_route(name, config) for name in routes or default_routes(config)}
     check_sparsity(sparsity, pattern)
-    limits = ceiling.measure(place, precision)
+    limits = roofline.measure(place, precision)
     memory, matrices = limits.bytes_per_s / 1e9, limits.flops_per_s / 1e9
     console.print(f"{place}, {dtype}: memory {memory:.1f} GB/s, matrices {matrices:,.0f} GFLOP/s")
     reference = random_model(config, dtype=precision, device=str(place))
@@ -105,7 +105,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in ceiling.PRODUCTS:
+    if device.type not in roofline.PRODUCTS:
         raise ValueError(f"device {name!r} is not cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
@@ -225,7 +225,7 @@ def describe(pruned: Llava, model: Llava, full: Route) -> dict[str, Any]:
     return {
         "zeros": pruned.sparsity()["language"],
         "weight_bytes": pruned.bytes_by_form(),
-        "matrix_bytes_ratio": (ceiling.decode_bytes(pruned, full) - head) / (ceiling.decode_bytes(model, full) - head),
+        "matrix_bytes_ratio": (roofline.decode_bytes(pruned, full) - head) / (roofline.decode_bytes(model, full) - head),
     }
 
 

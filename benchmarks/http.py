@@ -22,7 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.report import finish
-from models.embedded.world import draw
+from checkpoints.world import draw
 
 TIMEOUT_S = 300.0
 TRIES = 50

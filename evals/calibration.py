@@ -11,7 +11,7 @@ from rich.progress import track
 
 from evals.scenes import exam
 from models.checkpoint import MANIFEST, Calibration, Checkpoint, load, resolve, write_manifest
-from pruning.dynamic.calibrate import layer_change
+from pruning.dynamic.layer_importance import layer_change
 
 
 def samples(checkpoint: Checkpoint, count: int, seed: int) -> Iterator[tuple[list[int], torch.Tensor]]:

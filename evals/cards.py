@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints.world import Question, Scene
 from evals.scenes import LIMITS, Answer, ask_all, make_request, normalise
 from evals.statistics import wilson
 from models.checkpoint import load, write_manifest
-from models.embedded.world import Question, Scene
 from server.engine import Engine
 
 ALONE = 20

@@ -2,7 +2,7 @@
 
 `python -m evals.levels embedded --runs docs/runs/levels.jsonl`: one JSON line a run. Agreement is with the un-pruned model's own
 greedy answer in the same chat, token by token; accuracy with the right one. The second question follows another one about the same
-picture, with the model's own answer to it. Both are read off one forward pass over the answer, as in `evals.packed`.
+picture, with the model's own answer to it. Both are read off one forward pass over the answer, as in `evals.exact_match`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from evals.packed import RESAMPLES
-from evals.routes import prompts_of
+from checkpoints.world import Scene, draw
+from evals.exact_match import RESAMPLES
+from evals.pruning_sweep import stored
+from evals.routing_sweep import prompts_of
 from evals.scenes import MAX_TOKENS
-from evals.sweep import stored
 from models.checkpoint import Checkpoint, load
-from models.embedded.world import Scene, draw
 from models.flops import flops_ratio
 from models.route import Route
-from pruning.dynamic.gaze import Asked, answers, gives, words
 from pruning.dynamic.levels import AUTO, PRUNED, Level, make_route, menu_of, worthwhile_level
-from pruning.dynamic.router import Reading, Router, read_request
+from pruning.dynamic.router import Reading, Router, read_request, words
 from pruning.dynamic.router_file import load_router
+from pruning.dynamic.training.teacher import Asked, answers, gives
 
 SHARES = (2 / 3, 7 / 12, 1 / 2, 1 / 3)
 """Of the visual tokens, for all questions alike: fixed budgets, against which `auto` has to be worth it. All layers run, for where

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from checkpoints.world import Question, Scene, draw
 from evals.statistics import wilson
 from models.checkpoint import load
-from models.embedded.world import Question, Scene, draw
 from models.preprocess import Preprocessor
-from pruning.dynamic.policies import TokenPolicy
+from pruning.dynamic.token_merging import TokenPolicy
 from server.engine import Engine, Limits
 from server.request import Delta, Event, Failed, Finished, PreparedImage, Receipt, Request, Sampling
 

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
-from models.embedded import SHIPPED
+from checkpoints.embedded import SHIPPED
+from models.layer_shapes import NarrowLlava
 from models.llava import Llava, check_supported, from_transformers, visual_tokens_per_image
 from models.preprocess import Preprocessor
-from models.widths import NarrowLlava
 
 MANIFEST = "espalier.json"
 INDEX = "model.safetensors.index.json"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import LlavaConfig
 
+from models.layer_shapes import head_dim, layer_widths, query_heads
 from models.route import Route
-from models.widths import head_dim, layer_widths, query_heads
 
 
 def prefill_flops(config: LlavaConfig, route: Route, prompt: int) -> int:

@@ -17,8 +17,8 @@ from models import kernels
 from models.attention import attend
 from models.kv_cache import RequestCache
 from models.llava import Block, Llava
+from models.ops import rms_norm, rotate, swiglu
 from models.route import Route
-from models.rows import rms_norm, rotate, swiglu
 
 
 @dataclass

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from models.forms import choose
+from models.layer_shapes import head_dim, layer_widths, query_heads
 from models.linear import Linear, take
-from models.rows import rms_norm
+from models.ops import rms_norm
 from models.sparse import Matrix
-from models.vision import VisionBlock, VisionTower, feature_layers
-from models.widths import head_dim, layer_widths, query_heads
+from models.vision.clip import VisionBlock, VisionTower, feature_layers
+from models.weight_format import choose
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 

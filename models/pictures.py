@@ -10,7 +10,7 @@ from random import Random
 
 from PIL import Image
 
-from models.embedded import world
+from checkpoints import world
 
 
 class DataError(ValueError):

@@ -21,12 +21,11 @@ from models.flops import flops_ratio
 from models.forward import Work, forward, prompt_work, token_work
 from models.kv_cache import KVCache, RequestCache
 from models.route import Route
-from models.vision import ImageFeatures
-from pruning.dynamic.gaze import words
+from models.vision.clip import ImageFeatures
 from pruning.dynamic.levels import AUTO, Level, expected_rows, make_route, menu_of, worthwhile_level
-from pruning.dynamic.policies import TokenPolicy
-from pruning.dynamic.router import Reading, RouterFailed, read_request
+from pruning.dynamic.router import Reading, RouterFailed, read_request, words
 from pruning.dynamic.router_file import load_router
+from pruning.dynamic.token_merging import TokenPolicy
 from server.detokenize import Detokenizer
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.metrics import Metrics

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from pruning.dynamic.policies import TokenPolicy
+from pruning.dynamic.token_merging import TokenPolicy
 
 PREFIX = "ESPALIER_"
 PILLOW_MAX_PIXELS = 89_478_485  # above it Pillow warns of a decompression bomb by itself

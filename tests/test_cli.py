@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from espalier import _plain_errors, app
 from models.checkpoint import read_manifest
-from pruning.dynamic.lesson import Lesson
+from pruning.dynamic.training.config import Lesson
 from pruning.static.recipe import Recipe
 from tests.server.tiny import write
 

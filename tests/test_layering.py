@@ -14,15 +14,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 
 # Which of our own units each unit may import. A new one must be entered here before it can be imported at all.
+PRUNING = {"pruning", "pruning.dynamic", "pruning.dynamic.training", "pruning.static"}
 MAY_IMPORT = {
-    "models": {"models"},
+    "checkpoints": {"checkpoints", "pruning.static", "pruning.dynamic.training", "models"},
+    "models": {"models", "checkpoints"},
     "pruning": set(),
     "pruning.dynamic": {"pruning.dynamic", "models"},
-    "pruning.static": {"pruning.static", "models"},
-    "server": {"server", "pruning.dynamic", "models"},
-    "evals": {"evals", "benchmarks", "server", "pruning", "pruning.dynamic", "pruning.static", "models"},
-    "benchmarks": {"benchmarks", "evals", "server", "pruning", "pruning.dynamic", "pruning.static", "models"},
-    "espalier": {"benchmarks", "evals", "server", "pruning", "pruning.dynamic", "pruning.static", "models"},
+    "pruning.dynamic.training": {"pruning.dynamic.training", "pruning.dynamic", "models", "checkpoints"},
+    "pruning.static": {"pruning.static", "models", "checkpoints"},
+    "server": {"server", "pruning.dynamic", "models", "checkpoints"},
+    "evals": {"evals", "benchmarks", "server", *PRUNING, "models", "checkpoints"},
+    "benchmarks": {"benchmarks", "evals", "server", *PRUNING, "models", "checkpoints"},
+    "espalier": {"benchmarks", "evals", "server", *PRUNING, "models", "checkpoints"},
     "tests": set(),
 }
 

@@ -10,9 +10,9 @@ import torch
 
 from models.checkpoint import Manifest, RouterRecord
 from models.route import Route
-from models.vision import ImageFeatures
-from pruning.dynamic.policies import TokenPolicy, keep_tokens
+from models.vision.clip import ImageFeatures
 from pruning.dynamic.router import Reading
+from pruning.dynamic.token_merging import TokenPolicy, keep_tokens
 
 AUTO = "auto"
 """The level of a request that takes the level most worth its arithmetic."""

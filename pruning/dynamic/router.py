@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.llava import Llava
-from models.vision import ImageFeatures
-from pruning.dynamic.policies import Kept, euclidean, farthest_first, means, members, replaced
+from models.vision.clip import ImageFeatures
+from pruning.dynamic.token_merging import Kept, euclidean, farthest_first, means, members, replaced
 
 PERIOD = 100.0
 """Longest wave of the places' encoding, in patches or words."""
@@ -40,6 +40,15 @@ MEMBERS, HIDDEN = 4, 64
 """Networks that judge together, and the hidden values of each."""
 AMONG = (0.0, 0.25, 0.5, 0.75, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
 """Quantiles of the attention that is foreseen for a picture's tokens, by which they judge."""
+
+WORDS = 64
+"""Most text tokens that a router reads: the end of the prompt, where the question is."""
+
+
+def words(prompt: Sequence[int], image_token: int) -> list[int]:
+    """What of a prompt the router reads: its last text tokens, but none from before the first picture."""
+    start = prompt.index(image_token) if image_token in prompt else 0
+    return [token for token in prompt[start:] if token != image_token][-WORDS:]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from models.vision import feature_layers
+from models.vision.clip import feature_layers
 from pruning.static.data import Sample
 
 # Matrices of a block that read the same rows, in the order in which a block runs them.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from checkpoints import world
 from models import pictures
-from models.embedded import world
 from models.preprocess import Preprocessor
 
 

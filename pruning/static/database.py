@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from models.work import read_record, write_tensors
+from models.run_state import read_record, write_tensors
 from pruning.static.allocation import Kept
 from pruning.static.blocks import walk
 from pruning.static.criteria import Criterion, solve_block

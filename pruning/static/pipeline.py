@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from models.checkpoint import Manifest, Pruning, open_transformers, read_manifest, sha256
+from models.layer_shapes import Widths
 from models.preprocess import Preprocessor
+from models.run_state import Work
 from models.saving import derive
-from models.widths import Widths
-from models.work import Work
-from pruning.static import allocation, data, scores, searching, structured, wanda
+from pruning.static import allocation, data, scores, search, structured, wanda
 from pruning.static.allocation import Kept
 from pruning.static.blocks import Block, blocks, collect, first_calls, linears, walk
 from pruning.static.criteria import criterion, solve_block
@@ -106,7 +106,7 @@ class Job:
                 self._cut(tower)
             elif tower == "language" and proxy:
                 proxy = proxy.with_tower() if "vision" in self.recipe.towers else proxy
-                found = searching.search(
+                found = search.search(
                     self.recipe, proxy, self.samples, self.work, self.progress, self.method, self.checkpoint, self.ray
                 )
                 self.report |= {"search": found.history, "projector": found.projector}

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from checkpoints.world import FAMILIES
 from models.checkpoint import check_files, read_manifest, resolve
-from models.embedded.world import FAMILIES
-from models.work import work_directory
+from models.run_state import work_directory
 from pruning.static import patterns
 
 WORLD = "world"

@@ -1,131 +1,113 @@
-"""Evolutionary search for the policy that leaves a checkpoint closest to dense at an exact total (EfficientLLaVA-style).
-
-What EfficientLLaVA's text fixes: fitness on 64 proxy samples is a task term plus η times a norm term of the pruned weights, and the
-search alternates with tuning the projector on the mean loss of its best policies. What it leaves open is designed here: levels and
-switches as in EvoPress, selection in stages on growing samples, and η in units of the spread of both terms.
-"""
+"""The search carried out: database, evolution and projector in turns, each part kept on disk as it is finished."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from math import isfinite
-from random import Random
-from statistics import quantiles
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from pruning.static.database import Policy
+import torch
+from rich.progress import Progress
 
-Evaluate = Callable[[Sequence[Policy], Sequence[int]], list[float]]
-"""Mean divergence of each policy over the proxy samples given by number."""
-OVERFLOW = 1e30
-SPREAD = 24
-"""Policies from which the spread of both terms of the fitness is read."""
+from models.run_state import Work
+from pruning.static.allocation import Kept, uniform
+from pruning.static.blocks import blocks, linears
+from pruning.static.criteria import Criterion
+from pruning.static.data import Sample
+from pruning.static.database import Database, Installed, build, plan
+from pruning.static.evaluate import Cluster, Evaluator, Local
+from pruning.static.evolution import Plan, Search, State
+from pruning.static.fitness import Proxy, Risk
+from pruning.static.projector import Tuning, tune
+from pruning.static.recipe import Recipe
 
-
-@dataclass(frozen=True)
-class Plan:
-    """offspring a generation; (samples, survivors) of each stage but the last, which sees all; how many of the best are `top`."""
-
-    generations: int = 40
-    offspring: int = 16
-    stages: tuple[tuple[int, int], ...] = ((3, 5), (10, 1))
-    eta: float = 0.3
-    top: int = 4
+TOWER = "language"
 
 
 @dataclass
-class State:
-    """All that a search needs to go on: written after every generation."""
+class Found:
+    """The best policy. The model is dense again but for its projector.
 
-    generation: int
-    parent: Policy
-    scale: float  # η times the ratio of both terms' spreads: what the risk term is multiplied with
-    best: list[tuple[float, Policy]] = field(default_factory=list)  # fitness on all samples, best first
-    history: list[dict[str, float]] = field(default_factory=list)
+    Once its blocks are pruned anew to `kept`, each on what the pruned ones before it put out, `finish` puts the database's entries
+    back if those are closer to dense on the proxy samples.
+    """
 
-    def document(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def of(cls, document: Mapping[str, Any]) -> State:
-        best = [(float(fitness), tuple(policy)) for fitness, policy in document["best"]]
-        return cls(**{**document, "parent": tuple(document["parent"]), "best": best})
+    kept: Kept
+    history: list[dict[str, float]]
+    projector: list[dict[str, Any]]
+    finish: Callable[[], Choice]
 
 
-class Search:
-    def __init__(
-        self, limits: Sequence[tuple[int, int]], samples: int, plan: Plan, seed: int, evaluate: Evaluate,
-        risk: Callable[[Policy], float],
-    ) -> None:  # fmt: skip
-        self._limits, self._samples, self._plan, self._seed = list(limits), samples, plan, seed
-        self._evaluate, self._risk = evaluate, risk
+@dataclass
+class Choice:
+    """The divergence of both, and the dampings of the database where its entries were put back."""
 
-    def start(self) -> State:
-        """The uniform policy, and the scale of the risk term."""
-        parent = (0,) * len(self._limits)
-        return State(0, parent, self._plan.eta * self._ratio_of_spreads(parent) if self._plan.eta else 0.0)
-
-    def advance(self, state: State) -> State:
-        """One generation. Its choices depend on the seed and its number: a search that goes on ends as one that never stopped."""
-        rng = Random(f"{self._seed}/{state.generation}")
-        children: list[Policy] = []
-        for _ in range(10 * self._plan.offspring):  # a small space has few neighbours: duplicates may leave fewer
-            child = self._mutate(state.parent, rng, min(rng.randint(1, 3), rng.randint(1, 3)))
-            if child != state.parent and child not in children:
-                children.append(child)
-            if len(children) == self._plan.offspring:
-                break
-        for samples, survivors in self._plan.stages:
-            chosen = rng.sample(range(self._samples), min(samples, self._samples))
-            fitness = self._fitness(children, chosen, state.scale)
-            children = [child for _, child in sorted(zip(fitness, children, strict=True))[:survivors]]
-        # The parent stands in the last stage alone, where a child must beat it on all samples.
-        known = {policy: value for value, policy in state.best}
-        new = [policy for policy in (state.parent, *children) if policy not in known]
-        known |= zip(new, self._fitness(new, range(self._samples), state.scale), strict=True)
-        best = sorted((value, policy) for policy, value in known.items())[: self._plan.top]
-        lowest, parent = best[0]
-        risk = self._risk(parent)
-        entry = {"fitness": lowest, "divergence": lowest - state.scale * risk, "risk": risk}
-        return State(state.generation + 1, parent, state.scale, best, [*state.history, entry])
-
-    def _ratio_of_spreads(self, parent: Policy) -> float:
-        """Of divergence and risk: interquartile ranges over policies a few switches from `parent`, as evolution meets them.
-
-        Ranges, because a matrix that loses nearly all can diverge a thousand times as far as the others.
-        """
-        rng = Random(f"{self._seed}/spread")
-        policies = [self._mutate(parent, rng, rng.randint(1, 8)) for _ in range(SPREAD)]
-        divergence = self._evaluate(policies, range(min(self._plan.stages[-1][0], self._samples)))
-        spread = _range([self._risk(policy) for policy in policies])
-        return _range([_finite(d) for d in divergence]) / spread if spread else 0.0
-
-    def _fitness(self, policies: Sequence[Policy], samples: Sequence[int], scale: float) -> list[float]:
-        divergence = self._evaluate(policies, samples)
-        return [_finite(d + scale * self._risk(policy)) for d, policy in zip(divergence, policies, strict=True)]
-
-    def _mutate(self, policy: Policy, rng: Random, switches: int) -> Policy:
-        """So many times, one matrix a level up and another one down."""
-        levels = list(policy)
-        for _ in range(switches):
-            up = [i for i, (_, high) in enumerate(self._limits) if levels[i] < high]
-            down = [i for i, (low, _) in enumerate(self._limits) if levels[i] > low]
-            if not up or not down:
-                break
-            gains, loses = rng.choice(up), rng.choice(down)
-            if gains != loses:
-                levels[gains] += 1
-                levels[loses] -= 1
-        return tuple(levels)
+    divergence: dict[str, float]
+    damping: dict[str, float] | None
 
 
-def _range(values: Sequence[float]) -> float:
-    """Interquartile."""
-    low, _, high = quantiles(values, n=4)
-    return high - low
+def search(
+    recipe: Recipe, proxy: Proxy, samples: Sequence[Sample], work: Work, progress: Progress, method: Criterion, checkpoint: Path,
+    ray: str | None,
+) -> Found:  # fmt: skip
+    """Find how many weights each matrix of the language model keeps; `checkpoint` is where a cluster's workers find the model."""
+    model = proxy.model
+    matrices = linears(model, [TOWER])
+    sizes = {name: linear.weight.numel() for name, linear in matrices.items()}
+    middle = uniform(sizes, recipe.sparsity)
+    database = Database(work.directory / "database", middle, *plan(sizes, middle, recipe.levels))
+    task = progress.add_task("database", total=len(blocks(model, TOWER)))
+    damping = build(database, model, TOWER, samples, recipe.visual_weight, method, recipe.parsed, lambda: progress.advance(task))
+
+    installed = Installed(matrices, database)
+    local = Local(proxy, installed)
+    evaluate: Evaluator = Cluster(ray, str(checkpoint.resolve()), proxy.references, database) if ray else local
+    limits = [database.limits[name] for name in database.names]
+    schedule = Plan(generations=recipe.generations, offspring=recipe.offspring, eta=recipe.eta)
+    engine = Search(limits, len(samples), schedule, recipe.seed, evaluate, Risk(database))
+    state, tuned = _restore(work, [local, evaluate]) or (engine.start(), [])
+    task = progress.add_task("generations", total=recipe.generations, completed=state.generation)
+    for turn in range(recipe.rounds):
+        while state.generation < recipe.generations * (turn + 1) // recipe.rounds:
+            state = engine.advance(state)
+            work.write("search", {"state": state.document(), "tuned": len(tuned)})
+            progress.update(task, advance=1, description=f"generations, divergence {state.history[-1]['divergence']:.4f}")
+        if recipe.projector and len(tuned) <= turn:
+            outcome = tune(proxy, installed, [policy for _, policy in state.best], Tuning(), recipe.seed, turn)
+            tuned = [*tuned, {"generation": state.generation, **asdict(outcome), "accepted": outcome.accepted}]
+            projector = model.model.multi_modal_projector.state_dict()
+            work.write_tensors("projector", projector, {"tuned": tuned})
+            evaluate.use(projector)
+            state.best = []  # what policies are worth has changed
+
+    evaluate.close()
+
+    def finish() -> Choice:
+        remade = {name: linear.weight.clone() for name, linear in matrices.items()}
+        everything = range(len(samples))
+        with torch.no_grad():
+            anew = float(proxy.divergences(everything).mean())
+            (stitched,) = Local(proxy, Installed(matrices, database))([state.parent], everything)
+            if anew <= stitched:
+                for name, linear in matrices.items():
+                    linear.weight.copy_(remade[name])
+        divergence = {"made anew": anew, "from the database": stitched}
+        return Choice(divergence, None if anew <= stitched else damping)
+
+    installed.install(None)
+    return Found(database.kept(state.parent), state.history, tuned, finish)
 
 
-def _finite(fitness: float) -> float:
-    """An overflow is the worst of all; NaN would be neither better nor worse than anything."""
-    return fitness if isfinite(fitness) else OVERFLOW
+def _restore(work: Work, evaluators: Sequence[Evaluator]) -> tuple[State, list[dict[str, Any]]] | None:
+    """Where a stopped search was, with its projector in use; None if it had not begun."""
+    if not (stored := work.read("search")):
+        return None
+    state, tuned = State.of(stored["state"]), []
+    if latest := work.read_tensors("projector"):
+        for evaluator in evaluators:
+            evaluator.use(latest[0])
+        tuned = latest[1]["tuned"]
+        if len(tuned) > stored["tuned"]:
+            state.best = []
+    return state, tuned

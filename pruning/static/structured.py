@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.linalg import cholesky, solve_triangular
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 
-from models.vision import feature_layers
-from models.widths import (
+from models.layer_shapes import (
     Half,
     Widths,
     can_say,
@@ -33,6 +32,7 @@ from models.widths import (
     towers,
     widths_of,
 )
+from models.vision.clip import feature_layers
 from pruning.static import obs
 from pruning.static.blocks import VISION_GROUPS, Block, Call, collect
 from pruning.static.criteria import criterion

@@ -19,15 +19,15 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ceiling, engine, http, memory
-from benchmarks.sides import answer, draw_questions, generate, prune, share_weights, transformers_only_bytes
+from benchmarks import engine, http, memory, roofline
+from benchmarks.runners import answer, draw_questions, generate, prune, share_weights, transformers_only_bytes
 from models import kernels
 from models.flops import prefill_flops
-from models.forms import is_2_4
 from models.forward import forward, prompt_work
 from models.kv_cache import RequestCache
 from models.random_llava import geometry_config, random_model, tiny_config
 from models.route import Route
+from models.weight_format import is_2_4
 
 CPU = torch.device("cpu")
 
@@ -47,8 +47,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "geometry_config", lambda name: tiny_config())
-    monkeypatch.setattr(ceiling, "STREAM_BYTES", 1 << 20)
-    monkeypatch.setattr(ceiling, "PRODUCTS", {"cpu": (64, 64, 64), "cuda": (64, 64, 64)})
+    monkeypatch.setattr(roofline, "STREAM_BYTES", 1 << 20)
+    monkeypatch.setattr(roofline, "PRODUCTS", {"cpu": (64, 64, 64), "cuda": (64, 64, 64)})
 
 
 @pytest.mark.parametrize(("device", "batch"), [("cpu", 1), ("cpu", 3), pytest.param("cuda", 3, marks=pytest.mark.gpu)])
@@ -140,7 +140,7 @@ def test_routes():
 )  # fmt: skip
 def test_what_cannot_be_run_is_refused_before_anything_is_made(option, message, monkeypatch):
     monkeypatch.setattr(engine, "random_model", pytest.fail)
-    monkeypatch.setattr(ceiling, "measure", pytest.fail)
+    monkeypatch.setattr(roofline, "measure", pytest.fail)
     options = {"geometry": "tinyllava-1.1b", "routes": None, "device": "cpu", "dtype": "bfloat16"} | option
     with pytest.raises(ValueError, match=message):
         engine.run(**options, batch=1, new_tokens=2, repeats=1, quiet=True)
@@ -200,7 +200,7 @@ def test_neither_side_stops_early_and_an_image_token_is_a_token():
 
 
 def test_a_ceiling_is_the_slower_of_arithmetic_and_memory():
-    machine = ceiling.Ceiling(bytes_per_s=10.0, flops_per_s=100.0)
+    machine = roofline.Ceiling(bytes_per_s=10.0, flops_per_s=100.0)
     assert machine.seconds(200, 10) == 2
     assert machine.seconds(200, 50) == 5
 
@@ -210,11 +210,11 @@ def test_ceilings_follow_the_route():
     model = share_weights(random_model(config))
     full, few = Route.full(16, 3), Route(16, (1, 2), (True, False, True))
     block = sum(matrix.bytes for matrix in model.blocks[0].linears().values())
-    assert ceiling.decode_bytes(model, full) - ceiling.decode_bytes(model, few) == block
-    arithmetic = ceiling.Ceiling(bytes_per_s=float("inf"), flops_per_s=1.0)
+    assert roofline.decode_bytes(model, full) - roofline.decode_bytes(model, few) == block
+    arithmetic = roofline.Ceiling(bytes_per_s=float("inf"), flops_per_s=1.0)
     difference = arithmetic.ttft(model, full, 56, 2) - arithmetic.ttft(model, few, 56, 2)
     assert difference == 2 * (prefill_flops(config, full, 56) - prefill_flops(config, few, 56))
-    assert arithmetic.tpot(model, full, 3) == 3 * 2 * ceiling.decode_bytes(model, full) / 4
+    assert arithmetic.tpot(model, full, 3) == 3 * 2 * roofline.decode_bytes(model, full) / 4
 
 
 def test_vision_flops_are_those_of_torch():
@@ -223,7 +223,7 @@ def test_vision_flops_are_those_of_torch():
     model = share_weights(random_model(config))
     with FlopCounterMode(display=False) as counter:
         model.vision(torch.zeros(1, 3, 160, 160))
-    assert ceiling.vision_flops(config) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert roofline.vision_flops(config) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_the_peak_of_a_later_phase_is_its_own():

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from evals import levels, route_tables
+from evals import levels, routing_report
 from models.checkpoint import load
 from pruning.dynamic.levels import AUTO, PRUNED
 from pruning.dynamic.router_file import load_router
-from tests.pruning.tiny_router import expect, plain_checkpoint, routed_checkpoint  # noqa: F401
+from tests.pruning.dynamic.tiny_router import expect, plain_checkpoint, routed_checkpoint  # noqa: F401
 
 
 @pytest.fixture(scope="module", name="found")
@@ -61,7 +61,7 @@ def test_the_page_shows_the_levels(found, tmp_path):
     off = common | {"policy": "off", "budget": "off", "keep": 144, "skip": 0, "accuracy": 0.9, "flops_ratio": 1.0}
     (tmp_path / "runs.jsonl").write_text(json.dumps(off) + "\n")
     (tmp_path / "levels.jsonl").write_text(json.dumps(common | found) + "\n")
-    route_tables.main(tmp_path / "runs.jsonl", tmp_path / "page.md", tmp_path / "levels.jsonl")
+    routing_report.main(tmp_path / "runs.jsonl", tmp_path / "page.md", tmp_path / "levels.jsonl")
     page = (tmp_path / "page.md").read_text()
     assert "| off | 100.0% (100.0–100.0) |" in page
     assert "- Router 0: `auto` agrees at" in page

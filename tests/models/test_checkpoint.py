@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from checkpoints.embedded import SHIPPED
 from models.checkpoint import (
     Calibration,
     CheckpointError,
@@ -23,7 +24,6 @@ from models.checkpoint import (
     sha256,
     write_manifest,
 )
-from models.embedded import SHIPPED
 from models.forward import forward, prompt_work
 from models.kv_cache import RequestCache
 from models.llava import UnsupportedCheckpoint

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from models.embedded.world import draw
+from checkpoints.world import draw
 from models.preprocess import Preprocessor
 from tests.server.tiny import VISUAL, config, processor
 

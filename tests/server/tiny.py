@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
 
+from checkpoints.embedded.build import IMAGE, PATCH, SIZE, build_processor
+from checkpoints.world import draw
 from models.checkpoint import Calibration, Checkpoint, Manifest, load, write_manifest
-from models.embedded.build import IMAGE, PATCH, SIZE, build_processor
-from models.embedded.world import draw
 from models.random_llava import random_model
 from pruning.dynamic.levels import Level
 from server.engine import Engine, Limits

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from checkpoints import world
 from models.checkpoint import Source, open_transformers
-from models.embedded import world
 from pruning.static import data
 from tests.server.tiny import write
 

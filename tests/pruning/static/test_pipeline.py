@@ -14,16 +14,16 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
+from checkpoints.world import draw
 from evals.scenes import MAX_TOKENS, Answer, make_request
 from models.checkpoint import CheckpointError, load, open_transformers, read_manifest
-from models.embedded.world import draw
 from models.pictures import DataError
-from models.work import WorkError
+from models.run_state import WorkError
 from pruning.static import pipeline, projector, scores
 from pruning.static.blocks import linears
 from pruning.static.data import embedded_world
+from pruning.static.evolution import Search
 from pruning.static.recipe import Recipe, RecipeError, read
-from pruning.static.search import Search
 from tests.pruning.kills import Killed, die_at
 from tests.server.tiny import VISUAL, answer, new_engine, write
 
@@ -38,14 +38,14 @@ def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.searching, "Tuning", lambda: projector.Tuning(steps=3))
+    monkeypatch.setattr(pipeline.search, "Tuning", lambda: projector.Tuning(steps=3))
 
 
 @pytest.fixture(scope="module", name="whole")
 def never_stopped(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The manifest of a search that nobody stopped."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.searching, "Tuning", lambda: projector.Tuning(steps=3))
+        patch.setattr(pipeline.search, "Tuning", lambda: projector.Tuning(steps=3))
         return prune(dense, tmp_path_factory.mktemp("whole") / "whole", **SEARCH)
 
 
@@ -213,7 +213,7 @@ def test_calibration_data_may_come_from_files_in_both_formats(dense, tmp_path):
 
 @pytest.mark.parametrize(
     ("owner", "name", "calls"),
-    [(pipeline, "solve_block", 3), (Search, "advance", 4), (pipeline.searching, "tune", 2), (pipeline, "derive", 1)],
+    [(pipeline, "solve_block", 3), (Search, "advance", 4), (pipeline.search, "tune", 2), (pipeline, "derive", 1)],
 )
 def test_a_killed_run_goes_on_without_repeating_what_was_finished(dense, whole, tmp_path, monkeypatch, owner, name, calls):
     with monkeypatch.context() as patch:
@@ -369,7 +369,7 @@ def test_a_corrupt_manifest_names_its_key(dense, tmp_path):
 
 
 def test_a_projector_that_held_out_samples_dislike_is_put_back(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.searching, "Tuning", lambda: projector.Tuning(steps=4, rate=1.0))
+    monkeypatch.setattr(pipeline.search, "Tuning", lambda: projector.Tuning(steps=4, rate=1.0))
     manifest = prune(dense, tmp_path / "out", **SEARCH)
     assert not any(turn["accepted"] for turn in manifest.pruning.projector)
     before, after = (LlavaForConditionalGeneration.from_pretrained(path) for path in (dense, tmp_path / "out"))

@@ -17,10 +17,10 @@ from models.checkpoint import CheckpointError, load
 from models.flops import prefill_flops
 from models.forward import forward, prompt_work, token_work
 from models.kv_cache import RequestCache
+from models.layer_shapes import Widths, can_say, columns, layer_widths, widths_of
 from models.llava import Llava, UnsupportedCheckpoint, from_transformers
 from models.random_llava import geometry_config, random_model, tiny_config
 from models.route import Route
-from models.widths import Widths, can_say, columns, layer_widths, widths_of
 from pruning.static import obs, structured, wanda
 from pruning.static.blocks import blocks, walk
 from pruning.static.data import Sample
