@@ -7,7 +7,7 @@ from setuptools import Extension, setup
 
 native = Extension(
     "models.kernels.native",
-    [f"models/kernels/{name}.cpp" for name in ("gemv_avx512", "gemm_amx_small", "gemm_amx", "decode", "elementwise")],
+    [f"models/kernels/{name}.cpp" for name in ("gemv_avx512", "gemm_amx_small", "gemm_amx", "decode_attention", "elementwise")],
     depends=[f"models/kernels/{name}.h" for name in ("floats", "weights", "amx")],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp"],

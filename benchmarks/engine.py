@@ -58,7 +58,7 @@ def run(
     model = share_weights(reference)
     questions = draw_questions(model, batch)
     prompt = questions.ids.shape[1]
-    full = Route.full(config.image_seq_length, model.layers)
+    full = Route.full(config.image_seq_length, model.num_layers)
     # Before transformers has run for the first time and left its own buffers, and before there are pruned weights.
     peak = peak_bytes(lambda: answer(model, questions.first(), full, new_tokens), place)
     sides = {name: (model, route) for name, route in chosen.items()}
@@ -200,7 +200,7 @@ def parts(
     share = flops_ratio(config, route, prompt)
     pairs = zip(ours[name], ours.get(full, []), strict=False)
     times = [run.prefill / dense.prefill for run, dense in pairs]
-    own = router.shape.flops(route.visual_tokens, TEXT_TOKENS, len(route.kept)) if router and route.dropped else 0
+    own = router.shape.flops(route.visual_tokens, TEXT_TOKENS, len(route.kept_tokens)) if router and route.dropped else 0
     return {
         "encode_s": median(run.encode for run in ours[name]),
         "route_s": median(run.route for run in ours[name]),
@@ -216,7 +216,7 @@ def untrained_router(model: Llava) -> Router:
     """One of the width that `espalier route` gives it: what it costs does not depend on what it has learned."""
     torch.manual_seed(0)
     width = model.config.text_config.hidden_size
-    return Router(Shape(width, model.layers, default_rows(width))).serving(model.dtype).to(model.device)
+    return Router(Shape(width, model.num_layers, default_rows(width))).serving(model.dtype).to(model.device)
 
 
 def describe(pruned: Llava, model: Llava, full: Route) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def describe(pruned: Llava, model: Llava, full: Route) -> dict[str, Any]:
     head = model.head.bytes
     return {
         "zeros": pruned.sparsity()["language"],
-        "weight_bytes": pruned.bytes_by_form(),
+        "weight_bytes": pruned.bytes_by_format(),
         "matrix_bytes_ratio": (roofline.decode_bytes(pruned, full) - head) / (roofline.decode_bytes(model, full) - head),
     }
 

@@ -13,7 +13,7 @@ from transformers import LlavaConfig
 from models.flops import prefill_flops
 from models.llava import Llava
 from models.route import Route
-from models.sparse import Matrix
+from models.sparse import AnyLinear
 from models.vision.clip import feature_layers
 
 STREAM_BYTES = 1 << 30
@@ -80,9 +80,9 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def decode_matrices(model: Llava, route: Route) -> list[Matrix]:
+def decode_matrices(model: Llava, route: Route) -> list[AnyLinear]:
     """What one decode step multiplies by: the layers that run, and the head."""
-    running = [block for block, runs in zip(model.blocks, route.layers, strict=True) if runs]
+    running = [block for block, runs in zip(model.decoder_layers, route.layers, strict=True) if runs]
     return [model.head, *(matrix for block in running for matrix in block.linears().values())]
 
 

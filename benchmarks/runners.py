@@ -14,13 +14,13 @@ from torch import Size, Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
-from models.forward import forward, prompt_work, token_work
+from models.forward import decode_input, forward, prefill_input
 from models.kv_cache import RequestCache
 from models.linear import Linear
 from models.llava import Llava, from_transformers
 from models.route import Route
-from models.sparse import Matrix
-from models.weight_format import choose
+from models.sparse import AnyLinear
+from models.weight_format import choose_format
 from pruning.dynamic.router import Router, read_request, words
 from pruning.dynamic.training.teacher import Asked
 
@@ -85,12 +85,12 @@ def share_weights(reference: LlavaForConditionalGeneration) -> Llava:
     layers = list(encoder.layers)
     model = from_transformers(reference)
     encoder.layers = nn.ModuleList(layers)
-    for layer, vision in zip(layers, model.vision.blocks, strict=False):
+    for layer, vision in zip(layers, model.vision.layers, strict=False):
         lend(vision.qkv, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
         lend(vision.out, layer.self_attn.out_proj)
         lend(vision.up, layer.mlp.fc1)
         lend(vision.down, layer.mlp.fc2)
-    for layer, block in zip(reference.model.language_model.layers, model.blocks, strict=True):
+    for layer, block in zip(reference.model.language_model.layers, model.decoder_layers, strict=True):
         lend(block.qkv, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
         lend(block.out, layer.self_attn.o_proj)
         lend(block.gate_up, layer.mlp.gate_proj, layer.mlp.up_proj)
@@ -101,8 +101,8 @@ def share_weights(reference: LlavaForConditionalGeneration) -> Llava:
     return model
 
 
-def lend(fused: Matrix, *modules: nn.Linear) -> None:
-    """Undo `models.linear.take` without a copy: rows of a fused [out, in] matrix lie together, and multiply as fast."""
+def lend(fused: AnyLinear, *modules: nn.Linear) -> None:
+    """Undo `models.linear.fuse` without a copy: rows of a fused [out, in] matrix lie together, and multiply as fast."""
     assert isinstance(fused, Linear), "random weights have no zeros, for which loading would compress them"
     sizes = [module.out_features for module in modules]
     for module, weight in zip(modules, fused.weight.split(sizes), strict=True):
@@ -128,18 +128,19 @@ def prune(model: Llava, sparsity: float, pattern: str) -> Llava:
             return PAIRS[torch.randint(len(PAIRS), (shape[0], shape[1] // 4), generator=random)].view(shape)
         return torch.rand(shape, generator=random) >= sparsity
 
-    def pruned(matrix: Matrix) -> Matrix:
+    def pruned(matrix: AnyLinear) -> AnyLinear:
         assert isinstance(matrix, Linear), "dense before it is pruned"
-        return choose(Linear(matrix.weight * kept(matrix.weight.shape).to(matrix.weight.device), matrix.bias))
+        return choose_format(Linear(matrix.weight * kept(matrix.weight.shape).to(matrix.weight.device), matrix.bias))
 
-    blocks = [
-        replace(b, qkv=pruned(b.qkv), out=pruned(b.out), gate_up=pruned(b.gate_up), down=pruned(b.down)) for b in model.blocks
+    layers = [
+        replace(b, qkv=pruned(b.qkv), out=pruned(b.out), gate_up=pruned(b.gate_up), down=pruned(b.down))
+        for b in model.decoder_layers
     ]
-    return replace(model, blocks=blocks)
+    return replace(model, decoder_layers=layers)
 
 
 def transformers_only_bytes(reference: LlavaForConditionalGeneration, model: Llava) -> int:
-    unused = reference.model.vision_tower.encoder.layers[len(model.vision.blocks) :]
+    unused = reference.model.vision_tower.encoder.layers[len(model.vision.layers) :]
     return sum(parameter.nbytes for parameter in unused.parameters())
 
 
@@ -160,7 +161,7 @@ def answer(model: Llava, questions: Questions, route: Route, new_tokens: int, ro
         chosen = [choose_tokens(router, model, ids, seen, route) for ids, seen in zip(questions.ids, visual, strict=True)]
     routed = _finished(model)
     work = [
-        prompt_work(model, ids, seen, own, cache)
+        prefill_input(model, ids, seen, own, cache)
         for ids, (own, seen), cache in zip(questions.ids, chosen, caches, strict=True)
     ]
     marks, steps = [], []
@@ -169,7 +170,7 @@ def answer(model: Llava, questions: Questions, route: Route, new_tokens: int, ro
         steps.append(tokens.tolist())  # waits for the device, as a server must to send the token
         marks.append(time.perf_counter())
         work = [
-            token_work(model, token, position, own.route, own.cache)
+            decode_input(model, token, position, own.route, own.cache)
             for token, own in zip(tokens.split(1), work, strict=True)
         ]
     made = [list(tokens) for tokens in zip(*steps, strict=True)]
@@ -180,8 +181,8 @@ def choose_tokens(router: Router, model: Llava, ids: Tensor, visual: Tensor, rou
     """The route with the tokens that the router keeps, and the visual tokens [visual tokens, width] as it leaves them."""
     read = words(ids.tolist(), model.config.image_token_id)
     reading = read_request(router, model, [Asked(ids.tolist(), visual).image], read)
-    kept = reading.keep(0, len(route.kept))
-    return replace(route, kept=tuple(kept.indices.tolist()), sizes=kept.sizes), kept.tokens
+    kept = reading.keep(0, len(route.kept_tokens))
+    return replace(route, kept_tokens=tuple(kept.indices.tolist()), token_sizes=kept.sizes), kept.tokens
 
 
 def _finished(model: Llava) -> float:

@@ -20,7 +20,7 @@ def run(name: str, picture: Path | None = None, device: str = "cpu", dtype: str 
     checkpoint = load(name, device, dtype)
     model, manifest = checkpoint.model, checkpoint.manifest
     console.print(
-        f"[b]{checkpoint.name}[/b] ({checkpoint.fingerprint}): {model.layers} layers, "
+        f"[b]{checkpoint.name}[/b] ({checkpoint.fingerprint}): {model.num_layers} layers, "
         f"{model.visual_tokens_per_image} visual tokens an image, context {model.context_length}, "
         f"{model.weight_bytes / 1e6:.1f} MB in {str(model.dtype).removeprefix('torch.')}"
     )
@@ -44,7 +44,7 @@ def run(name: str, picture: Path | None = None, device: str = "cpu", dtype: str 
         )  # fmt: skip
     else:
         console.print("no router: levels choose tokens by the picture alone; run `espalier route`")
-    menu = menu_of(manifest, model.layers)
+    menu = menu_of(manifest, model.num_layers)
     _show_levels(checkpoint, menu)
     if manifest.router is not None:
         _show_ladder(checkpoint, menu[AUTO].rungs, manifest.router.measured["agreement"])
@@ -87,13 +87,13 @@ def by_layer(pruning: Pruning) -> tuple[dict[str, dict[str, float]], list[str]]:
 def _show_forms(checkpoint: Checkpoint) -> None:
     """Each matrix as it is held (q, k and v are one, gate and up another), and the bytes of every form."""
     model = checkpoint.model
-    held = [block.linears() for block in model.blocks]
-    if any(matrix.form != "dense" for found in held for matrix in found.values()):
+    held = [block.linears() for block in model.decoder_layers]
+    if any(matrix.format != "dense" for found in held for matrix in found.values()):
         table = Table(Column("layer", no_wrap=True), *held[0], title="Held as, and what is not zero")
         for layer, found in enumerate(held):
-            table.add_row(f"language.{layer}", *(f"{m.form} {m.nonzeros / m.size:.1%}" for m in found.values()))
+            table.add_row(f"language.{layer}", *(f"{m.format} {m.nonzeros / m.size:.1%}" for m in found.values()))
         console.print(table)
-    console.print("held as " + ", ".join(f"{form}: {size / 1e6:.1f} MB" for form, size in model.bytes_by_form().items()))
+    console.print("held as " + ", ".join(f"{form}: {size / 1e6:.1f} MB" for form, size in model.bytes_by_format().items()))
 
 
 def _show_levels(checkpoint: Checkpoint, menu: dict[str, Level]) -> None:
@@ -101,7 +101,7 @@ def _show_levels(checkpoint: Checkpoint, menu: dict[str, Level]) -> None:
     table = Table("level", "visual tokens", "layers", "accuracy", "what", title="Levels")
     for level in menu.values():
         kept = str(level.kept(model.visual_tokens_per_image))
-        chosen = [f"{kept} on average", ""] if level.rungs else [kept, str(model.layers - level.skipped_layers)]
+        chosen = [f"{kept} on average", ""] if level.rungs else [kept, str(model.num_layers - level.skipped_layers)]
         card = level.card or {}
         accuracy = f"{card['accuracy']:.1%}" if "accuracy" in card else ""
         table.add_row(level.name, *(["", ""] if level.name == AUTO else chosen), accuracy, level.description)
@@ -110,7 +110,7 @@ def _show_levels(checkpoint: Checkpoint, menu: dict[str, Level]) -> None:
 
 def _show_ladder(checkpoint: Checkpoint, rungs: Sequence[Rung], agreement: Sequence[float]) -> None:
     """What a router chooses from: tokens, layers, which of those visual tokens pass by, and held-out answers that stay."""
-    total, layers = checkpoint.model.visual_tokens_per_image, checkpoint.model.layers
+    total, layers = checkpoint.model.visual_tokens_per_image, checkpoint.model.num_layers
     table = Table("visual tokens", "layers", "passed by", "FLOPs", "agreement", title="The router's ladder")
     for rung, share in zip(rungs, agreement, strict=True):
         kept, runs = Level("", "", 1.0).at(rung).kept(total), layers - rung.skipped_layers

@@ -91,9 +91,9 @@ def ask(
     ratios = []
     for one, reading in zip(asked, readings, strict=True):
         settled = level.settled(reading.chances)[0] if level.rungs else level
-        route, visual = make_route(settled, [one.image], model.layers, change, "router", 0, reading if level.routed else None)
+        route, visual = make_route(settled, [one.image], model.num_layers, change, "router", 0, reading if level.routed else None)
         assert visual is not None
-        flops = reading.flops(len(route.kept)) if level.routed else 0
+        flops = reading.flops(len(route.kept_tokens)) if level.routed else 0
         ratios.append(flops_ratio(model.config, route, len(one.prompt), flops))
         routes.append(route)
         routed.append(Asked(one.prompt, visual))
@@ -108,7 +108,7 @@ def ask(
 
 
 def run(checkpoint: Checkpoint, router: Router, pictures: int, split: str) -> dict[str, Any]:
-    menu = menu_of(checkpoint.manifest, checkpoint.model.layers)
+    menu = menu_of(checkpoint.manifest, checkpoint.model.num_layers)
     alike = [Level(f"{share:.3f} of the tokens", "", share) for share in SHARES]
     columns: dict[tuple[str, str], Column] = defaultdict(Column)
     taken: dict[str, int] = defaultdict(int)
@@ -144,7 +144,7 @@ def run(checkpoint: Checkpoint, router: Router, pictures: int, split: str) -> di
 
 def _reading(checkpoint: Checkpoint, asked: Asked, reading: Reading) -> float:
     """FLOPs of reading alone over those of the dense prefill."""
-    config, full = checkpoint.model.config, Route.full(len(asked.visual), checkpoint.model.layers)
+    config, full = checkpoint.model.config, Route.full(len(asked.visual), checkpoint.model.num_layers)
     return flops_ratio(config, full, len(asked.prompt), reading.flops(len(asked.visual))) - 1
 
 

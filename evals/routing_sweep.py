@@ -27,10 +27,10 @@ from evals.exact_match import summary
 from evals.pruning_sweep import stored
 from models.checkpoint import Checkpoint, load
 from models.flops import flops_ratio
-from models.forward import forward, prompt_work
+from models.forward import forward, prefill_input
 from models.kv_cache import RequestCache
 from models.llava import Llava
-from models.ops import rms_norm, rotate
+from models.ops import apply_rope, rms_norm
 from models.route import Route
 from models.vision.clip import ImageFeatures
 from pruning.dynamic.levels import Level, layers_to_run, make_route, rungs_of
@@ -80,7 +80,7 @@ class Prompt:
 def settings(checkpoint: Checkpoint, router: Router | None) -> Iterator[Setting]:
     """Every policy at every budget: the most tokens, or layers, that it can afford."""
     model = checkpoint.model
-    total, depth = model.visual_tokens_per_image, model.layers
+    total, depth = model.visual_tokens_per_image, model.num_layers
     yield Setting("off", "off", total)
     for policy in POLICIES:
         if policy in ROUTED and router is None:
@@ -112,7 +112,7 @@ def _typical_ratio(model: Llava, router: Router | None, setting: Setting) -> flo
     """FLOPs ratio of a setting for a prompt of typical length."""
     total, keep = model.visual_tokens_per_image, setting.keep
     drop = FASTV_LAYER if setting.policy == "fastv" else 0
-    runs = tuple(layer >= setting.skip for layer in range(model.layers))
+    runs = tuple(layer >= setting.skip for layer in range(model.num_layers))
     route = Route(total, tuple(range(keep)), runs, drop)
     own = router.shape.flops(total, TYPICAL_TEXT, keep) if router and setting.policy in ROUTED else 0
     return flops_ratio(model.config, route, total + TYPICAL_TEXT, own)
@@ -121,14 +121,14 @@ def _typical_ratio(model: Llava, router: Router | None, setting: Setting) -> flo
 def fastv(model: Llava, prompt: Prompt, visual: Tensor, keep: int) -> Route:
     """FastV (arXiv 2403.06764): from layer 2 on, the tokens that the question's last row looked at most in the layer before."""
     ids = torch.tensor(prompt.ids)
-    full = Route.full(len(visual), model.layers)
+    full = Route.full(len(visual), model.num_layers)
     cache = RequestCache(full.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
     inputs: list[Tensor] = []
-    forward(model, [prompt_work(model, ids, visual, full, cache)], watch=lambda _, hidden: inputs.append(hidden))
-    block = model.blocks[FASTV_LAYER - 1]
+    forward(model, [prefill_input(model, ids, visual, full, cache)], layer_hook=lambda _, hidden: inputs.append(hidden))
+    block = model.decoder_layers[FASTV_LAYER - 1]
     last = inputs[FASTV_LAYER - 1][-1:]
     qkv = block.qkv(rms_norm(last, block.input_norm, model.eps)).view(1, -1, model.head_dim)
-    query = rotate(qkv[:, : block.heads], *model.rope(torch.tensor([len(ids) - 1]))).view(block.kv_heads, -1, model.head_dim)
+    query = apply_rope(qkv[:, : block.heads], *model.rope(torch.tensor([len(ids) - 1]))).view(block.kv_heads, -1, model.head_dim)
     scores = (query @ cache.keys(FASTV_LAYER - 1).transpose(1, 2)).float() * model.head_dim**-0.5
     looks = scores.softmax(-1).mean((0, 1))[ids == model.config.image_token_id]
     kept = tuple(looks.topk(keep).indices.sort().values.tolist())
@@ -168,9 +168,9 @@ def route_of(setting: Setting, shown: Shown, question: int, seed: int) -> tuple[
     model = shown.checkpoint.model
     visual = shown.image.tokens[0]
     if setting.policy == "off":
-        return Route.full(len(visual), model.layers), visual, 0
+        return Route.full(len(visual), model.num_layers), visual, 0
     if setting.policy == "layers":
-        runs = layers_to_run(model.layers, setting.skip, shown.checkpoint.manifest.layer_change)
+        runs = layers_to_run(model.num_layers, setting.skip, shown.checkpoint.manifest.layer_change)
         return Route(len(visual), tuple(range(len(visual))), runs), visual, 0
     if setting.policy == "fastv":
         return fastv(model, shown.prompts[question], visual, setting.keep), visual, 0
@@ -179,9 +179,9 @@ def route_of(setting: Setting, shown: Shown, question: int, seed: int) -> tuple[
     if setting.policy in ELASTIC and reading:
         level = _settled(setting, shown.checkpoint, reading)
     policy: TokenPolicy = "router" if reading else setting.policy  # type: ignore[assignment]
-    route, used = make_route(level, [shown.image], model.layers, None, policy, seed, reading)
+    route, used = make_route(level, [shown.image], model.num_layers, None, policy, seed, reading)
     assert used is not None
-    return route, used, reading.flops(len(route.kept)) if reading else 0
+    return route, used, reading.flops(len(route.kept_tokens)) if reading else 0
 
 
 def _settled(setting: Setting, checkpoint: Checkpoint, reading: Reading) -> Level:
@@ -201,10 +201,10 @@ def ask(setting: Setting, shown: Shown, seed: int) -> tuple[list[bool], list[tup
     model, works, ratios = shown.checkpoint.model, [], []
     for question, prompt in enumerate(shown.prompts):
         route, visual, flops = route_of(setting, shown, question, seed)
-        ratios.append((flops_ratio(model.config, route, len(prompt.ids), flops), len(route.kept) / route.visual_tokens))
+        ratios.append((flops_ratio(model.config, route, len(prompt.ids), flops), len(route.kept_tokens) / route.visual_tokens))
         ids = torch.tensor([*prompt.ids, *prompt.answer[:-1]], device=model.device)
         cache = RequestCache(route.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
-        works.append(prompt_work(model, ids, visual, route, cache, tail=len(prompt.answer)))
+        works.append(prefill_input(model, ids, visual, route, cache, logits_to_keep=len(prompt.answer)))
     said = forward(model, works).argmax(-1).cpu().split([len(prompt.answer) for prompt in shown.prompts])
     return [tokens.tolist() == prompt.answer for tokens, prompt in zip(said, shown.prompts, strict=True)], ratios
 

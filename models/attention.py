@@ -14,7 +14,7 @@ BLOCK = 128
 
 
 @cache
-def _has_tiles() -> bool:
+def _has_amx() -> bool:
     """Whether the CPU multiplies bf16 tiles (AMX): there torch's fused kernel takes 2.2 ms where blocks take 5.9 (577 rows, 16
     heads)."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
@@ -37,7 +37,7 @@ def attend(
         return _one(query * scale, keys, values, bias)
     if at is not None:
         return _some(query * scale, keys, values, bias, at, causal=causal)
-    if query.device.type == "cpu" and not (query.dtype == torch.bfloat16 and _has_tiles()):
+    if query.device.type == "cpu" and not (query.dtype == torch.bfloat16 and _has_amx()):
         return _blocks(query * scale, keys, values, bias, causal=causal)
     return _fused(query, keys, values, bias, scale, causal=causal)
 

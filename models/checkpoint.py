@@ -15,7 +15,7 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration,
 from transformers.utils import logging as transformers_logging
 
 from checkpoints.embedded import SHIPPED
-from models.layer_shapes import NarrowLlava
+from models.layer_shapes import SlicedLlava
 from models.llava import Llava, check_supported, from_transformers, visual_tokens_per_image
 from models.preprocess import Preprocessor
 
@@ -151,10 +151,10 @@ def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "auto") -> Ch
     if eos is None:
         eos = source.model.config.text_config.eos_token_id
     model = from_transformers(source.model)
-    if manifest.calibration and len(manifest.calibration.layer_change) != model.layers:
+    if manifest.calibration and len(manifest.calibration.layer_change) != model.num_layers:
         raise CheckpointError(
             f"{directory / MANIFEST}: calibration.layer_change has {len(manifest.calibration.layer_change)} values for "
-            f"{model.layers} layers; remove `calibration` and run `espalier calibrate`"
+            f"{model.num_layers} layers; remove `calibration` and run `espalier calibrate`"
         )
     return Checkpoint(
         directory=directory,
@@ -234,7 +234,7 @@ def _from_pretrained(directory: Path, device: str, dtype: str) -> tuple[LlavaFor
     progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model, info = NarrowLlava.from_pretrained(
+        model, info = SlicedLlava.from_pretrained(
             directory,
             dtype=DTYPES.get(dtype, "auto"),
             use_safetensors=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import LlavaConfig
 
-from models.layer_shapes import head_dim, layer_widths, query_heads
+from models.layer_shapes import head_dim, layer_shapes, query_heads
 from models.route import Route
 
 
@@ -17,7 +17,7 @@ def prefill_flops(config: LlavaConfig, route: Route, prompt: int) -> int:
     width, dim = text.hidden_size, head_dim(text)
     total = width * text.vocab_size
     last = max(layer for layer, runs in enumerate(route.layers) if runs)
-    for layer, (rows, has) in enumerate(zip(route.rows(prompt), layer_widths(text), strict=True)):
+    for layer, (rows, has) in enumerate(zip(route.rows(prompt), layer_shapes(text), strict=True)):
         heads = has.kv_heads * query_heads(text)
         qkv = width * dim * (heads + 2 * has.kv_heads)
         rest = width * dim * heads + 3 * width * has.ffn
@@ -25,8 +25,8 @@ def prefill_flops(config: LlavaConfig, route: Route, prompt: int) -> int:
         asked = rows
         if layer == last:
             asked = min(rows, 1)
-        elif layer in route.visual_stays:
-            asked -= len(route.kept) if layer >= route.drop_layer else route.visual_tokens
+        elif layer in route.frozen_layers:
+            asked -= len(route.kept_tokens) if layer >= route.drop_layer else route.visual_tokens
         # Scores and values; where all rows ask, causal attention reads half of rows x rows.
         pairs = rows * rows if asked == rows else 2 * asked * rows
         total += rows * qkv + asked * rest + pairs * heads * dim

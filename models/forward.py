@@ -16,19 +16,19 @@ from torch import Tensor
 from models import kernels
 from models.attention import attend
 from models.kv_cache import RequestCache
-from models.llava import Block, Llava
-from models.ops import rms_norm, rotate, swiglu
+from models.llava import DecoderLayer, Llava
+from models.ops import apply_rope, rms_norm, swiglu
 from models.route import Route
 
 
 @dataclass
-class Work:
+class SequenceInput:
     """What one request brings to a pass: its new rows, and where they stand.
 
     hidden [n, width]; positions [n], int64, the original ones. n is the whole prompt, or 1 when decoding. For a prompt that
-    drops tokens, `kept` [m] are the indices of the rows that stay from `route.drop_layer` on; `text` are those of the rows that
-    are no visual tokens, where the route tells them apart. The last `tail` rows' logits are wanted: one to go on from, more to
-    score an answer.
+    drops tokens, `kept` [m] are the indices of the rows that stay from `route.drop_layer` on; `text_rows` are the indices of the
+    rows that are no visual tokens, where the route freezes layers. Logits are computed for the last `logits_to_keep` rows: one to
+    go on from, more to score an answer.
     """
 
     hidden: Tensor
@@ -36,68 +36,68 @@ class Work:
     route: Route
     cache: RequestCache
     kept: Tensor | None = None
-    text: Tensor | None = None
-    tail: int = 1
+    text_rows: Tensor | None = None
+    logits_to_keep: int = 1
 
 
-def prompt_work(
-    model: Llava, ids: Tensor, visual: Tensor | None, route: Route, cache: RequestCache, tail: int = 1
-) -> Work:
+def prefill_input(
+    model: Llava, ids: Tensor, visual: Tensor | None, route: Route, cache: RequestCache, logits_to_keep: int = 1
+) -> SequenceInput:
     """The rows of a prompt: `ids` [n] with image tokens expanded, `visual` [visual_tokens, width] to stand in their places."""
     is_visual = ids == model.config.image_token_id
     hidden = model.embed(ids)
     if visual is not None:
         hidden[is_visual] = visual.to(hidden.dtype)
-    work = Work(hidden, torch.arange(len(ids), device=ids.device), route, cache, tail=tail)
+    work = SequenceInput(hidden, torch.arange(len(ids), device=ids.device), route, cache, logits_to_keep=logits_to_keep)
     if route.dropped:
         stays = ~is_visual
         places = is_visual.nonzero()[:, 0]
-        stays[places[torch.tensor(route.kept, device=ids.device, dtype=torch.long)]] = True
+        stays[places[torch.tensor(route.kept_tokens, device=ids.device, dtype=torch.long)]] = True
         work.kept = stays.nonzero()[:, 0]
         if route.drop_layer == 0:
             work.hidden, work.positions, is_visual = hidden[work.kept], work.positions[work.kept], is_visual[work.kept]
             work.kept = None
-    if route.sizes:
+    if route.token_sizes:
         sizes = torch.ones(len(work.positions), dtype=hidden.dtype, device=ids.device)
-        sizes[is_visual] = torch.tensor(route.sizes, dtype=hidden.dtype, device=ids.device)
+        sizes[is_visual] = torch.tensor(route.token_sizes, dtype=hidden.dtype, device=ids.device)
         cache.weigh(sizes.log())
-    if route.visual_stays:
-        work.text = (~is_visual).nonzero()[:, 0]
+    if route.frozen_layers:
+        work.text_rows = (~is_visual).nonzero()[:, 0]
     return work
 
 
-def token_work(model: Llava, ids: Tensor, position: int, route: Route, cache: RequestCache) -> Work:
+def decode_input(model: Llava, ids: Tensor, position: int, route: Route, cache: RequestCache) -> SequenceInput:
     """The row of one new token, `ids` [1], at its original position (dropped tokens keep theirs)."""
-    return Work(model.embed(ids), torch.tensor([position], device=ids.device), route, cache)
+    return SequenceInput(model.embed(ids), torch.tensor([position], device=ids.device), route, cache)
 
 
 @torch.inference_mode()
-def forward(model: Llava, batch: Sequence[Work], watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
-    """Run one pass; returns float32 logits [sum of tails, vocab] of each request's last rows.
+def forward(model: Llava, batch: Sequence[SequenceInput], layer_hook: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Run one pass; returns float32 logits [sum of logits_to_keep, vocab] of each request's last rows.
 
-    `watch(layer, hidden)` is shown the rows before each layer: calibration reads there, nothing else needs it.
+    `layer_hook(layer, hidden)` is shown the rows before each layer: calibration reads there, nothing else needs it.
     """
     hidden = torch.cat([work.hidden for work in batch])
     cos, sin = model.rope(torch.cat([work.positions for work in batch]))
     counts = [len(work.positions) for work in batch]
-    texts = [work.text for work in batch]
+    texts = [work.text_rows for work in batch]
     last_layers = [max(i for i, runs in enumerate(work.route.layers) if runs) for work in batch]
-    for layer, block in enumerate(model.blocks):
+    for layer, block in enumerate(model.decoder_layers):
         leaving = [w.kept if w.route.drop_layer == layer else None for w in batch]
         if any(kept is not None for kept in leaving):
             hidden, cos, sin, counts = _leave(hidden, cos, sin, counts, leaving)
             texts = [_among(text, kept) for text, kept in zip(texts, leaving, strict=True)]
-        if watch:
-            watch(layer, hidden)
+        if layer_hook:
+            layer_hook(layer, hidden)
         running = [i for i, work in enumerate(batch) if work.route.layers[layer]]
         if not running:
             continue
         tails = [
-            torch.arange(n - work.tail, n, device=hidden.device) if n > work.tail and last == layer else None
+            torch.arange(n - work.logits_to_keep, n, device=hidden.device) if n > work.logits_to_keep and last == layer else None
             for n, work, last in zip(counts, batch, last_layers, strict=True)
         ]
         asked = [
-            tail if tail is not None else text if layer in work.route.visual_stays else None
+            tail if tail is not None else text if layer in work.route.frozen_layers else None
             for tail, text, work in zip(tails, texts, batch, strict=True)
         ]
         hidden = _layer(model, block, layer, [(batch[i], counts[i], asked[i]) for i in running], hidden, cos, sin,
@@ -107,12 +107,12 @@ def forward(model: Llava, batch: Sequence[Work], watch: Callable[[int, Tensor], 
     return model.logits(hidden)
 
 
-Part = tuple[Work, int, Tensor | None]
+Part = tuple[SequenceInput, int, Tensor | None]
 """A request in a layer: how many rows it has there, and which of them ask and go on; all of them if None."""
 
 
 def _layer(
-    model: Llava, block: Block, layer: int, parts: list[Part], hidden: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None
+    model: Llava, block: DecoderLayer, layer: int, parts: list[Part], hidden: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None
 ) -> Tensor:
     """One layer on `rows` of `hidden`, or on all of them: every row is seen, the rows that ask are changed."""
     x, c, s = (hidden, cos, sin) if rows is None else (hidden[rows], cos[rows], sin[rows])
@@ -127,19 +127,19 @@ def _layer(
     return x if rows is None else hidden.index_copy(0, rows, x)
 
 
-def _attention(model: Llava, block: Block, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, parts: list[Part]) -> Tensor:
+def _attention(model: Llava, block: DecoderLayer, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, parts: list[Part]) -> Tensor:
     """Rotate, remember and attend, request by request: qkv [rows, (heads + 2 kv_heads) * dim] to [asking, heads * dim]."""
     heads, kv_heads, dim = block.heads, block.kv_heads, model.head_dim
     scale = dim**-0.5
     qkv = qkv.view(len(qkv), heads + 2 * kv_heads, dim)
-    rotated = rotate(qkv[:, : heads + kv_heads], cos, sin)
+    rotated = apply_rope(qkv[:, : heads + kv_heads], cos, sin)
     query, key, value = rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :]
     rows = [count for _, count, _ in parts]
     new = zip(key.split(rows), value.split(rows), strict=True)
     seen = [work.cache.append(layer, k, v) for (work, _, _), (k, v) in zip(parts, new, strict=True)]
     biases = [work.cache.bias(layer) for work, _, _ in parts]
-    if max(rows) == 1 and kernels.decodes(query) and (native := kernels.library()):
-        return kernels.decode(native, query, seen, biases, scale).view(-1, heads * dim)
+    if max(rows) == 1 and kernels.can_decode_attention(query) and (native := kernels.library()):
+        return kernels.decode_attention(native, query, seen, biases, scale).view(-1, heads * dim)
     mixed = []
     for own, (keys, values), bias, (_, _, asked) in zip(query.split(rows), seen, biases, parts, strict=True):
         own = own if asked is None else own[asked]

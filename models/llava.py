@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from models.layer_shapes import head_dim, layer_widths, query_heads
-from models.linear import Linear, take
+from models.layer_shapes import head_dim, layer_shapes, query_heads
+from models.linear import Linear, fuse
 from models.ops import rms_norm
-from models.sparse import Matrix
-from models.vision.clip import VisionBlock, VisionTower, feature_layers
-from models.weight_format import choose
+from models.sparse import AnyLinear
+from models.vision.clip import EncoderLayer, VisionTower, feature_layers
+from models.weight_format import choose_format
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 
@@ -27,19 +27,19 @@ class UnsupportedCheckpoint(ValueError):
 
 
 @dataclass
-class Block:
+class DecoderLayer:
     """One layer of the language model. `qkv` holds queries, keys and values; `gate_up` the gate, then the up projection."""
 
     heads: int
     kv_heads: int
     input_norm: Tensor
-    qkv: Matrix
-    out: Matrix
+    qkv: AnyLinear
+    out: AnyLinear
     post_norm: Tensor
-    gate_up: Matrix
-    down: Matrix
+    gate_up: AnyLinear
+    down: AnyLinear
 
-    def linears(self) -> dict[str, Matrix]:
+    def linears(self) -> dict[str, AnyLinear]:
         return {"qkv": self.qkv, "out": self.out, "gate_up": self.gate_up, "down": self.down}
 
 
@@ -48,7 +48,7 @@ class Llava:
     config: LlavaConfig
     vision: VisionTower
     embedding: Tensor  # [vocab, width]
-    blocks: list[Block]
+    decoder_layers: list[DecoderLayer]
     norm: Tensor
     head: Linear
     inv_freq: Tensor  # [head_dim / 2], float32
@@ -63,13 +63,13 @@ class Llava:
         return self.embedding.dtype
 
     @property
-    def layers(self) -> int:
-        return len(self.blocks)
+    def num_layers(self) -> int:
+        return len(self.decoder_layers)
 
     @property
     def kv_heads(self) -> list[int]:
         """Of each layer: structured pruning may leave them different numbers."""
-        return [block.kv_heads for block in self.blocks]
+        return [layer.kv_heads for layer in self.decoder_layers]
 
     @cached_property
     def head_dim(self) -> int:
@@ -101,29 +101,29 @@ class Llava:
         """Last hidden states [rows, width] to float32 logits [rows, vocab]."""
         return self.head(rms_norm(hidden, self.norm, self.eps)).float()
 
-    def linears(self) -> dict[str, Matrix]:
+    def linears(self) -> dict[str, AnyLinear]:
         """Every matrix by name, `language.3.qkv` and the like."""
-        named = {f"language.{i}.{name}": m for i, b in enumerate(self.blocks) for name, m in b.linears().items()}
-        for i, b in enumerate(self.vision.blocks):
+        named = {f"language.{i}.{name}": m for i, b in enumerate(self.decoder_layers) for name, m in b.linears().items()}
+        for i, b in enumerate(self.vision.layers):
             named |= {f"vision.{i}.{name}": getattr(b, name) for name in ("qkv", "out", "up", "down")}
         named |= {f"projector.{i}": m for i, m in enumerate(self.vision.projector)}
         return named | {"head": self.head}
 
     @property
     def weight_bytes(self) -> int:
-        return sum(self.bytes_by_form().values())
+        return sum(self.bytes_by_format().values())
 
-    def bytes_by_form(self) -> dict[str, int]:
+    def bytes_by_format(self) -> dict[str, int]:
         """Resident bytes of the matrices and the embedding: `dense`, `packed`, `bitmask`, `2:4`."""
         tied = self.head.weight.data_ptr() == self.embedding.data_ptr()
         held = {"dense": 0 if tied else self.embedding.nbytes}
         for matrix in self.linears().values():
-            held[matrix.form] = held.get(matrix.form, 0) + matrix.bytes
+            held[matrix.format] = held.get(matrix.format, 0) + matrix.bytes
         return held
 
     def sparsity(self) -> dict[str, float]:
         """Share of zeros among the weights of each module: `vision`, `projector`, `language`, `head`."""
-        modules: dict[str, list[Matrix]] = {}
+        modules: dict[str, list[AnyLinear]] = {}
         for name, matrix in self.linears().items():
             modules.setdefault(name.partition(".")[0], []).append(matrix)
         return {name: 1 - sum(m.nonzeros for m in held) / sum(m.size for m in held) for name, held in modules.items()}
@@ -155,7 +155,7 @@ def check_supported(config: LlavaConfig) -> None:
             raise UnsupportedCheckpoint(f"vision_feature_layer {layer} names no layer of a tower of {total - 1}")
     try:
         for part in (text, vision):
-            layer_widths(part)
+            layer_shapes(part)
     except ValueError as error:
         raise UnsupportedCheckpoint(f"config.json: {error}") from error
 
@@ -164,26 +164,26 @@ def check_supported(config: LlavaConfig) -> None:
 def from_transformers(model: LlavaForConditionalGeneration) -> Llava:
     """Take the weights out of a transformers model and leave it empty, so that they are held once.
 
-    Matrices of the language model take the form that `choose` finds, one by one. The others stay dense: the vision tower and the
-    projector meet hundreds of rows at a time, and the head is seldom pruned and may share its weight with the embedding.
+    Matrices of the language model take the format that `choose_format` finds, one by one. The others stay dense: the vision tower
+    and the projector meet hundreds of rows at a time, and the head is seldom pruned and may share its weight with the embedding.
     """
     config = model.config
     check_supported(config)
     text = model.model.language_model
     # The vision tower goes first and its unused layers are let go.
     vision = _take_vision(model)
-    blocks = []
-    for layer, widths in zip(text.layers, layer_widths(config.text_config), strict=True):
-        blocks.append(
-            Block(
+    layers = []
+    for layer, widths in zip(text.layers, layer_shapes(config.text_config), strict=True):
+        layers.append(
+            DecoderLayer(
                 heads=widths.kv_heads * query_heads(config.text_config),
                 kv_heads=widths.kv_heads,
                 input_norm=layer.input_layernorm.weight.detach(),
-                qkv=choose(take(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
-                out=choose(take(layer.self_attn.o_proj)),
+                qkv=choose_format(fuse(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+                out=choose_format(fuse(layer.self_attn.o_proj)),
                 post_norm=layer.post_attention_layernorm.weight.detach(),
-                gate_up=choose(take(layer.mlp.gate_proj, layer.mlp.up_proj)),
-                down=choose(take(layer.mlp.down_proj)),
+                gate_up=choose_format(fuse(layer.mlp.gate_proj, layer.mlp.up_proj)),
+                down=choose_format(fuse(layer.mlp.down_proj)),
             )
         )
         _return_freed_memory()
@@ -191,9 +191,9 @@ def from_transformers(model: LlavaForConditionalGeneration) -> Llava:
         config=config,
         vision=vision,
         embedding=text.embed_tokens.weight.detach(),
-        blocks=blocks,
+        decoder_layers=layers,
         norm=text.norm.weight.detach(),
-        head=take(model.lm_head),
+        head=fuse(model.lm_head),
         inv_freq=text.rotary_emb.inv_freq.float(),
         rope_scaling=float(text.rotary_emb.attention_scaling),
     )
@@ -208,14 +208,14 @@ def _return_freed_memory() -> None:
 def _take_vision(model: LlavaForConditionalGeneration) -> VisionTower:
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     used = max(feature_layers(model.config))
-    blocks = [
-        VisionBlock(
+    layers = [
+        EncoderLayer(
             norm1=(layer.layer_norm1.weight.detach(), layer.layer_norm1.bias.detach()),
-            qkv=take(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-            out=take(layer.self_attn.out_proj),
+            qkv=fuse(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+            out=fuse(layer.self_attn.out_proj),
             norm2=(layer.layer_norm2.weight.detach(), layer.layer_norm2.bias.detach()),
-            up=take(layer.mlp.fc1),
-            down=take(layer.mlp.fc2),
+            up=fuse(layer.mlp.fc1),
+            down=fuse(layer.mlp.fc2),
         )
         for layer in tower.encoder.layers[:used]
     ]
@@ -227,6 +227,6 @@ def _take_vision(model: LlavaForConditionalGeneration) -> VisionTower:
         class_embedding=embeddings.class_embedding.detach(),
         position_embedding=embeddings.position_embedding.weight.detach(),
         pre_norm=(tower.pre_layrnorm.weight.detach(), tower.pre_layrnorm.bias.detach()),
-        blocks=blocks,
-        projector=(take(projector.linear_1), take(projector.linear_2)),
+        layers=layers,
+        projector=(fuse(projector.linear_1), fuse(projector.linear_2)),
     )

@@ -10,32 +10,33 @@ from functools import cached_property
 class Route:
     """For one request, which visual tokens are kept from `drop_layer` on and which layers run. Never changes once made.
 
-    `kept` are ascending indices among the prompt's `visual_tokens` (all images in order). A dropped token is a row that is not
-    there from `drop_layer` on; a layer that does not run holds no keys and values, so decoding skips it too. In a layer of
-    `visual_stays` the visual rows stay as they are: text rows run and see them, but they pass the layer by (ShortV, arXiv
-    2504.00502). `sizes` says of each kept token how many it stands for, itself among them: its attention scores gain the logarithm
-    (ToMe's proportional attention, arXiv 2210.09461), so that a picture of few tokens weighs as much as the whole.
+    `kept_tokens` are ascending indices among the prompt's `visual_tokens`, all images in order. A dropped token is a row that is
+    not there from `drop_layer` on. A layer that does not run holds no keys and values, so decoding skips it too. In a layer of
+    `frozen_layers` text rows run and attend to the visual rows, which stay as they are (ShortV, arXiv 2504.00502). `token_sizes`
+    says how many tokens each kept one stands for, itself included: its attention scores gain the logarithm (ToMe's proportional
+    attention, arXiv 2210.09461).
     """
 
     visual_tokens: int
-    kept: tuple[int, ...]
+    kept_tokens: tuple[int, ...]
     layers: tuple[bool, ...]
     drop_layer: int = 0
-    visual_stays: frozenset[int] = frozenset()
-    sizes: tuple[int, ...] = ()
+    frozen_layers: frozenset[int] = frozenset()
+    token_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not any(self.layers):
             raise ValueError("a route must run at least one layer")
         if not 0 <= self.drop_layer <= len(self.layers):
             raise ValueError(f"drop_layer {self.drop_layer} is outside 0..{len(self.layers)}")
-        if any(a >= b for a, b in zip(self.kept, self.kept[1:], strict=False)):
+        if any(a >= b for a, b in zip(self.kept_tokens, self.kept_tokens[1:], strict=False)):
             raise ValueError("kept visual tokens must be ascending and unique")
-        if self.kept and not 0 <= self.kept[0] <= self.kept[-1] < self.visual_tokens:
+        if self.kept_tokens and not 0 <= self.kept_tokens[0] <= self.kept_tokens[-1] < self.visual_tokens:
             raise ValueError(f"kept visual tokens must lie in 0..{self.visual_tokens - 1}")
-        if not all(0 <= layer < len(self.layers) and self.layers[layer] for layer in self.visual_stays):
+        if not all(0 <= layer < len(self.layers) and self.layers[layer] for layer in self.frozen_layers):
             raise ValueError("visual rows can only stay as they are in layers that run")
-        if self.sizes and (self.drop_layer or len(self.sizes) != len(self.kept) or sum(self.sizes) != self.visual_tokens):
+        sizes = self.token_sizes
+        if sizes and (self.drop_layer or len(sizes) != len(self.kept_tokens) or sum(sizes) != self.visual_tokens):
             raise ValueError("sizes are given to every kept token, add up to all of them, and hold from layer 0 on")
 
     @classmethod
@@ -44,7 +45,7 @@ class Route:
 
     @cached_property
     def dropped(self) -> int:
-        return self.visual_tokens - len(self.kept)
+        return self.visual_tokens - len(self.kept_tokens)
 
     def rows(self, prompt: int) -> list[int]:
         """Rows of a prompt of `prompt` tokens in each layer; zero where the layer does not run."""

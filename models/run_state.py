@@ -12,25 +12,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-class WorkError(ValueError):
+class RunStateError(ValueError):
     """What is on disk cannot be gone on with; the message says what to do."""
 
 
-def work_directory(out: Path) -> Path:
+def run_directory(out: Path) -> Path:
     """Where a run keeps its finished parts."""
     return out.with_name(out.name + ".work")
 
 
-class Work:
+class RunState:
     """The directory beside the output that holds what is finished; `recipe` and `source` say of what."""
 
     def __init__(self, out: Path, recipe: dict[str, Any], source: str) -> None:
-        self.directory = work_directory(out).resolve()
+        self.directory = run_directory(out).resolve()
         asked = {"recipe": recipe, "source": source}
         path = self.directory / "recipe.json"
         self.resumed = path.exists()
         if self.resumed and json.loads(path.read_text()) != asked:
-            raise WorkError(
+            raise RunStateError(
                 f"{self.directory} holds an unfinished run of another recipe or checkpoint; remove it, or name another --out"
             )
         self.directory.mkdir(exist_ok=True)
@@ -65,13 +65,13 @@ class Work:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What is recorded beside tensors. Raises WorkError for a damaged file."""
+    """What is recorded beside tensors. Raises RunStateError for a damaged file."""
     try:
         with safe_open(path, "pt") as file:
             record: dict[str, Any] = json.loads(file.metadata()["record"])
             return record
     except SafetensorError as error:
-        raise WorkError(f"{path} is damaged ({error}); remove it and run again: only its part is made anew") from error
+        raise RunStateError(f"{path} is damaged ({error}); remove it and run again: only its part is made anew") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:

@@ -13,16 +13,9 @@ from torch import Tensor
 from torch.sparse import to_sparse_semi_structured
 
 from models import kernels
-from models.linear import Linear, is_few
+from models.kernels import thresholds
+from models.linear import Linear, kernels_take
 
-SPARSE_ROWS = 16
-"""Rows that a GPU multiplies from the compressed form. Not measured yet."""
-PACKED_ROWS = 48
-"""Rows that a CPU without AMX multiplies from the packed form; more are faster through a dense part at a time. With AMX any number
-is multiplied from it."""
-PART_ROWS = 1024
-"""Rows of a dense part, which stays in cache between its expansion and its product. Both together take 1.03 to 1.05 times as
-long as a dense weight at 64 to 256 rows of x, and no longer at 616; a part of 33 MB took 1.16 times as long at 160."""
 BOTH, CODES = 64, 16
 """Weights, and non-zeros, that the CPU kernels take at a time; and upper bytes that have a code."""
 
@@ -32,7 +25,7 @@ class SparseLinear:
     """The same product with a 16-bit weight held as its non-zeros and one bit per weight, for inference.
 
     values [non-zeros] row by row; masks [out, ceil(in / 32)] int32, bit i of word j for weight 32 j + i; offsets
-    [out + 1] int64, where each row's values start. Up to SPARSE_ROWS rows are multiplied from this form on a GPU; more of them, and
+    [out + 1] int64, where each row's values start. A few rows are multiplied from this form on a GPU; more of them, and
     any number on a CPU, from a dense part at a time, so that no second copy is ever held.
     """
 
@@ -41,7 +34,7 @@ class SparseLinear:
     offsets: Tensor
     inputs: int
     bias: Tensor | None = None
-    form: ClassVar = "bitmask"
+    format: ClassVar = "bitmask"
 
     @classmethod
     def of(cls, linear: Linear) -> SparseLinear:
@@ -57,7 +50,7 @@ class SparseLinear:
         return cls(values.to(device), masks.to(device), offsets.to(device), weight.shape[1], linear.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dim() == 2 and x.is_cuda and len(x) <= SPARSE_ROWS:
+        if x.dim() == 2 and x.is_cuda and len(x) <= thresholds.BITMASK_GPU:
             from models.kernels import bitmask_triton
 
             return bitmask_triton.multiply(x, self.values, self.masks, self.offsets, self.bias)
@@ -70,7 +63,7 @@ class SparseLinear:
         if out.is_cuda:
             from models.kernels import bitmask_triton
 
-            return bitmask_triton.expand(self.values, self.masks, self.offsets, first, out)
+            return bitmask_triton.decompress(self.values, self.masks, self.offsets, first, out)
         bits = np.unpackbits(self.masks[first:last].numpy().view(np.uint8), axis=1, count=self.inputs, bitorder="little")
         kept = torch.from_numpy(bits.view(np.bool_))
         return out.zero_().masked_scatter_(kept, self.values[self.offsets[first] : self.offsets[last]])
@@ -95,7 +88,7 @@ class SemiStructuredLinear:
     weight: Tensor
     nonzeros: int
     bias: Tensor | None = None
-    form: ClassVar = "2:4"
+    format: ClassVar = "2:4"
 
     @classmethod
     def of(cls, linear: Linear) -> SemiStructuredLinear:
@@ -138,7 +131,7 @@ class PackedLinear:
     starts: Tensor
     inputs: int
     bias: Tensor | None = None
-    form: ClassVar = "packed"
+    format: ClassVar = "packed"
 
     @classmethod
     def of(cls, linear: Linear) -> PackedLinear:
@@ -169,8 +162,8 @@ class PackedLinear:
         )  # fmt: skip
 
     def __call__(self, x: Tensor) -> Tensor:
-        if is_few(x, len(x) if kernels.tiles() else PACKED_ROWS) and (native := kernels.library()):
-            return kernels.packed(native, x, self._parts, self.bias)
+        if kernels_take(x, len(x) if kernels.has_amx() else thresholds.PACKED_AVX512) and (native := kernels.library()):
+            return kernels.packed_linear(native, x, self._parts, self.bias)
         return by_parts(x, self)
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
@@ -179,7 +172,7 @@ class PackedLinear:
             raise RuntimeError("a packed weight is only read by the native CPU kernels, which are not there")
         first, last, _ = rows.indices(len(self.masks))
         out = torch.empty(last - first, self.inputs, dtype=torch.bfloat16)
-        return kernels.expand(native, self._parts, first, out)
+        return kernels.decompress(native, self._parts, first, out)
 
     @property
     def _parts(self) -> tuple[Tensor, ...]:
@@ -199,14 +192,14 @@ class PackedLinear:
         return len(self.lower) - BOTH
 
 
-Matrix = Linear | SparseLinear | SemiStructuredLinear | PackedLinear
+AnyLinear = Linear | SparseLinear | SemiStructuredLinear | PackedLinear
 
 
 def by_parts(x: Tensor, matrix: SparseLinear | PackedLinear) -> Tensor:
     """The product with one dense part of the weight after another."""
     outputs = len(matrix.masks)
     out = x.new_empty(*x.shape[:-1], outputs)
-    for first in range(0, outputs, PART_ROWS):
-        here = slice(first, first + PART_ROWS)
+    for first in range(0, outputs, thresholds.DENSE_PART):
+        here = slice(first, first + thresholds.DENSE_PART)
         out[..., here] = F.linear(x, matrix.dense(here), None if matrix.bias is None else matrix.bias[here])
     return out

@@ -1,4 +1,4 @@
-"""Which form a matrix takes at load: a sparse one where that was measured to be faster, the dense one everywhere else."""
+"""The format in which a matrix is held: a sparse one where that was measured to be faster, dense everywhere else."""
 
 from __future__ import annotations
 
@@ -10,28 +10,19 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from models import kernels
+from models.kernels import thresholds
 from models.linear import Linear
-from models.sparse import Matrix, PackedLinear, SemiStructuredLinear, SparseLinear
+from models.sparse import AnyLinear, PackedLinear, SemiStructuredLinear, SparseLinear
 
-log = logging.getLogger("espalier.forms")
-
-BREAK_EVEN = 0.3
-"""Share of zeros from which the packed form is the faster one on a CPU with AMX.
-
-With 0.3 of zeros 1, 4, 16, 64 and 168 rows take 0.70 to 0.95 times as long as of a dense matrix (2048 to 11264 and 5632 to 2048),
-and 616 rows of a prompt 1.07 and 0.98 times; with 0.2 it is 0.80 to 1.12. Without AMX 1 and 4 rows take 0.70 and 0.86 times as
-long, 8 and more 1.1 to 1.2 times, however many zeros there are.
-"""
-DECODE_ROWS = (1, 16)
-"""What is timed on a GPU, which differ more than CPUs with these instructions do. Prefill is arithmetic in any form."""
+log = logging.getLogger("espalier.weight_format")
 
 
-def choose(linear: Linear) -> Matrix:
+def choose_format(linear: Linear) -> AnyLinear:
     """The fastest form for a matrix of the language model, which meets few rows at a time more often than many.
 
     On a CPU by its zeros; on a GPU by the clock. The dense weight may be let go when this returns.
     """
-    if linear.nonzeros > (1 - BREAK_EVEN) * linear.size:
+    if linear.nonzeros > (1 - thresholds.SPARSE_FROM) * linear.size:
         return linear
     if linear.weight.is_cuda:
         return faster(linear, SemiStructuredLinear if is_2_4(linear.weight) else SparseLinear)
@@ -48,12 +39,12 @@ def is_2_4(weight: Tensor) -> bool:
     return weight.shape[1] % 4 == 0 and bool((weight.unflatten(1, (-1, 4)).count_nonzero(-1) <= 2).all())
 
 
-def faster(linear: Linear, form: type[SparseLinear] | type[SemiStructuredLinear]) -> Matrix:
-    """The matrix in `form` if it can be had and is the faster one at each of DECODE_ROWS; else as it is, and the log says why."""
-    name = f"{form.form} of {tuple(linear.weight.shape)}"
+def faster(linear: Linear, form: type[SparseLinear] | type[SemiStructuredLinear]) -> AnyLinear:
+    """The matrix in `form` if it can be had and is the faster one at each of TIMED_ROWS; else as it is, and the log says why."""
+    name = f"{form.format} of {tuple(linear.weight.shape)}"
     try:
         sparse = form.of(linear)
-        slower = [rows for rows in DECODE_ROWS if seconds(sparse, rows) >= seconds(linear, rows)]
+        slower = [rows for rows in thresholds.TIMED_ROWS if seconds(sparse, rows) >= seconds(linear, rows)]
     except Exception as error:  # whatever a driver, a compiler or a shape may bring up
         _say_once(f"{name} cannot be had here, so it stays dense: {error}")
         return linear

@@ -18,7 +18,7 @@ import torch
 
 from models.checkpoint import Checkpoint
 from models.flops import flops_ratio
-from models.forward import Work, forward, prompt_work, token_work
+from models.forward import SequenceInput, decode_input, forward, prefill_input
 from models.kv_cache import KVCache, RequestCache
 from models.route import Route
 from models.vision.clip import ImageFeatures
@@ -57,7 +57,7 @@ class Running:
     receipt: Receipt
     text: Detokenizer
     generator: torch.Generator
-    work: Work
+    work: SequenceInput
     made: list[int] = field(default_factory=list)
     admitted: float = 0.0
     last_token: float = 0.0
@@ -79,7 +79,7 @@ class Engine:
         self.token_policy: TokenPolicy = token_policy or ("router" if self.router else "merging")
         if self.token_policy == "router" and not self.router:
             raise ValueError(f"{checkpoint.directory} has no router; train one with `espalier route`, or name another policy")
-        self.menu = menu_of(checkpoint.manifest, self.model.layers, routed=self.token_policy == "router")
+        self.menu = menu_of(checkpoint.manifest, self.model.num_layers, routed=self.token_policy == "router")
         if default_level not in self.menu:
             raise ValueError(f"default level {default_level!r} is not one of {', '.join(self.menu)}")
         self.default_level = default_level
@@ -100,7 +100,7 @@ class Engine:
         self.metrics.watch_load(
             lambda: len(self.scheduler.running), lambda: len(self.scheduler.waiting), lambda: self.scheduler.used / rows
         )
-        self.metrics.loaded(self.model.bytes_by_form(), self.model.sparsity())
+        self.metrics.loaded(self.model.bytes_by_format(), self.model.sparsity())
 
     # What other threads may call.
 
@@ -157,7 +157,7 @@ class Engine:
 
     def _job(self, request: Request, settled: Level | None = None) -> Job:
         """What a request holds: the most that its level may need, or what it is `settled` to."""
-        level, layers = settled or self.menu[request.level], self.model.layers
+        level, layers = settled or self.menu[request.level], self.model.num_layers
         answer = min(request.sampling.max_tokens, self.context_length - len(request.prompt))
         per_image = self.preprocessor.visual_tokens_per_image
         prompt = expected_rows(level, len(request.prompt), len(request.images), per_image, layers)
@@ -254,16 +254,16 @@ class Engine:
         seed = int(request.images[0].digest[:8], 16) if request.images else 0
         reading = self._read(request, features) if level.routed else None
         level, chance = self._settle(request, level, reading) if level.rungs else (level, None)
-        route, visual = make_route(level, features, self.model.layers, self._layer_change, self.token_policy, seed, reading)
+        route, visual = make_route(level, features, self.model.num_layers, self._layer_change, self.token_policy, seed, reading)
         request.timings |= {"encode": encoded - now, "route": time.monotonic() - encoded}
         answer = min(request.sampling.max_tokens, self.context_length - len(request.prompt))
         rows = [n + answer if runs else 0 for n, runs in zip(route.rows(len(request.prompt)), route.layers, strict=True)]
         cache = self.kv.allocate(request.id, rows)
         ids = torch.tensor(request.prompt, device=self.model.device)
-        work = prompt_work(self.model, ids, visual, route, cache)
+        work = prefill_input(self.model, ids, visual, route, cache)
         receipt = Receipt(
-            level=level.name, reason=request.reason, visual_tokens=len(route.kept), visual_tokens_total=route.visual_tokens,
-            layers=sum(route.layers), layers_total=self.model.layers, passed_layers=len(route.visual_stays),
+            level=level.name, reason=request.reason, visual_tokens=len(route.kept_tokens), visual_tokens_total=route.visual_tokens,
+            layers=sum(route.layers), layers_total=self.model.num_layers, passed_layers=len(route.frozen_layers),
             checkpoint=self.fingerprint,
             expected_agreement=None if chance is None else round(chance, 4),
             flops_ratio=round(flops_ratio(self.model.config, route, len(request.prompt), _router_flops(reading, route)), 4),
@@ -360,7 +360,7 @@ class Engine:
         else:
             position = len(request.prompt) + len(one.made) - 1
             ids = torch.tensor([token], device=self.model.device)
-            one.work = token_work(self.model, ids, position, one.route, one.cache)
+            one.work = decode_input(self.model, ids, position, one.route, one.cache)
 
     def _logprobs(self, request: Request, logits: torch.Tensor, token: int) -> tuple[TokenLogprob, ...]:
         if request.sampling.logprobs is None:
@@ -408,7 +408,7 @@ def _expectation(settled: Level, chance: float | None) -> str:
 
 def _router_flops(reading: Reading | None, route: Route) -> int:
     images = len(reading.visual) if reading else 0
-    return reading.flops(len(route.kept) // images) if reading and images else 0
+    return reading.flops(len(route.kept_tokens) // images) if reading and images else 0
 
 
 def _rows_for_free_memory(checkpoint: Checkpoint, limits: Limits, share: float = 0.3) -> int:
@@ -419,4 +419,4 @@ def _rows_for_free_memory(checkpoint: Checkpoint, limits: Limits, share: float =
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     row = 2 * max(model.kv_heads) * model.head_dim * model.dtype.itemsize  # whichever layers run, they fit
-    return max(1, min(int(free * share) // row, limits.max_running * model.context_length * model.layers))
+    return max(1, min(int(free * share) // row, limits.max_running * model.context_length * model.num_layers))

@@ -50,7 +50,7 @@ class Metrics:
             "expected_agreement_ratio", "Chance that an answer is the un-pruned model's, foreseen by the router.", _CHANCE, "level"
         )
         self.weight_sparsity = gauge("weight_sparsity_ratio", "Zeros among a module's weights.", "module")
-        self.weight_bytes = gauge("weight_bytes", "Resident bytes of the weights by form.", "form")
+        self.weight_bytes = gauge("weight_bytes", "Resident bytes of the weights by format.", "format")
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens before pruning.")
         self.generated_tokens = counter("generated_tokens_total", "Tokens made.")
         self.cache_hits = counter("cache_hits_total", "Images whose features were at hand.", "cache")
@@ -64,9 +64,9 @@ class Metrics:
         self.kv_usage.set_function(kv)
 
     def loaded(self, held: dict[str, int], sparsity: dict[str, float]) -> None:
-        """What the model is made of, once it is loaded: bytes by form, and the share of zeros by module."""
-        for form, size in held.items():
-            self.weight_bytes.labels(form).set(size)
+        """What the model is made of, once it is loaded: bytes by format, and the share of zeros by module."""
+        for format, size in held.items():
+            self.weight_bytes.labels(format).set(size)
         for module, share in sparsity.items():
             self.weight_sparsity.labels(module).set(share)
 

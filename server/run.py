@@ -54,7 +54,7 @@ def build_engine(settings: Settings) -> Engine:
     checkpoint = load(settings.checkpoint, settings.device, settings.dtype)
     limits = Limits(
         max_running=settings.max_batch, max_waiting=settings.max_queue,
-        kv_rows=settings.kv_tokens * checkpoint.model.layers,
+        kv_rows=settings.kv_tokens * checkpoint.model.num_layers,
     )  # fmt: skip
     log.info(
         "loaded %s (%.1f MB of weights, %s, %s)", checkpoint.directory, checkpoint.model.weight_bytes / 1e6,

@@ -25,11 +25,11 @@ def multiply(x: Tensor, values: Tensor, masks: Tensor, offsets: Tensor, bias: Te
     return y
 
 
-def expand(values: Tensor, masks: Tensor, offsets: Tensor, first: int, out: Tensor) -> Tensor:
+def decompress(values: Tensor, masks: Tensor, offsets: Tensor, first: int, out: Tensor) -> Tensor:
     """Write the dense rows from `first` on to `out` [rows, in], contiguous."""
     rows, inputs = out.shape
     with torch.cuda.device_of(out):
-        _expand[(triton.cdiv(rows, OUTS),)](values, masks, offsets, out, first, rows, inputs, masks.shape[1], OUTS, INPUTS)
+        _decompress[(triton.cdiv(rows, OUTS),)](values, masks, offsets, out, first, rows, inputs, masks.shape[1], OUTS, INPUTS)
     return out
 
 
@@ -65,7 +65,7 @@ def _multiply(
 
 
 @triton.jit
-def _expand(
+def _decompress(
     values, masks, offsets, out, first, count, inputs, words, OUTS: tl.constexpr, INPUTS: tl.constexpr
 ):  # fmt: skip
     rows = tl.program_id(0) * OUTS + tl.arange(0, OUTS)

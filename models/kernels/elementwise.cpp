@@ -26,7 +26,7 @@ WIDE_INLINE void each(int64_t width, const Body& body) {
   if (i < width) body(i, __mmask16((1u << (width - i)) - 1));
 }
 
-WIDE void norm_row(const bf16* x, const bf16* weight, bf16* y, int64_t width, float eps) {
+WIDE void rms_norm_row(const bf16* x, const bf16* weight, bf16* y, int64_t width, float eps) {
   __m512 squares = _mm512_setzero_ps();
   each(width, [&](int64_t i, __mmask16 lanes) WIDE __attribute__((always_inline)) {
     const __m512 value = widen_all(x + i, lanes);
@@ -44,7 +44,7 @@ WIDE_INLINE __m512 sigmoid(__m512 x) {
   return _mm512_mask_mul_ps(upper, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), upper, e);
 }
 
-WIDE void gate_row(const bf16* x, const bf16* up, bf16* y, int64_t width, float slope) {
+WIDE void swish_row(const bf16* x, const bf16* up, bf16* y, int64_t width, float slope) {
   each(width, [&](int64_t i, __mmask16 lanes) WIDE __attribute__((always_inline)) {
     const __m512 value = widen_all(x + i, lanes);
     const __m512 gated = _mm512_mul_ps(value, sigmoid(_mm512_mul_ps(value, _mm512_set1_ps(slope))));
@@ -52,7 +52,7 @@ WIDE void gate_row(const bf16* x, const bf16* up, bf16* y, int64_t width, float 
   });
 }
 
-WIDE void rotate_row(const bf16* x, const bf16* cos, const bf16* sin, bf16* y, int64_t heads, int64_t half) {
+WIDE void apply_rope_row(const bf16* x, const bf16* cos, const bf16* sin, bf16* y, int64_t heads, int64_t half) {
   for (int64_t head = 0; head < heads; ++head, x += 2 * half, y += 2 * half)
     each(half, [&](int64_t i, __mmask16 lanes) WIDE __attribute__((always_inline)) {
       const __m512 first = widen_all(x + i, lanes), second = widen_all(x + half + i, lanes);
@@ -67,22 +67,22 @@ WIDE void rotate_row(const bf16* x, const bf16* cos, const bf16* sin, bf16* y, i
 extern "C" {
 
 // Root mean square norm of x [rows, width], times weight [width].
-void norm(const bf16* x, const bf16* weight, bf16* y, int64_t rows, int64_t width, float eps, int threads) {
+void rms_norm(const bf16* x, const bf16* weight, bf16* y, int64_t rows, int64_t width, float eps, int threads) {
 #pragma omp parallel for num_threads(crew(rows * width, threads))
-  for (int64_t r = 0; r < rows; ++r) norm_row(x + r * width, weight, y + r * width, width, eps);
+  for (int64_t r = 0; r < rows; ++r) rms_norm_row(x + r * width, weight, y + r * width, width, eps);
 }
 
 // x sigmoid(slope x), times up where that is not null: x and up [rows, width] with rows `apart` values apart, y without gaps.
-void gate(const bf16* x, const bf16* up, bf16* y, int64_t rows, int64_t width, int64_t apart, float slope, int threads) {
+void swish(const bf16* x, const bf16* up, bf16* y, int64_t rows, int64_t width, int64_t apart, float slope, int threads) {
 #pragma omp parallel for num_threads(crew(rows * width, threads))
-  for (int64_t r = 0; r < rows; ++r) gate_row(x + r * apart, up ? up + r * apart : nullptr, y + r * width, width, slope);
+  for (int64_t r = 0; r < rows; ++r) swish_row(x + r * apart, up ? up + r * apart : nullptr, y + r * width, width, slope);
 }
 
 // Rotary position embedding of x [rows, heads, 2 half], rows `apart` values apart, by cos and sin [rows, half]: y without gaps.
-void rotate(const bf16* x, const bf16* cos, const bf16* sin, bf16* y, int64_t rows, int64_t heads, int64_t half, int64_t apart,
+void apply_rope(const bf16* x, const bf16* cos, const bf16* sin, bf16* y, int64_t rows, int64_t heads, int64_t half, int64_t apart,
             int threads) {
 #pragma omp parallel for num_threads(crew(rows * heads * half * 2, threads))
-  for (int64_t r = 0; r < rows; ++r) rotate_row(x + r * apart, cos + r * half, sin + r * half, y + r * heads * 2 * half, heads, half);
+  for (int64_t r = 0; r < rows; ++r) apply_rope_row(x + r * apart, cos + r * half, sin + r * half, y + r * heads * 2 * half, heads, half);
 }
 }
 

@@ -1,4 +1,4 @@
-// y = x W^T on the tiles of AMX, for any number of rows (for up to sixteen see few_tiles.cpp): W dense as torch holds it, or packed.
+// y = x W^T on the tiles of AMX, for any number of rows (for up to sixteen see gemm_amx_small.cpp): W dense as torch holds it, or packed.
 //
 // A tile of W is 16 outputs by 32 inputs as they lie, a tile of x 16 rows by 32 inputs with pair under pair, and one instruction
 // adds their product to 16 x 16 sums. What keeps the tiles fed:
@@ -245,23 +245,23 @@ void multiply_all(const W& w, Product p, int threads) {
 extern "C" {
 
 // Whether there are tiles, and the kernel lets this process use them.
-int tiles_supported() {
+int amx_supported() {
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
          syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
-void dense_tiles(const bf16* x, const bf16* weights, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
+void dense_gemm_amx(const bf16* x, const bf16* weights, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
   multiply_all(Dense{weights, k}, Product{x, bias, y, rows, k, n}, threads);
 }
 
-void packed_tiles(const bf16* x, const Packed* w, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
+void packed_gemm_amx(const bf16* x, const Packed* w, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
   multiply_all(*w, Product{x, bias, y, rows, k, n}, threads);
 }
 }
 
 #else
 
-extern "C" int tiles_supported() { return 0; }
+extern "C" int amx_supported() { return 0; }
 
 #endif

@@ -3,7 +3,7 @@
 // A tile of W is OUTS outputs by 16 / OUTS words of 32 inputs each, one of x as many words of each row; and of the 16 x 16 sums those
 // on which the words agree are wanted. With one to four rows of x four outputs are laid out side by side, so that memory is walked in
 // four long lines; with five to sixteen a tile is sixteen outputs by one word. What is multiplied in vain costs nothing, for a
-// tile takes its time however full it is. (Chunks as tiles.cpp has them pass through the second level: with a packed W they
+// tile takes its time however full it is. (Chunks as gemm_amx.cpp has them pass through the second level: with a packed W they
 // took 1.5 times as long at 4 rows and 1.2 times at 8 and 16.)
 //
 // Every output is as many chains of additions as a tile has words of it, in either form and in any company that is cut the same way.
@@ -141,11 +141,11 @@ void multiply(const W& w, const Product& p, int threads) {
 
 extern "C" {
 
-void dense_few_tiles(const bf16* x, const bf16* weights, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
+void dense_gemm_amx_small(const bf16* x, const bf16* weights, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
   multiply(Dense{weights, k}, Product{x, bias, y, rows, k, n}, threads);
 }
 
-void packed_few_tiles(const bf16* x, const Packed* w, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
+void packed_gemm_amx_small(const bf16* x, const Packed* w, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
   multiply(*w, Product{x, bias, y, rows, k, n}, threads);
 }
 }

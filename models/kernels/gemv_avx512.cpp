@@ -107,7 +107,7 @@ void multiply(const W& w, const Product& p, int threads) {
   }
 }
 
-WIDE void expand_row(const Packed& w, int64_t row, int64_t k, bf16* out, uint8_t* scratch) {
+WIDE void decompress_row(const Packed& w, int64_t row, int64_t k, bf16* out, uint8_t* scratch) {
   const int64_t ahead = w.bytes(row, row + 1);
   Packed::Row weights = w.open(row);
   const int64_t apart = w.unpack(weights, w.start(row + 1), ahead / 2, scratch);
@@ -123,34 +123,34 @@ WIDE void expand_row(const Packed& w, int64_t row, int64_t k, bf16* out, uint8_t
 
 extern "C" {
 
-int supported() {
+int avx512_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
 }
 
-void dense(const bf16* x, const bf16* weights, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
+void dense_gemv_avx512(const bf16* x, const bf16* weights, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
   multiply(Dense{weights, k}, Product{x, bias, y, rows, k, n}, threads);
 }
 
-void packed(const bf16* x, const Packed* w, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
+void packed_gemv_avx512(const bf16* x, const Packed* w, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
   multiply(*w, Product{x, bias, y, rows, k, n}, threads);
 }
 
 // Rows [first, last) of a packed matrix as dense ones, to out [last - first, k].
-void expand(const Packed* w, bf16* out, int64_t k, int64_t first, int64_t last, int threads) {
+void decompress(const Packed* w, bf16* out, int64_t k, int64_t first, int64_t last, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Buffer own;
     uint8_t* const scratch = reinterpret_cast<uint8_t*>(own.of(unpacked(k)));
 #pragma omp for
-    for (int64_t row = first; row < last; ++row) expand_row(*w, row, k, out + (row - first) * k, scratch);
+    for (int64_t row = first; row < last; ++row) decompress_row(*w, row, k, out + (row - first) * k, scratch);
   }
 }
 }
 
 #else
 
-extern "C" int supported() { return 0; }
+extern "C" int avx512_supported() { return 0; }
 
 #endif

@@ -26,7 +26,7 @@ TOGETHER = 2
 
 
 @dataclass
-class VisionBlock:
+class EncoderLayer:
     norm1: tuple[Tensor, Tensor]
     qkv: Linear
     out: Linear
@@ -50,7 +50,7 @@ class VisionTower:
     class_embedding: Tensor  # [width]
     position_embedding: Tensor  # [1 + patches, width]
     pre_norm: tuple[Tensor, Tensor]
-    blocks: list[VisionBlock]
+    layers: list[EncoderLayer]
     projector: tuple[Linear, Linear]
 
     def __call__(self, pixels: Tensor) -> ImageFeatures:
@@ -69,8 +69,8 @@ class VisionTower:
         wanted = feature_layers(config)
         taken: dict[int, Tensor] = {}
         attention = torch.empty(0)
-        for index, block in enumerate(self.blocks, 1):
-            x, attention = self._block(x, block, images, rows, last=index == len(self.blocks))
+        for index, layer in enumerate(self.layers, 1):
+            x, attention = self._layer(x, layer, images, rows, last=index == len(self.layers))
             if index in wanted:
                 taken[index] = x[: images * rows].view(images, rows, width)
         features = torch.cat([taken[i] for i in wanted], dim=-1) if len(wanted) > 1 else taken[wanted[0]]
@@ -81,12 +81,12 @@ class VisionTower:
         first, second = self.projector
         return ImageFeatures(second(activate(first(features), config.projector_hidden_act)), attention)
 
-    def _block(self, x: Tensor, block: VisionBlock, images: int, rows: int, *, last: bool) -> tuple[Tensor, Tensor]:
+    def _layer(self, x: Tensor, layer: EncoderLayer, images: int, rows: int, *, last: bool) -> tuple[Tensor, Tensor]:
         """One layer on packed rows [images * rows + spare, width]; with the class token's attention [images, patches] if `last`."""
         clip = self.config.vision_config
         width = x.shape[-1]
         dim = width // clip.num_attention_heads
-        qkv = block.qkv(F.layer_norm(x, (width,), *block.norm1, clip.layer_norm_eps))
+        qkv = layer.qkv(F.layer_norm(x, (width,), *layer.norm1, clip.layer_norm_eps))
         heads = qkv.shape[1] // (3 * dim)  # structured pruning may leave a layer fewer of them
         mixed = x.new_zeros(len(x), heads * dim)
         looks = []
@@ -97,9 +97,9 @@ class VisionTower:
             mixed[here] = attend(query, keys, values, scale=dim**-0.5, causal=False).reshape(rows, -1)
             if last:
                 looks.append(class_attention(query[0], keys))
-        x = block.out(mixed).add_(x)
-        hidden = activate(block.up(F.layer_norm(x, (width,), *block.norm2, clip.layer_norm_eps)), clip.hidden_act)
-        return block.down(hidden).add_(x), torch.stack(looks) if last else torch.empty(0)
+        x = layer.out(mixed).add_(x)
+        hidden = activate(layer.up(F.layer_norm(x, (width,), *layer.norm2, clip.layer_norm_eps)), clip.hidden_act)
+        return layer.down(hidden).add_(x), torch.stack(looks) if last else torch.empty(0)
 
 
 def feature_layers(config: LlavaConfig) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.forward import forward, prompt_work
+from models.forward import forward, prefill_input
 from models.kv_cache import RequestCache
 from models.llava import Llava
 from models.route import Route
@@ -21,15 +21,15 @@ def layer_change(model: Llava, samples: Iterable[tuple[list[int], Tensor]]) -> l
 
     The last layer's output is read by nothing that could be compared; it counts as 1 and always runs.
     """
-    total = torch.zeros(model.layers, dtype=torch.float64)
+    total = torch.zeros(model.num_layers, dtype=torch.float64)
     rows = 0
     for ids, pixels in samples:
         before: list[Tensor] = []
         visual = model.vision(pixels.to(model.device, model.dtype)).tokens.flatten(0, 1)
-        route = Route.full(len(visual), model.layers)
+        route = Route.full(len(visual), model.num_layers)
         cache = RequestCache(route.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
-        work = prompt_work(model, torch.tensor(ids, device=model.device), visual, route, cache)
-        forward(model, [work], watch=lambda _, hidden, seen=before: seen.append(hidden.float()))  # type: ignore[misc]
+        work = prefill_input(model, torch.tensor(ids, device=model.device), visual, route, cache)
+        forward(model, [work], layer_hook=lambda _, hidden, seen=before: seen.append(hidden.float()))  # type: ignore[misc]
         for layer, (x, y) in enumerate(pairwise(before)):
             total[layer] += (1 - F.cosine_similarity(x, y, dim=-1)).sum().item()
         rows += len(ids)

@@ -211,4 +211,4 @@ def make_route(
         parts.append(chosen.tokens)
         start += len(tokens)
     passed = layers_passed(runs, level.passed_layers, reading.costs) if reading and level.passed_layers else frozenset()
-    return Route(start, tuple(kept), runs, visual_stays=passed, sizes=tuple(sizes)), torch.cat(parts)
+    return Route(start, tuple(kept), runs, frozen_layers=passed, token_sizes=tuple(sizes)), torch.cat(parts)

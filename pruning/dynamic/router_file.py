@@ -37,7 +37,7 @@ def load_router(checkpoint: Checkpoint) -> Router | None:
         router.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} does not load ({str(error).splitlines()[0]}); run `espalier route`") from error
-    if (router.shape.width, router.shape.layers) != (checkpoint.model.config.text_config.hidden_size, checkpoint.model.layers):
+    if (router.shape.width, router.shape.layers) != (checkpoint.model.config.text_config.hidden_size, checkpoint.model.num_layers):
         raise CheckpointError(
             f"{path} is for {router.shape.layers} layers of rows of {router.shape.width}, and the model's are others; "
             "run `espalier route`"

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from models.checkpoint import Manifest, Pruning, open_transformers, read_manifest, sha256
-from models.layer_shapes import Widths
+from models.layer_shapes import LayerShape
 from models.preprocess import Preprocessor
-from models.run_state import Work
+from models.run_state import RunState
 from models.saving import derive
 from pruning.static import allocation, data, scores, search, structured, wanda
 from pruning.static.allocation import Kept
@@ -53,14 +53,14 @@ def run(
     return read_manifest(out)
 
 
-def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, ray: str | None, console: Console) -> Work:
+def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, ray: str | None, console: Console) -> RunState:
     """Write the draft of the new checkpoint. The model is let go on return: what comes after needs the room for the new one."""
     source = open_transformers(directory, device, dtype)
     source.model.requires_grad_(False)
     identity = f"{source.name} {source.fingerprint}"
     samples = _samples(recipe, source.preprocessor)
     content = "" if recipe.data == WORLD else sha256(Path(recipe.data))
-    work = Work(out, recipe.model_dump(mode="json"), f"{identity} {dtype} {content}")
+    work = RunState(out, recipe.model_dump(mode="json"), f"{identity} {dtype} {content}")
     if work.resumed:
         console.print(f"going on with the run in {work.directory}", highlight=False)
     if work.draft.exists():  # stopped while it was completed
@@ -86,7 +86,7 @@ class Job:
     """One run's model, samples and finished parts."""
 
     def __init__(
-        self, recipe: Recipe, model: LlavaForConditionalGeneration, samples: list[data.Sample], work: Work, progress: Progress,
+        self, recipe: Recipe, model: LlavaForConditionalGeneration, samples: list[data.Sample], work: RunState, progress: Progress,
         checkpoint: Path, ray: str | None,
     ) -> None:  # fmt: skip
         self.recipe, self.model, self.samples, self.work, self.progress = recipe, model, samples, work, progress
@@ -211,7 +211,7 @@ class Job:
         sparsity = recipe.vision_sparsity if tower == "vision" else recipe.sparsity
         task = self.progress.add_task(f"{tower} blocks", total=len(blocks(self.model, tower)))
         stored = self.work.read(f"widths-{tower}")
-        uniform = Widths(**stored) if stored else None
+        uniform = LayerShape(**stored) if stored else None
         if recipe.uniform_width and not uniform:
             config = getattr(self.model.config, "vision_config" if tower == "vision" else "text_config")
             dense = walk(self.model, tower, self.samples, recipe.visual_weight)
@@ -228,7 +228,7 @@ class Job:
                 self.work.write_tensors(name, structured.tensors(block), record)
             else:
                 tensors, record = stored
-                structured.restore(block, Widths(**record["widths"]), tensors)
+                structured.restore(block, LayerShape(**record["widths"]), tensors)
             owed -= structured.weights(block)
             self.report["damping"] |= record["damping"]
             self.report["notes"].setdefault("widths", {})[block.name] = record["widths"]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from checkpoints.world import FAMILIES
 from models.checkpoint import check_files, read_manifest, resolve
-from models.run_state import work_directory
+from models.run_state import run_directory
 from pruning.static import patterns
 
 WORLD = "world"
@@ -145,7 +145,7 @@ def check(recipe: Recipe, checkpoint: str, out: Path) -> Path:
         raise RecipeError(f"data: {recipe.data} is not a file; name a JSONL file, or `{WORLD}`")
     # The result and the finished blocks; the search keeps every level of every matrix, and the dense one.
     copies = 2 + (2 * recipe.levels + 2 if recipe.allocation == "search" else 0)
-    there = sum(path.stat().st_size for path in work_directory(out).rglob("*") if path.is_file())
+    there = sum(path.stat().st_size for path in run_directory(out).rglob("*") if path.is_file())
     needed = copies * sum(shard.stat().st_size for shard in shards) - there
     free = shutil.disk_usage(out.parent).free
     if free < needed:

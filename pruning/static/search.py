@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from models.run_state import Work
+from models.run_state import RunState
 from pruning.static.allocation import Kept, uniform
 from pruning.static.blocks import blocks, linears
 from pruning.static.criteria import Criterion
@@ -48,8 +48,8 @@ class Choice:
 
 
 def search(
-    recipe: Recipe, proxy: Proxy, samples: Sequence[Sample], work: Work, progress: Progress, method: Criterion, checkpoint: Path,
-    ray: str | None,
+    recipe: Recipe, proxy: Proxy, samples: Sequence[Sample], work: RunState, progress: Progress, method: Criterion,
+    checkpoint: Path, ray: str | None,
 ) -> Found:  # fmt: skip
     """Find how many weights each matrix of the language model keeps; `checkpoint` is where a cluster's workers find the model."""
     model = proxy.model
@@ -99,7 +99,7 @@ def search(
     return Found(database.kept(state.parent), state.history, tuned, finish)
 
 
-def _restore(work: Work, evaluators: Sequence[Evaluator]) -> tuple[State, list[dict[str, Any]]] | None:
+def _restore(work: RunState, evaluators: Sequence[Evaluator]) -> tuple[State, list[dict[str, Any]]] | None:
     """Where a stopped search was, with its projector in use; None if it had not begun."""
     if not (stored := work.read("search")):
         return None

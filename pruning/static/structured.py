@@ -21,16 +21,16 @@ from torch.linalg import cholesky, solve_triangular
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 
 from models.layer_shapes import (
-    Half,
-    Widths,
-    can_say,
+    CoupledUnits,
+    LayerShape,
     changed_keys,
-    columns,
-    halves,
-    narrow,
-    narrow_to,
+    coupled_units,
+    shape_of,
+    slice_layer,
+    slice_to_shape,
     towers,
-    widths_of,
+    transformers_can_build,
+    unit_indices,
 )
 from models.vision.clip import feature_layers
 from pruning.static import obs
@@ -75,7 +75,7 @@ def eliminate(weight: Tensor, inverse: Tensor, size: int) -> tuple[Tensor, Tenso
         scores = solve_triangular(cholesky(own), reading, upper=False).square().sum((1, 2))
         chosen, rest = scores.argsort(stable=True).tensor_split([max(count // ROUND, 1)])
         rest = rest.sort().values
-        gone, stays = columns(chosen, size), columns(rest, size)
+        gone, stays = unit_indices(chosen, size), unit_indices(rest, size)
         lower = cholesky(inverse[gone][:, gone])
         error = solve_triangular(lower, weight[:, gone].T, upper=False)
         reach = solve_triangular(lower, inverse[gone][:, stays], upper=False)
@@ -99,7 +99,7 @@ def compensate(weight: Tensor, inverse: Tensor, gone: Tensor) -> Tensor:
 class Removal:
     """The order in which the units of one half of a block go, and what that costs."""
 
-    half: Half
+    half: CoupledUnits
     inverse: Tensor  # [in, in] float64
     order: Tensor  # [units]
     losses: Tensor  # [units]
@@ -113,8 +113,8 @@ class Removal:
 
     def weight(self, count: int) -> Tensor:
         """The weight of the matrix that reads them, at full size, zero where nothing is left to read."""
-        weight = self.half.reader.weight.detach()
-        gone = columns(self.order[: self.half.units - count], weight.shape[1] // self.half.units)
+        weight = self.half.consumer.weight.detach()
+        gone = unit_indices(self.order[: self.half.units - count], weight.shape[1] // self.half.units)
         return compensate(weight.double(), self.inverse, gone).to(weight.dtype)
 
 
@@ -127,36 +127,36 @@ class Plan:
     neurons: Removal
     damping: dict[str, float]  # of each Hessian that needed more than was asked for, by matrix
 
-    def widths(self, kept: int) -> Widths:
+    def widths(self, kept: int) -> LayerShape:
         """The widths that keep `kept` weights, to the nearest ALIGN neurons, and lose least.
 
         Give the next block what this one kept too much, and the total holds to half of ALIGN neurons.
         """
         counts = range(1, self.heads.half.units + 1)
-        return cheapest(self.unit_weights, (self.heads.losses, self.neurons.losses), kept, counts, ALIGN)
+        return cheapest(self.weights_per_unit, (self.heads.losses, self.neurons.losses), kept, counts, ALIGN)
 
     @property
-    def unit_weights(self) -> tuple[int, int]:
-        return self.heads.half.unit_weights, self.neurons.half.unit_weights
+    def weights_per_unit(self) -> tuple[int, int]:
+        return self.heads.half.weights_per_unit, self.neurons.half.weights_per_unit
 
     @torch.no_grad()
-    def apply(self, widths: Widths) -> None:
+    def apply(self, widths: LayerShape) -> None:
         """Cut the block to these widths."""
         for removal, count in ((self.heads, widths.kv_heads), (self.neurons, widths.ffn)):
-            removal.half.reader.weight.copy_(removal.weight(count))
-        narrow(self.block.module, self.heads.kept(widths.kv_heads), self.neurons.kept(widths.ffn))
+            removal.half.consumer.weight.copy_(removal.weight(count))
+        slice_layer(self.block.module, self.heads.kept(widths.kv_heads), self.neurons.kept(widths.ffn))
 
 
 def cheapest(
-    unit_weights: tuple[int, int], losses: tuple[Tensor, Tensor], kept: int, kv_heads: Iterable[int], align: int
-) -> Widths:
+    weights_per_unit: tuple[int, int], losses: tuple[Tensor, Tensor], kept: int, kv_heads: Iterable[int], align: int
+) -> LayerShape:
     """Of the widths with one of these numbers of KV heads, a multiple of `align` neurons and about `kept` weights, those that lose
     least. Weights and losses are of heads and of neurons.
 
     Both halves write to the residual stream, so their losses are in one unit and add up (ours; ZipLM solves the like for a latency
     over all layers). On the embedded checkpoint this keeps nearly all heads, and the same share of both halves does far worse.
     """
-    group, neuron = unit_weights
+    group, neuron = weights_per_unit
     heads, ffn = (len(half) for half in losses)
     found = []
     for count in kv_heads:
@@ -166,7 +166,7 @@ def cheapest(
             found.append((float(losses[0][heads - count] + losses[1][ffn - width]), count, width))
     if not found:
         raise ValueError(f"no widths leave a block {kept} weights: a KV head has {group} and {align} neurons {align * neuron}")
-    return Widths(*min(found)[1:])
+    return LayerShape(*min(found)[1:])
 
 
 @torch.no_grad()
@@ -176,8 +176,8 @@ def plan(block: Block, calls: Sequence[Call], name: str, damping: float = obs.DA
     readers = replace(block, groups=(block.groups[1], block.groups[3]))
     statistics = collect(readers, calls, method.empty, method.accumulate)
     found, retried = [], {}
-    for matrix, half, gathered in zip(readers.linears(), halves(block.module), statistics, strict=True):
-        weight = half.reader.weight.double()
+    for matrix, half, gathered in zip(readers.linears(), coupled_units(block.module), statistics, strict=True):
+        weight = half.consumer.weight.double()
         try:
             if not weight.isfinite().all():
                 raise ValueError("the weights are not finite")
@@ -201,7 +201,7 @@ def plan(block: Block, calls: Sequence[Call], name: str, damping: float = obs.DA
 class Pruned:
     """What became of a block: its widths, the weights of its matrices before and after, and the loss in the criterion's metric."""
 
-    widths: Widths
+    widths: LayerShape
     before: int
     kept: int
     loss: float
@@ -209,11 +209,11 @@ class Pruned:
 
 
 def prune_block(
-    block: Block, calls: Sequence[Call], name: str, wanted: int | Widths, damping: float = obs.DAMPING
+    block: Block, calls: Sequence[Call], name: str, wanted: int | LayerShape, damping: float = obs.DAMPING
 ) -> Pruned:  # fmt: skip
     """Cut a block to the weights or the widths that are wanted: between two steps of `walk`, whose next block sees the outcome."""
     before, found = weights(block), plan(block, calls, name, damping)
-    widths = wanted if isinstance(wanted, Widths) else found.widths(wanted)
+    widths = wanted if isinstance(wanted, LayerShape) else found.widths(wanted)
     loss = found.heads.loss(widths.kv_heads) + found.neurons.loss(widths.ffn)
     found.apply(widths)
     return Pruned(widths, before, weights(block), loss, found.damping)
@@ -229,9 +229,9 @@ def tensors(block: Block) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for name, linear in block.linears().items() for key, value in linear.state_dict().items()}
 
 
-def restore(block: Block, widths: Widths, saved: Mapping[str, Tensor]) -> None:
+def restore(block: Block, widths: LayerShape, saved: Mapping[str, Tensor]) -> None:
     """Make of a dense block the pruned one whose `tensors` were saved."""
-    narrow_to(block.module, widths)
+    slice_to_shape(block.module, widths)
     for name, linear in block.linears().items():
         linear.load_state_dict({key: saved[f"{name}.{key}"] for key in linear.state_dict()})
 
@@ -239,7 +239,7 @@ def restore(block: Block, widths: Widths, saved: Mapping[str, Tensor]) -> None:
 def uniform_widths(
     config: PreTrainedConfig, steps: Iterable[tuple[Block, Sequence[Call]]], name: str, sparsity: float,
     damping: float = obs.DAMPING,
-) -> Widths:  # fmt: skip
+) -> LayerShape:  # fmt: skip
     """The same widths for all layers of a tower, of those that transformers loads with its own keys: they lose least in sum.
 
     `steps` is a `walk` through the dense tower, `config` the tower's. Those keys say only some numbers of heads, and in a vision
@@ -251,9 +251,9 @@ def uniform_widths(
         losses = [found.heads.losses, found.neurons.losses]
         totals = [total + loss for total, loss in zip(totals, losses, strict=True)] if totals else losses
     heads, neurons = totals
-    counts = [count for count in range(1, len(heads) + 1) if can_say(config, Widths(count, len(neurons)))]
+    counts = [count for count in range(1, len(heads) + 1) if transformers_can_build(config, LayerShape(count, len(neurons)))]
     kept = round((1 - sparsity) * weights(block))
-    return cheapest(found.unit_weights, (heads, neurons), kept, counts, WIDE_ALIGN if len(neurons) >= WIDE else ALIGN)
+    return cheapest(found.weights_per_unit, (heads, neurons), kept, counts, WIDE_ALIGN if len(neurons) >= WIDE else ALIGN)
 
 
 def settle(model: LlavaForConditionalGeneration) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
@@ -264,10 +264,10 @@ def settle(model: LlavaForConditionalGeneration) -> tuple[dict[str, dict[str, An
     _, layers = towers(model)["vision_config"]
     used = max(feature_layers(model.config))
     unread = [Block("vision", i, layers[i], VISION_GROUPS) for i in range(used, len(layers))]
-    alike = len({widths_of(layer) for layer in layers[:used]}) == 1
-    cut = [block for block in unread if alike and widths_of(block.module) != widths_of(layers[0])]
+    alike = len({shape_of(layer) for layer in layers[:used]}) == 1
+    cut = [block for block in unread if alike and shape_of(block.module) != shape_of(layers[0])]
     for block in cut:
-        narrow_to(block.module, widths_of(layers[0]))
+        slice_to_shape(block.module, shape_of(layers[0]))
     changed = changed_keys(model)
     for tower, keys in changed.items():
         towers(model)[tower][0].update(keys)

@@ -23,7 +23,7 @@ from benchmarks import engine, http, memory, roofline
 from benchmarks.runners import answer, draw_questions, generate, prune, share_weights, transformers_only_bytes
 from models import kernels
 from models.flops import prefill_flops
-from models.forward import forward, prompt_work
+from models.forward import forward, prefill_input
 from models.kv_cache import RequestCache
 from models.random_llava import geometry_config, random_model, tiny_config
 from models.route import Route
@@ -100,11 +100,11 @@ def test_pruned_weights_run_beside_dense_ones(tiny, capsys, sparsity, pattern):
 
 def test_random_pruning_is_repeatable_and_leaves_the_dense_model_alone():
     model = share_weights(random_model(tiny_config(), dtype=torch.float32))
-    before = model.blocks[0].qkv.weight.clone()
+    before = model.decoder_layers[0].qkv.weight.clone()
     one, two = prune(model, 0.5, "2:4"), prune(model, 0.5, "2:4")
-    assert torch.equal(one.blocks[2].down.weight, two.blocks[2].down.weight)
-    assert all(is_2_4(matrix.weight) and matrix.nonzeros == matrix.size // 2 for matrix in one.blocks[1].linears().values())
-    assert torch.equal(model.blocks[0].qkv.weight, before)
+    assert torch.equal(one.decoder_layers[2].down.weight, two.decoder_layers[2].down.weight)
+    assert all(is_2_4(matrix.weight) and matrix.nonzeros == matrix.size // 2 for matrix in one.decoder_layers[1].linears().values())
+    assert torch.equal(model.decoder_layers[0].qkv.weight, before)
     assert one.head is model.head
 
 
@@ -127,7 +127,7 @@ def test_routes():
     assert engine.parse_route("576x22", config) == Route.full(576, 22)
     route = engine.parse_route("128x20", config)
     assert [layer for layer, runs in enumerate(route.layers) if not runs] == [19, 20]
-    assert (len(route.kept), route.kept[:3], route.drop_layer) == (128, (0, 4, 9), 0)
+    assert (len(route.kept_tokens), route.kept_tokens[:3], route.drop_layer) == (128, (0, 4, 9), 0)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_both_sides_agree_on_shared_weights(kind, options):
     questions = draw_questions(model, 2)
     ids, route = questions.ids[0], Route.full(16, 3)
     cache = RequestCache(route.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
-    ours = forward(model, [prompt_work(model, ids, model.vision(questions.pixels).tokens[0], route, cache)])[0]
+    ours = forward(model, [prefill_input(model, ids, model.vision(questions.pixels).tokens[0], route, cache)])[0]
     with torch.no_grad():
         expected, theirs = (
             side(input_ids=ids[None], pixel_values=questions.pixels[:1]).logits[0, -1]
@@ -174,7 +174,7 @@ def test_shared_weights_are_held_once():
     model = share_weights(reference)
     assert sum(parameter.nbytes for parameter in reference.parameters()) == before
     fused = {matrix.weight.untyped_storage().data_ptr() for matrix in model.linears().values()}
-    unused = reference.model.vision_tower.encoder.layers[len(model.vision.blocks) :]
+    unused = reference.model.vision_tower.encoder.layers[len(model.vision.layers) :]
     own = {id(parameter) for parameter in unused.parameters()}
     matrices = [module.weight for module in reference.modules() if isinstance(module, torch.nn.Linear)]
     assert all(weight.untyped_storage().data_ptr() in fused for weight in matrices if id(weight) not in own)
@@ -209,7 +209,7 @@ def test_ceilings_follow_the_route():
     config = tiny_config()
     model = share_weights(random_model(config))
     full, few = Route.full(16, 3), Route(16, (1, 2), (True, False, True))
-    block = sum(matrix.bytes for matrix in model.blocks[0].linears().values())
+    block = sum(matrix.bytes for matrix in model.decoder_layers[0].linears().values())
     assert roofline.decode_bytes(model, full) - roofline.decode_bytes(model, few) == block
     arithmetic = roofline.Ceiling(bytes_per_s=float("inf"), flops_per_s=1.0)
     difference = arithmetic.ttft(model, full, 56, 2) - arithmetic.ttft(model, few, 56, 2)

@@ -59,7 +59,7 @@ def test_fastv_keeps_what_the_last_row_looks_at(directory):
         maps = reference(input_ids=ids, pixel_values=pixels, output_attentions=True).attentions
     looks = maps[routing_sweep.FASTV_LAYER - 1][0, :, -1].mean(0)[ids[0] == reference.config.image_token_id]
     route = routing_sweep.fastv(checkpoint.model, prompt, visual, 20)
-    assert set(route.kept) == set(looks.topk(20).indices.tolist())
+    assert set(route.kept_tokens) == set(looks.topk(20).indices.tolist())
     assert route.drop_layer == routing_sweep.FASTV_LAYER
 
 

@@ -128,7 +128,7 @@ def test_an_unknown_level_or_policy_is_named_with_what_there_is(directory, level
 
 def test_calibration_finds_the_layer_that_does_nothing(directory, tmp_path):
     checkpoint = load(directory, dtype="float32")
-    idle = checkpoint.model.blocks[1]
+    idle = checkpoint.model.decoder_layers[1]
     idle.out.weight.zero_()
     idle.down.weight.zero_()
     found = calibration.calibrate(checkpoint, count=3, seed=0)

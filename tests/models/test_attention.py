@@ -52,7 +52,7 @@ def test_new_rows_of_all_requests_attend_as_each_alone_in_float32(heads, kv_head
     seen = [(slab[0, :, :n], slab[1, :, :n]) for slab, n in zip(slabs, lengths, strict=True)]
     biases = [torch.linspace(0, 3, n).bfloat16() if n > 15 else None for n in lengths]
     query = rows[:, :heads]
-    found = kernels.decode(kernels.library(), query, seen, biases, 0.2)
+    found = kernels.decode_attention(kernels.library(), query, seen, biases, 0.2)
     for own, (keys, values), bias, out in zip(query, seen, biases, found, strict=True):
         alone = attend(own[None].float(), keys.float(), values.float(), scale=0.2, bias=None if bias is None else bias.float())
         torch.testing.assert_close(out[None].float(), alone, rtol=0.01, atol=0.01)
@@ -62,4 +62,4 @@ def test_new_rows_of_all_requests_attend_as_each_alone_in_float32(heads, kv_head
 def test_a_new_row_hides_no_value_that_is_not_a_number():
     query, keys = torch.ones(1, 2, 32).bfloat16(), torch.ones(1, 20, 32).bfloat16()
     keys[0, 3, 5] = torch.nan
-    assert kernels.decode(kernels.library(), query, [(keys, torch.ones_like(keys))], [None], 1.0).isnan().all()
+    assert kernels.decode_attention(kernels.library(), query, [(keys, torch.ones_like(keys))], [None], 1.0).isnan().all()

@@ -28,7 +28,7 @@ for rows, inputs, outputs, biased in [(1, 128, 16, False), (16, 300, 37, True), 
             torch.testing.assert_close(got.float(), expected, rtol=0.02, atol=0.05)
         for first in (0, outputs // 2):
             out = torch.full((outputs - first, inputs), float("nan"), dtype=dtype)
-            bitmask_triton.expand(sparse.values, sparse.masks, sparse.offsets, first, out)
+            bitmask_triton.decompress(sparse.values, sparse.masks, sparse.offsets, first, out)
             assert torch.equal(out, weight.to(dtype)[first:])
 """
 

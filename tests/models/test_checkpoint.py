@@ -24,7 +24,7 @@ from models.checkpoint import (
     sha256,
     write_manifest,
 )
-from models.forward import forward, prompt_work
+from models.forward import forward, prefill_input
 from models.kv_cache import RequestCache
 from models.llava import UnsupportedCheckpoint
 from models.route import Route
@@ -82,7 +82,7 @@ def test_what_transformers_saved_answers_as_transformers_does(layout, request):
     ids = checkpoint.preprocessor.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}])
     model, route = checkpoint.model, Route.full(VISUAL, LAYERS)
     cache = RequestCache(route.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
-    work = prompt_work(model, torch.tensor(ids), model.vision(pixels).tokens[0], route, cache)
+    work = prefill_input(model, torch.tensor(ids), model.vision(pixels).tokens[0], route, cache)
     with torch.no_grad():
         expected = reference(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1]
     torch.testing.assert_close(forward(model, [work])[0], expected, rtol=1e-4, atol=1e-4)
@@ -132,7 +132,7 @@ def test_resolve_knows_the_embedded_checkpoint(tmp_path):
 
 def test_tensors_that_nobody_needs_are_left_alone(broken):
     edit_tensors(broken, lambda tensors: tensors.update({"something.else": torch.ones(2)}))
-    assert load(broken).model.layers == LAYERS
+    assert load(broken).model.num_layers == LAYERS
 
 
 # ---- what is not

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from models.forward import forward, prompt_work, token_work
+from models.forward import decode_input, forward, prefill_input
 from models.kv_cache import KVCache, RequestCache
 from models.linear import Linear
 from models.llava import Llava, from_transformers
@@ -40,13 +40,13 @@ class Session:
         visual = None if images is None else model.vision(images).tokens.flatten(0, 1)
         count = 0 if visual is None else len(visual)
         self.model, self.ids = model, list(ids)
-        self.route = route or Route.full(count, model.layers)
+        self.route = route or Route.full(count, model.num_layers)
         rows = [n + 32 if n else 0 for n in self.route.rows(len(ids))]
         self.cache = RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device)
-        self.work = prompt_work(model, torch.tensor(ids, device=model.device), visual, self.route, self.cache)
+        self.work = prefill_input(model, torch.tensor(ids, device=model.device), visual, self.route, self.cache)
 
     def push(self, token: int) -> None:
-        self.work = token_work(self.model, torch.tensor([token]), len(self.ids), self.route, self.cache)
+        self.work = decode_input(self.model, torch.tensor([token]), len(self.ids), self.route, self.cache)
         self.ids.append(token)
 
 
@@ -97,7 +97,7 @@ def test_image_features_match_transformers(layer, strategy):
 
 def test_unused_vision_layers_are_not_computed():
     _, model = pair()
-    assert len(model.vision.blocks) == 2  # of three; the feature layer is -2
+    assert len(model.vision.layers) == 2  # of three; the feature layer is -2
 
 
 def routes() -> dict[str, Route]:
@@ -108,8 +108,8 @@ def routes() -> dict[str, Route]:
         "skip": Route(VISUAL, tuple(range(VISUAL)), (True, False, True)),
         "both": Route(VISUAL, (5,), (False, True, True), drop_layer=1),
         "blind": Route(VISUAL, (), (True, True, False)),
-        "stays": Route(VISUAL, (0, 3, 7, 8, 15), (True, True, True), drop_layer=1, visual_stays=frozenset({0, 1})),
-        "merged": Route(VISUAL, (0, 5, 10), (True, True, True), sizes=(3, 12, 1)),
+        "stays": Route(VISUAL, (0, 3, 7, 8, 15), (True, True, True), drop_layer=1, frozen_layers=frozenset({0, 1})),
+        "merged": Route(VISUAL, (0, 5, 10), (True, True, True), token_sizes=(3, 12, 1)),
     }
 
 
@@ -138,7 +138,7 @@ def test_dropping_equals_a_reference_that_masks(name):
     reference, model = pair()
     route, ids, pics = routes()[name], prompt(1, 5, seed=6), pixels(1, seed=6)
     work = Session(model, ids, pics, route).work
-    work.tail = 3
+    work.logits_to_keep = 3
     got = forward(model, [work])
     text = reference.model.language_model
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_dropping_equals_a_reference_that_masks(name):
         places = (torch.tensor(ids) == IMAGE).nonzero()[:, 0]
         hidden[0, places] = features
         positions = torch.arange(len(ids))[None]
-        dropped = [int(places[i]) for i in range(VISUAL) if i not in route.kept]
+        dropped = [int(places[i]) for i in range(VISUAL) if i not in route.kept_tokens]
         causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
         masked = causal.clone()
         masked[:, dropped] = False
@@ -157,11 +157,11 @@ def test_dropping_equals_a_reference_that_masks(name):
             if not route.layers[index]:
                 continue
             mask = torch.zeros(masked.shape).masked_fill(~(masked if index >= route.drop_layer else causal), -torch.inf)
-            mask[:, places[list(route.kept)]] += torch.tensor(route.sizes or [1.0]).log()
+            mask[:, places[list(route.kept_tokens)]] += torch.tensor(route.token_sizes or [1.0]).log()
             mask = mask[None, None]
             out = layer(hidden, attention_mask=mask, position_embeddings=text.rotary_emb(hidden, positions))
             changes = torch.ones(len(ids), dtype=torch.bool)
-            changes[places] = index not in route.visual_stays
+            changes[places] = index not in route.frozen_layers
             hidden[0, changes] = out[0, changes]
         expected = reference.lm_head(text.norm(hidden))[0, -3:]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -192,7 +192,7 @@ def test_nothing_is_computed_for_dropped_tokens_or_skipped_layers(monkeypatch):
             decoded = int(route.layers[layer])
             assert rows[f"language.{layer}.qkv"] == expected[layer] + decoded, (name, layer)
             after = 1 if layer == last else expected[layer]  # the last layer goes on with the one row that is read
-            if layer in route.visual_stays and layer != last:
+            if layer in route.frozen_layers and layer != last:
                 after = len(ids) - VISUAL
             for matrix in ("out", "gate_up", "down"):
                 assert rows[f"language.{layer}.{matrix}"] == after + decoded, (name, layer, matrix)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import kernels
-from models.linear import TILED_ROWS, Linear
+from models.kernels import thresholds
+from models.linear import Linear
 from models.sparse import PackedLinear, SemiStructuredLinear, SparseLinear
 
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 600), st.integers(1, 70))  # rows, in, out
@@ -29,7 +30,7 @@ def reference(x: torch.Tensor, linear: Linear) -> torch.Tensor:
 
 
 native = pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
-on_tiles = pytest.mark.skipif(not kernels.tiles(), reason="needs a CPU with AMX")
+on_tiles = pytest.mark.skipif(not kernels.has_amx(), reason="needs a CPU with AMX")
 
 
 @pytest.fixture(params=[pytest.param("native", marks=native), pytest.param("without tiles", marks=native), "torch"])
@@ -37,7 +38,7 @@ def path(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(kernels, "library", lambda: None)
     if request.param != "native":
-        monkeypatch.setattr(kernels, "tiles", lambda: False)
+        monkeypatch.setattr(kernels, "has_amx", lambda: False)
     return request.param
 
 
@@ -105,7 +106,7 @@ def test_not_a_number_is_not_hidden_and_harms_no_other_row(path, rows):
 @native
 @pytest.mark.parametrize("inputs", [2048, 2500])
 def test_a_row_is_the_same_in_any_company_and_form_without_tiles(inputs, monkeypatch):
-    monkeypatch.setattr(kernels, "tiles", lambda: False)
+    monkeypatch.setattr(kernels, "has_amx", lambda: False)
     x, linear = problem((32, inputs, 50), 0.5, 1)
     together = PackedLinear.of(linear)(x)
     for rows in (1, 2, 5, 8):
@@ -118,14 +119,14 @@ def test_a_row_is_the_same_in_any_company_and_form_on_tiles(inputs):
     x, linear = problem((700, inputs, 50), 0.5, 1)
     packed = PackedLinear.of(linear)
     together = packed(x)
-    for rows in (kernels.PARTED + 1, kernels.FEW_TILED, 17, 250):
+    for rows in (thresholds.AMX_SMALL_SPLIT + 1, thresholds.AMX_SMALL, 17, 250):
         assert torch.equal(packed(x[-rows:]), together[-rows:])
-    for rows in (kernels.PARTED + 1, kernels.FEW_TILED, TILED_ROWS):
+    for rows in (thresholds.AMX_SMALL_SPLIT + 1, thresholds.AMX_SMALL, thresholds.DENSE_AMX):
         assert torch.equal(linear(x[-rows:]), together[-rows:])
-    few = packed(x[-kernels.PARTED :])
-    for rows in range(2, kernels.PARTED):
+    few = packed(x[-thresholds.AMX_SMALL_SPLIT :])
+    for rows in range(2, thresholds.AMX_SMALL_SPLIT):
         assert torch.equal(packed(x[-rows:]), few[-rows:])
-    for rows in range(kernels.TILED_FROM["dense"], kernels.PARTED + 1):
+    for rows in range(thresholds.AMX_FROM["dense"], thresholds.AMX_SMALL_SPLIT + 1):
         assert torch.equal(linear(x[-rows:]), few[-rows:])
     assert torch.equal(packed(x[-1:]), linear(x[-1:]))
 
@@ -133,7 +134,7 @@ def test_a_row_is_the_same_in_any_company_and_form_on_tiles(inputs):
 @on_tiles
 def test_torch_multiplies_on_tiles_before_and_after_us():
     """Both set tiles up for themselves, each in threads that the other uses too."""
-    x, linear = problem((TILED_ROWS, 512, 512), 0.5, 1)
+    x, linear = problem((thresholds.DENSE_AMX, 512, 512), 0.5, 1)
     first = torch.nn.functional.linear(x, linear.weight, linear.bias)
     ours = linear(x)
     assert torch.equal(torch.nn.functional.linear(x, linear.weight, linear.bias), first)
@@ -142,10 +143,10 @@ def test_torch_multiplies_on_tiles_before_and_after_us():
 
 @pytest.mark.parametrize("form", [SparseLinear, pytest.param(PackedLinear, marks=native)])
 def test_many_rows_meet_one_part_after_another(form, monkeypatch):
-    monkeypatch.setattr(kernels, "tiles", lambda: False)
+    monkeypatch.setattr(kernels, "has_amx", lambda: False)
     x, linear = problem((100, 130, 60), 0.5, 1)
     whole = form.of(linear)(x)
-    monkeypatch.setattr("models.sparse.PART_ROWS", 7)
+    monkeypatch.setattr("models.kernels.thresholds.DENSE_PART", 7)
     torch.testing.assert_close(form.of(linear)(x), whole)
 
 

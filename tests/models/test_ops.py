@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import kernels
-from models.ops import quick_gelu, rms_norm, rotate, swiglu
+from models.ops import apply_rope, quick_gelu, rms_norm, swiglu
 
 ONE_ROUNDING = {"rtol": 2**-8, "atol": 1e-6}
 SEVERAL = {"rtol": 2**-6, "atol": 1e-2}
@@ -46,7 +46,7 @@ def test_rotation_of_heads_that_lie_among_others(dim, tolerance):
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
     first, second = x.float().chunk(2, -1)
     wanted = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    found = rotate(x, cos, sin)
+    found = apply_rope(x, cos, sin)
     assert found.is_contiguous()
     torch.testing.assert_close(found.float(), wanted, rtol=tolerance["rtol"], atol=0.05 if tolerance is SEVERAL else 1e-5)
 

@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 from benchmarks.runners import draw_questions
 from models import kernels, llava, weight_format
 from models.checkpoint import load
-from models.forward import forward, prompt_work, token_work
+from models.forward import decode_input, forward, prefill_input
+from models.kernels.thresholds import SPARSE_FROM
 from models.kv_cache import RequestCache
 from models.linear import Linear
 from models.llava import Llava, from_transformers
 from models.random_llava import random_model, tiny_config
 from models.route import Route
 from models.sparse import PackedLinear, SemiStructuredLinear, SparseLinear
-from models.weight_format import BREAK_EVEN, choose, faster, is_2_4
+from models.weight_format import choose_format, faster, is_2_4
 from tests.server.tiny import write
 
 native = pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
@@ -33,20 +34,20 @@ def matrix(zeros: float, dtype: torch.dtype = torch.bfloat16) -> Linear:
 
 @native
 @pytest.mark.parametrize(
-    ("zeros", "form"), [(0.0, Linear), (BREAK_EVEN - 0.01, Linear), (BREAK_EVEN, PackedLinear), (1.0, PackedLinear)]
+    ("zeros", "form"), [(0.0, Linear), (SPARSE_FROM - 0.01, Linear), (SPARSE_FROM, PackedLinear), (1.0, PackedLinear)]
 )
 def test_zeros_decide_on_a_cpu(zeros, form):
-    assert type(choose(matrix(zeros))) is form
+    assert type(choose_format(matrix(zeros))) is form
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_the_kernels_do_not_multiply_stays_dense(dtype):
-    assert type(choose(matrix(0.5, dtype))) is Linear
+    assert type(choose_format(matrix(0.5, dtype))) is Linear
 
 
 def test_without_kernels_all_stays_dense(monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: None)
-    assert type(choose(matrix(0.5))) is Linear
+    assert type(choose_format(matrix(0.5))) is Linear
 
 
 def test_two_of_four_is_told_from_half():
@@ -61,7 +62,7 @@ def test_two_of_four_is_told_from_half():
 def test_the_clock_decides_on_a_gpu(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="espalier")
     linear, times = matrix(0.5), {"bitmask": 1.0, "dense": 2.0}
-    monkeypatch.setattr(weight_format, "seconds", lambda matrix, rows: times[matrix.form])
+    monkeypatch.setattr(weight_format, "seconds", lambda matrix, rows: times[matrix.format])
     assert type(faster(linear, SparseLinear)) is SparseLinear
     assert not caplog.messages
     times["bitmask"] = 2.0
@@ -98,24 +99,24 @@ def logits(model: Llava) -> torch.Tensor:
     questions, route = draw_questions(model, 1), Route.full(16, 3)
     ids = questions.ids[0]
     cache = RequestCache([len(ids) + 1] * 3, model.kv_heads, model.head_dim, model.dtype, model.device)
-    first = forward(model, [prompt_work(model, ids, model.vision(questions.pixels).tokens[0], route, cache)])
-    return torch.cat([first, forward(model, [token_work(model, torch.tensor([5]), len(ids), route, cache)])])
+    first = forward(model, [prefill_input(model, ids, model.vision(questions.pixels).tokens[0], route, cache)])
+    return torch.cat([first, forward(model, [decode_input(model, torch.tensor([5]), len(ids), route, cache)])])
 
 
 @native
 def test_zeros_at_load_give_sparse_forms_and_the_same_answers(monkeypatch):
     sparse = from_transformers(zeroed())
-    monkeypatch.setattr(llava, "choose", lambda linear: linear)
+    monkeypatch.setattr(llava, "choose_format", lambda linear: linear)
     dense = from_transformers(zeroed())
-    compressed = {name for name, matrix in sparse.linears().items() if matrix.form == "packed"}
+    compressed = {name for name, matrix in sparse.linears().items() if matrix.format == "packed"}
     assert compressed == {name for name in sparse.linears() if name.startswith("language.")} - {"language.1.down"}
     torch.testing.assert_close(logits(sparse), logits(dense), rtol=0.02, atol=0.02)
     assert sparse.sparsity() == dense.sparsity()
     assert sparse.sparsity()["language"] == pytest.approx(0.6 * 11 / 12, abs=0.05)
-    held = sparse.bytes_by_form()
+    held = sparse.bytes_by_format()
     assert held["packed"] == sum(sparse.linears()[name].bytes for name in compressed)
     assert sum(held.values()) == sparse.weight_bytes < dense.weight_bytes
-    assert set(dense.bytes_by_form()) == {"dense"}
+    assert set(dense.bytes_by_format()) == {"dense"}
 
 
 @native
@@ -128,5 +129,5 @@ def test_a_checkpoint_with_zeros_takes_its_form_from_its_dtype(tmp_path: Path, d
             tensor[:, ::2] = 0
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     model = load(directory, dtype=dtype).model
-    assert {matrix.form for name, matrix in model.linears().items() if name.startswith("language.")} == {form}
-    assert {matrix.form for name, matrix in model.linears().items() if not name.startswith("language.")} == {"dense"}
+    assert {matrix.format for name, matrix in model.linears().items() if name.startswith("language.")} == {form}
+    assert {matrix.format for name, matrix in model.linears().items() if not name.startswith("language.")} == {"dense"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration
 
 from models.flops import flops_ratio
-from models.forward import forward, prompt_work, token_work
+from models.forward import decode_input, forward, prefill_input
 from models.kv_cache import RequestCache
 from pruning.dynamic.levels import make_route
 from server.engine import Engine
@@ -75,13 +75,13 @@ def test_an_answer_is_what_the_model_says_on_the_route(engine, tiny, level):
     )  # fmt: skip
     rows = [n + 8 if n else 0 for n in route.rows(len(request.prompt))]
     cache = RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device)
-    work = prompt_work(model, torch.tensor(request.prompt), visual, route, cache)
+    work = prefill_input(model, torch.tensor(request.prompt), visual, route, cache)
     expected, made = [], []
     for place in range(8):
         logprobs = forward(model, [work])[0].log_softmax(-1)
         made.append(int(logprobs.argmax()))
         expected.append(float(logprobs.max()))
-        work = token_work(model, torch.tensor(made[-1:]), len(request.prompt) + place, route, cache)
+        work = decode_input(model, torch.tensor(made[-1:]), len(request.prompt) + place, route, cache)
     assert reader.text == tiny.preprocessor.tokenizer.decode(made, skip_special_tokens=True).lstrip()
     assert [one.logprob for one in reader.logprobs] == pytest.approx(expected, abs=1e-3)
 
@@ -133,7 +133,7 @@ def test_the_receipt_is_the_route_and_the_memory_is_what_the_route_needs(engine,
     change = tiny.manifest.calibration.layer_change
     route, _ = make_route(engine.menu[level], features, LAYERS, change, "merging", seed=0)
     receipt = reader.started.receipt
-    assert (receipt.visual_tokens, receipt.visual_tokens_total) == (len(route.kept), 2 * VISUAL)
+    assert (receipt.visual_tokens, receipt.visual_tokens_total) == (len(route.kept_tokens), 2 * VISUAL)
     assert (receipt.layers, receipt.layers_total) == (sum(route.layers), LAYERS)
     assert receipt.flops_ratio == pytest.approx(flops_ratio(tiny.model.config, route, len(request.prompt)), abs=1e-4)
     assert (receipt.flops_ratio == 1) == (level == "off")
@@ -289,7 +289,7 @@ def test_the_counters_add_up(engine, caplog):
 
 def test_the_gauges_show_the_load(tiny):
     engine = new_engine(tiny, max_running=2, kv_rows=10_000)
-    assert value(engine, "weight_bytes", form="dense") == tiny.model.weight_bytes > 0
+    assert value(engine, "weight_bytes", format="dense") == tiny.model.weight_bytes > 0
     assert value(engine, "weight_sparsity_ratio", module="language") == tiny.model.sparsity()["language"] < 0.01
     assert value(engine, "weight_sparsity_ratio", module="head") > 0.01  # tokens that are no words
     for _ in range(5):

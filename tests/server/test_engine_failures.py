@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import server.engine
-from models.forward import Work, forward
+from models.forward import SequenceInput, forward
 from server.engine import Engine
 from server.errors import ContextTooLong, Overloaded
 from server.request import Failed
@@ -176,9 +176,9 @@ def test_a_pass_that_raises_for_one_request_fails_it_alone(engine, monkeypatch, 
     expected = {level: answer(engine, 0, level=level, logprobs=0) for level in LEVELS}
     victim = engine.menu["balanced"].kept(VISUAL)
 
-    def flaky(model: Any, batch: list[Work], *rest: Any) -> torch.Tensor:
+    def flaky(model: Any, batch: list[SequenceInput], *rest: Any) -> torch.Tensor:
         logits = forward(model, batch, *rest)
-        if any(len(work.route.kept) == victim and max(work.cache.lengths) > reach for work in batch):
+        if any(len(work.route.kept_tokens) == victim and max(work.cache.lengths) > reach for work in batch):
             raise RuntimeError("a broken pass")
         return logits
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models.checkpoint import Checkpoint
 from models.pictures import Picture, from_file, from_world
-from models.run_state import Work
+from models.run_state import RunState
 from pruning.dynamic.router import words
 from pruning.dynamic.training.config import WORLD, Lesson
 from pruning.dynamic.training.teacher import Asked, answers, observe, passing_costs
@@ -60,7 +60,7 @@ class Watched:
         return Watched(**parts)
 
 
-def watch(lesson: Lesson, source: Checkpoint, work: Work, progress: Progress) -> Watched:
+def watch(lesson: Lesson, source: Checkpoint, work: RunState, progress: Progress) -> Watched:
     """Watch every picture of a lesson. What is on disk already is not watched again."""
     task = progress.add_task("watching", total=lesson.pictures)
     found: list[dict[str, Tensor]] = []
@@ -132,7 +132,7 @@ def _talk(
 def _observe(source: Checkpoint, asked: list[Asked], made: list[list[int]], *, costly: bool) -> list[dict[str, Tensor]]:
     model, image = source.model, source.model.config.image_token_id
     dense, looks = observe(model, asked, made)
-    costs = passing_costs(model, asked, made, dense) if costly else torch.full((len(asked), model.layers), torch.nan)
+    costs = passing_costs(model, asked, made, dense) if costly else torch.full((len(asked), model.num_layers), torch.nan)
     found = []
     for one, answer, own, look, cost in zip(asked, made, dense, looks, costs, strict=True):
         likely, alternatives = own.topk(min(ALTERNATIVES, own.shape[-1] - 1))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from models.run_state import Work
+from models.run_state import RunState
 from pruning.dynamic.router import Read, Router
 from pruning.dynamic.training.config import Lesson
 from pruning.dynamic.training.dataset import Watched
@@ -51,7 +51,7 @@ def foresight_error(batch: Batch) -> Tensor:
 
 def learn(
     name: str, learner: nn.Module, watched: Watched, lesson: Lesson, steps: int, rate: float,
-    loss_of: Callable[[int, Watched], Tensor], work: Work, progress: Progress,
+    loss_of: Callable[[int, Watched], Tensor], work: RunState, progress: Progress,
 ) -> None:  # fmt: skip
     """Take `steps` steps of AdamW on questions drawn by seed and step; one that was stopped goes on."""
     optimizer = torch.optim.AdamW(learner.parameters(), rate, weight_decay=0.02)
@@ -96,14 +96,14 @@ def _explained(pairs: list[tuple[Tensor, Tensor]]) -> float:
     return round(1 - float(((scores - wanted) ** 2).sum() / ((wanted - wanted.mean()) ** 2).sum().clamp_min(1e-9)), 4)
 
 
-def _save(name: str, work: Work, learner: nn.Module, optimizer: torch.optim.AdamW, step: int) -> None:
+def _save(name: str, work: RunState, learner: nn.Module, optimizer: torch.optim.AdamW, step: int) -> None:
     tensors = {f"learner.{key}": tensor for key, tensor in learner.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{key}": tensor for key, tensor in state.items()}
     work.write_tensors(name, tensors, {"step": step})
 
 
-def _restore(name: str, work: Work, learner: nn.Module, optimizer: torch.optim.AdamW) -> int:
+def _restore(name: str, work: RunState, learner: nn.Module, optimizer: torch.optim.AdamW) -> int:
     """The step to go on with."""
     stored = work.read_tensors(name)
     if stored is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.flops import flops_ratio
 from models.route import Route
-from models.run_state import Work
+from models.run_state import RunState
 from pruning.dynamic.levels import Level, Rung, layers_passed, layers_to_run, make_route
 from pruning.dynamic.router import GAINED_AT, WORDS, Router, Shape, read_request
 from pruning.dynamic.training.agreement import auto, budgets, trust
@@ -38,7 +38,7 @@ FEW = 4
 
 def ways(source: Checkpoint) -> list[tuple[float, int, int]]:
     """Every share of the tokens with every number of layers left out whole and passed by."""
-    layers = source.model.layers
+    layers = source.model.num_layers
     skipped, passed = (
         sorted({int(layers * share) for share in shares})
         for shares in (SKIPPED if source.manifest.calibration else SKIPPED[:1], PASSED)
@@ -53,8 +53,8 @@ def ladder(source: Checkpoint, shape: Shape, text: int) -> list[Rung]:
     found = []
     for share, skipped, passed in ways(source):
         keep = Level("", "", share).kept(total)
-        runs = layers_to_run(model.layers, skipped, range(model.layers))
-        route = Route(total, tuple(range(keep)), runs, visual_stays=layers_passed(runs, passed, range(model.layers)))
+        runs = layers_to_run(model.num_layers, skipped, range(model.num_layers))
+        route = Route(total, tuple(range(keep)), runs, frozen_layers=layers_passed(runs, passed, range(model.num_layers)))
         cost = flops_ratio(model.config, route, total + text, shape.flops(total, min(text, WORDS), keep))
         found.append(Rung(share, skipped, passed, round(cost, 4)))
     return sorted(found, key=lambda rung: rung.cost)
@@ -79,7 +79,7 @@ def clearness(
         for place, level in enumerate(levels):
             routes, routed = [], []
             for one, reading in zip(asked, readings, strict=True):
-                route, visual = make_route(level, [one.image], model.layers, change, "router", 0, reading)
+                route, visual = make_route(level, [one.image], model.num_layers, change, "router", 0, reading)
                 assert visual is not None
                 routes.append(route)
                 routed.append(replace(one, visual=visual))
@@ -99,7 +99,7 @@ def as_asked(watched: Watched, question: int, image: int) -> tuple[Asked, list[i
 
 
 def judge(
-    lesson: Lesson, source: Checkpoint, router: Router, watched: Watched, work: Work, progress: Progress
+    lesson: Lesson, source: Checkpoint, router: Router, watched: Watched, work: RunState, progress: Progress
 ) -> dict[str, Any]:
     """Choose the writer's gains, what to expect of each rung, and the levels' prices: `router.write` and `router.trust` are set.
     Returns the record for the manifest."""

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.forward import Work, forward, prompt_work, token_work
+from models.forward import SequenceInput, decode_input, forward, prefill_input
 from models.kv_cache import RequestCache
 from models.llava import Llava
-from models.ops import rms_norm, rotate
+from models.ops import apply_rope, rms_norm
 from models.route import Route
 from models.vision.clip import ImageFeatures
 
@@ -35,7 +35,7 @@ class Asked:
 
 def answers(model: Llava, batch: Sequence[Asked], eos: Collection[int], most: int) -> list[list[int]]:
     """What the un-pruned model says, greedily, in at most `most` tokens; the end token is among them."""
-    works = [_work(model, asked, (), Route.full(len(asked.visual), model.layers), room=most) for asked in batch]
+    works = [_work(model, asked, (), Route.full(len(asked.visual), model.num_layers), room=most) for asked in batch]
     made: list[list[int]] = [[] for _ in batch]
     live = list(range(len(batch)))
     while live:
@@ -43,7 +43,7 @@ def answers(model: Llava, batch: Sequence[Asked], eos: Collection[int], most: in
         for i, token in zip(live, tokens, strict=True):
             made[i].append(token)
             place = len(batch[i].prompt) + len(made[i]) - 1
-            works[i] = token_work(model, torch.tensor([token], device=model.device), place, works[i].route, works[i].cache)
+            works[i] = decode_input(model, torch.tensor([token], device=model.device), place, works[i].route, works[i].cache)
         live = [i for i in live if made[i][-1] not in eos and len(made[i]) < most]
     return made
 
@@ -72,10 +72,10 @@ def gives(model: Llava, batch: Sequence[Asked], answers: Sequence[Sequence[int]]
     return [margin > 0 for margin in margins(model, batch, answers, routes)]
 
 
-def _teach(model: Llava, batch: Sequence[Asked], answers: Sequence[Sequence[int]], routes: Sequence[Route]) -> list[Work]:
+def _teach(model: Llava, batch: Sequence[Asked], answers: Sequence[Sequence[int]], routes: Sequence[Route]) -> list[SequenceInput]:
     """The prompts with their answers but for the last token, which nothing follows."""
     return [
-        _work(model, asked, answer[:-1], route, tail=len(answer))
+        _work(model, asked, answer[:-1], route, logits_to_keep=len(answer))
         for asked, answer, route in zip(batch, answers, routes, strict=True)
     ]
 
@@ -91,9 +91,9 @@ def observe(model: Llava, batch: Sequence[Asked], answers: Sequence[Sequence[int
 
     The latter is float32 [visual tokens]. The most and not the mean: a token that one head needs once is needed (docs/log.md).
     """
-    works = _teach(model, batch, answers, [Route.full(len(asked.visual), model.layers) for asked in batch])
+    works = _teach(model, batch, answers, [Route.full(len(asked.visual), model.num_layers) for asked in batch])
     inputs: list[Tensor] = []
-    logits = forward(model, works, watch=lambda layer, hidden: inputs.append(hidden))
+    logits = forward(model, works, layer_hook=lambda layer, hidden: inputs.append(hidden))
     gazes, start = [], 0
     for asked, answer, work in zip(batch, answers, works, strict=True):
         stop = start + len(asked.prompt) + len(answer) - 1
@@ -110,10 +110,10 @@ def _gaze(model: Llava, inputs: Sequence[Tensor], is_visual: Tensor, cache: Requ
     ahead = torch.arange(len(is_visual), device=model.device) > text[:, None]
     cos, sin = model.rope(text)
     most = torch.zeros(len(places), device=model.device)
-    for layer, (block, hidden) in enumerate(zip(model.blocks, inputs, strict=True)):
+    for layer, (block, hidden) in enumerate(zip(model.decoder_layers, inputs, strict=True)):
         qkv = block.qkv(rms_norm(hidden[text], block.input_norm, model.eps))
         query = qkv.view(len(text), -1, model.head_dim)[:, : block.heads]
-        query = rotate(query, cos, sin).view(len(text), block.kv_heads, -1, model.head_dim)
+        query = apply_rope(query, cos, sin).view(len(text), block.kv_heads, -1, model.head_dim)
         scores = torch.einsum("rkgd,knd->kgrn", query, cache.keys(layer)).float() * model.head_dim**-0.5
         most = torch.maximum(most, scores.masked_fill(ahead, -torch.inf).softmax(-1)[..., places].amax((0, 1, 2)))
     return most
@@ -124,18 +124,18 @@ def passing_costs(model: Llava, batch: Sequence[Asked], answers: Sequence[Sequen
 
     `dense` are the un-pruned log-probabilities. NaN for the first and the last layer, which none passes by.
     """
-    costs = torch.full((len(batch), model.layers), torch.nan)
-    for layer in range(1, model.layers - 1):
-        routes = [replace(Route.full(len(one.visual), model.layers), visual_stays=frozenset({layer})) for one in batch]
+    costs = torch.full((len(batch), model.num_layers), torch.nan)
+    for layer in range(1, model.num_layers - 1):
+        routes = [replace(Route.full(len(one.visual), model.num_layers), frozen_layers=frozenset({layer})) for one in batch]
         for question, (found, wanted) in enumerate(zip(said(model, batch, answers, routes), dense, strict=True)):
             costs[question, layer] = F.kl_div(found, wanted, reduction="sum", log_target=True)
     return costs
 
 
 def _work(
-    model: Llava, asked: Asked, answer: Sequence[int], route: Route, room: int = 0, tail: int = 1
-) -> Work:
+    model: Llava, asked: Asked, answer: Sequence[int], route: Route, room: int = 0, logits_to_keep: int = 1
+) -> SequenceInput:
     ids = torch.tensor([*asked.prompt, *answer], device=model.device)
     rows = [n + room for n in route.rows(len(ids))]
     cache = RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device)
-    return prompt_work(model, ids, asked.visual, route, cache, tail)
+    return prefill_input(model, ids, asked.visual, route, cache, logits_to_keep)

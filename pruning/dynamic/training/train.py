@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, Manifest, RouterRecord, load, open_transformers, read_manifest, sha256, write_manifest
-from models.run_state import Work
+from models.run_state import RunState
 from models.saving import derive
 from pruning.dynamic.router import Router, Shape, default_rows
 from pruning.dynamic.router_file import FILE, save_router
@@ -40,7 +40,7 @@ def run(
         raise ValueError(f"data: {lesson.data} is not a file; name a JSONL file, or `{WORLD}`")
     source = load(checkpoint, device, dtype)
     content = "" if lesson.data == WORLD else sha256(Path(lesson.data))
-    work = Work(out, lesson.model_dump(), f"{source.name} {source.fingerprint} {dtype} {content}")
+    work = RunState(out, lesson.model_dump(), f"{source.name} {source.fingerprint} {dtype} {content}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True, quiet=quiet)
     if work.resumed:
@@ -68,12 +68,13 @@ def run(
 
 
 def teach(
-    lesson: Lesson, source: Checkpoint, checkpoint: str, place: tuple[str, str], watched: Watched, work: Work, progress: Progress
-) -> Router:
+    lesson: Lesson, source: Checkpoint, checkpoint: str, place: tuple[str, str], watched: Watched, work: RunState,
+    progress: Progress,
+) -> Router:  # fmt: skip
     """Both lessons. The second one runs through transformers' model, which is loaded for it and let go."""
     torch.manual_seed(lesson.seed)
     model, width = source.model, watched.visual.shape[-1]
-    shape = Shape(width, model.layers, lesson.rows or default_rows(width), rungs=len(ways(source)) - 1)
+    shape = Shape(width, model.num_layers, lesson.rows or default_rows(width), rungs=len(ways(source)) - 1)
     router = Router(shape).to(model.device)
 
     def foresee(step: int, asked: Watched) -> Tensor:

@@ -101,7 +101,7 @@ def test_a_route_holds_the_rows_that_were_reserved_for_it(images, ratio, layers,
         assert visual is None
     else:
         assert visual.shape == (images * 36, 4)
-        shares = [sum(36 * i <= index < 36 * (i + 1) for index in route.kept) for i in range(images)]
+        shares = [sum(36 * i <= index < 36 * (i + 1) for index in route.kept_tokens) for i in range(images)]
         assert len(set(shares)) == 1, "each picture keeps as much as the others"
 
 

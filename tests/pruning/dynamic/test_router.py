@@ -142,7 +142,7 @@ def test_the_routers_own_work_is_counted(routed):
     assert reading.flops(level.kept(VISUAL)) == shape.flops(VISUAL, len(reading.read.words[0]), level.kept(VISUAL)) > 0
     route, _ = make_route(level, [image], 3, None, "router", 0, reading)
     prompt, config = len(request.prompt), engine.model.config
-    assert receipt.flops_ratio == pytest.approx(flops_ratio(config, route, prompt, reading.flops(len(route.kept))), abs=1e-4)
+    assert receipt.flops_ratio == pytest.approx(flops_ratio(config, route, prompt, reading.flops(len(route.kept_tokens))), abs=1e-4)
     assert receipt.flops_ratio > flops_ratio(config, route, prompt)
 
 

@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 from models.checkpoint import load, open_transformers, read_manifest
 from models.pictures import DataError
 from models.route import Route
-from models.run_state import Work, WorkError
+from models.run_state import RunState, RunStateError
 from pruning.dynamic.levels import PRUNED, Level, Rung, choose, make_route
 from pruning.dynamic.router import Router, Shape, read_request
 from pruning.dynamic.training import agreement, dataset, loop, profile, train
@@ -70,7 +70,7 @@ def test_what_passing_a_layer_by_costs_is_the_divergence_of_that_route(plain):
     dense, _ = observe(checkpoint.model, asked, own)
     costs = passing_costs(checkpoint.model, asked, own, dense)
     assert costs.isnan().tolist() == [[True, False, True]]
-    (passed,) = said(checkpoint.model, asked, own, [Route(VISUAL, tuple(range(VISUAL)), (True,) * 3, visual_stays=frozenset({1}))])
+    (passed,) = said(checkpoint.model, asked, own, [Route(VISUAL, tuple(range(VISUAL)), (True,) * 3, frozen_layers=frozenset({1}))])
     wanted = (dense[0].exp() * (dense[0] - passed)).sum()
     torch.testing.assert_close(costs[0, 1], wanted, rtol=1e-3, atol=1e-4)
     assert wanted > 0
@@ -90,7 +90,7 @@ def test_a_margin_is_by_how_much_the_next_token_is_behind(plain):
 
 @pytest.fixture(scope="module", name="watched")
 def watched_lesson(plain, tmp_path_factory) -> Watched:
-    work = Work(tmp_path_factory.mktemp("watched") / "out", {}, "")
+    work = RunState(tmp_path_factory.mktemp("watched") / "out", {}, "")
     with train.Progress(disable=True) as progress:
         return dataset.watch(Lesson(**{**QUICK, "questions": 4}), load(plain), work, progress)
 
@@ -152,7 +152,7 @@ def _served(checkpoint, router, watched, number, keep, passed):
     reading = read_request(router, checkpoint.model, [asked.image], read)
     level = Level("some", "", keep / VISUAL, passed_layers=passed)
     route, visual = make_route(level, [asked.image], LAYERS, None, "router", 0, reading)
-    assert (len(route.kept), len(route.visual_stays)) == (keep, passed)
+    assert (len(route.kept_tokens), len(route.frozen_layers)) == (keep, passed)
     (found,) = said(checkpoint.model, [Asked(asked.prompt, visual)], [own], [route])
     count = len(own)
     here = found.gather(-1, watched.alternatives[number, :count].long())
@@ -303,7 +303,7 @@ def test_another_lesson_does_not_go_on_with_a_killed_run(plain, tmp_path, monkey
         die_at(patch, dataset, "_watch", 2)
         with pytest.raises(Killed):
             run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
-    with pytest.raises(WorkError, match="unfinished run of another recipe"):
+    with pytest.raises(RunStateError, match="unfinished run of another recipe"):
         run(Lesson(**QUICK, seed=1), str(plain), tmp_path / "out", quiet=True)
 
 

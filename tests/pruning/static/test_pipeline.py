@@ -18,7 +18,7 @@ from checkpoints.world import draw
 from evals.scenes import MAX_TOKENS, Answer, make_request
 from models.checkpoint import CheckpointError, load, open_transformers, read_manifest
 from models.pictures import DataError
-from models.run_state import WorkError
+from models.run_state import RunStateError
 from pruning.static import pipeline, projector, scores
 from pruning.static.blocks import linears
 from pruning.static.data import embedded_world
@@ -260,7 +260,7 @@ def test_another_recipe_does_not_go_on_with_a_killed_run(dense, tmp_path, monkey
         die_at(patch, pipeline, "solve_block", 2)
         with pytest.raises(Killed):
             prune(dense, tmp_path / "out")
-    with pytest.raises(WorkError, match=r"out\.work holds an unfinished run of another recipe"):
+    with pytest.raises(RunStateError, match=r"out\.work holds an unfinished run of another recipe"):
         prune(dense, tmp_path / "out", sparsity=0.7)
 
 

@@ -15,9 +15,9 @@ from transformers import LlavaForConditionalGeneration
 
 from models.checkpoint import CheckpointError, load
 from models.flops import prefill_flops
-from models.forward import forward, prompt_work, token_work
+from models.forward import decode_input, forward, prefill_input
 from models.kv_cache import RequestCache
-from models.layer_shapes import Widths, can_say, columns, layer_widths, widths_of
+from models.layer_shapes import LayerShape, layer_shapes, shape_of, transformers_can_build, unit_indices
 from models.llava import Llava, UnsupportedCheckpoint, from_transformers
 from models.random_llava import geometry_config, random_model, tiny_config
 from models.route import Route
@@ -57,7 +57,7 @@ def test_removing_any_units_is_made_up_for_as_by_least_squares(units, size):
     weight, metric = problem(units, size)
     for count in range(1, units):
         for chosen in itertools.combinations(range(units), count):
-            gone = columns(torch.tensor(chosen), size)
+            gone = unit_indices(torch.tensor(chosen), size)
             best, _ = least_squares(weight, metric, gone)
             torch.testing.assert_close(structured.compensate(weight, metric.inverse(), gone), best)
 
@@ -71,9 +71,9 @@ def test_losses_are_those_of_least_squares_and_optimal(units, size):
     assert losses[0] == 0
     assert (losses.diff() > 0).all()
     for count in range(1, units, max(1, units // 8)):
-        best, loss = least_squares(weight, metric, columns(order[:count], size))
+        best, loss = least_squares(weight, metric, unit_indices(order[:count], size))
         assert float(losses[count]) == pytest.approx(loss, rel=1e-6)
-        gradient = ((best - weight) @ metric).index_fill(1, columns(order[:count], size), 0)
+        gradient = ((best - weight) @ metric).index_fill(1, unit_indices(order[:count], size), 0)
         assert gradient.abs().max() < 1e-6 * (weight @ metric).abs().max()  # flat in every direction that is left
 
 
@@ -81,7 +81,7 @@ def test_losses_are_those_of_least_squares_and_optimal(units, size):
 def test_what_goes_first_costs_least_of_all(size):
     weight, metric = problem(6, size)
     order, losses = structured.eliminate(weight, metric.inverse(), size)
-    single = [least_squares(weight, metric, columns(torch.tensor([unit]), size))[1] for unit in range(6)]
+    single = [least_squares(weight, metric, unit_indices(torch.tensor([unit]), size))[1] for unit in range(6)]
     assert single.index(min(single)) == order[0]
     assert float(losses[1]) == pytest.approx(min(single))
 
@@ -148,7 +148,7 @@ def prune(model: LlavaForConditionalGeneration, name: str, wanted: Any, tower: s
     """Every block of a tower, to a share of its weights or to widths."""
     found = []
     for block, calls in walk(model, tower, samples()):
-        target = wanted if isinstance(wanted, Widths) else round(wanted * structured.weights(block))
+        target = wanted if isinstance(wanted, LayerShape) else round(wanted * structured.weights(block))
         found.append(structured.prune_block(block, calls, name, target))
     return found
 
@@ -164,10 +164,10 @@ def outputs(model: LlavaForConditionalGeneration) -> Tensor:
 def test_a_block_keeps_what_was_asked_to_the_nearest_neurons(tower, name, share):
     model = random_model(tiny_config(), seed=1)
     for found, block in zip(prune(model, name, share, tower), blocks(model, tower), strict=True):
-        neuron = structured.halves(block.module)[1].unit_weights
+        neuron = structured.coupled_units(block.module)[1].weights_per_unit
         assert abs(found.kept - share * found.before) <= structured.ALIGN / 2 * neuron
         assert found.kept == structured.weights(block)
-        assert found.widths == widths_of(block.module)
+        assert found.widths == shape_of(block.module)
         assert found.widths.ffn % structured.ALIGN == 0
     assert outputs(model).isfinite().all()
 
@@ -177,14 +177,14 @@ def test_a_block_keeps_what_was_asked_to_the_nearest_neurons(tower, name, share)
 def test_cutting_equals_zeroing(kind, options, name):
     """Columns that are read no more are at zero in the dense block; cut out, they leave the output as it is. Groups go whole."""
     cut, zeroed = (random_model(tiny_config(kind, **options), seed=1) for _ in range(2))
-    widths = Widths(1, 40)
+    widths = LayerShape(1, 40)
     for (block, calls), (other, _) in zip(walk(cut, "language", samples()), walk(zeroed, "language", samples()), strict=True):
         plan = structured.plan(block, calls, name)
         with torch.no_grad():
             other.linear("self_attn.o_proj").weight.copy_(plan.heads.weight(1))
             other.linear("mlp.down_proj").weight.copy_(plan.neurons.weight(40))
         plan.apply(widths)
-        heads = tiny_config(kind, **options).text_config.num_attention_heads // structured.halves(other.module)[0].units
+        heads = tiny_config(kind, **options).text_config.num_attention_heads // structured.coupled_units(other.module)[0].units
         assert block.linear("self_attn.q_proj").weight.shape[0] == 12 * heads
         assert block.linear("self_attn.v_proj").weight.shape[0] == 12
     torch.testing.assert_close(outputs(cut), outputs(zeroed), rtol=1e-4, atol=1e-4)
@@ -199,7 +199,7 @@ def test_compensation_brings_the_block_closer_to_dense():
     for name in ("wanda", "obs"):
         other = random_model(tiny_config(), seed=1)
         block, calls = next(walk(other, "language", samples()))
-        structured.prune_block(block, calls, name, Widths(1, 48))
+        structured.prune_block(block, calls, name, LayerShape(1, 48))
         with torch.no_grad():
             errors[name] = sum(float((call.run(block) - out).square().mean()) for call, out in zip(calls, dense, strict=True))
     assert errors["obs"] < 0.8 * errors["wanda"]
@@ -217,7 +217,7 @@ def test_dead_neurons_go_first_and_cost_nothing(name):
     plan = structured.plan(block, calls, name)
     assert sorted(plan.neurons.order[:48].tolist()) == dead
     assert plan.neurons.loss(48) == 0 < plan.neurons.loss(47)
-    plan.apply(Widths(2, 48))
+    plan.apply(LayerShape(2, 48))
     torch.testing.assert_close(outputs(model), before)
 
 
@@ -236,12 +236,12 @@ def test_the_last_head_and_the_last_neurons_stay():
     model = random_model(tiny_config(), seed=1)
     block, calls = next(walk(model, "language", samples()))
     plan = structured.plan(block, calls, "obs")
-    heads, neurons = (half.unit_weights for half in structured.halves(block.module))
-    assert plan.widths(heads + 8 * neurons) == Widths(1, 8)
+    heads, neurons = (half.weights_per_unit for half in structured.coupled_units(block.module))
+    assert plan.widths(heads + 8 * neurons) == LayerShape(1, 8)
     with pytest.raises(ValueError, match="no widths leave a block 100 weights"):
         plan.widths(100)
-    assert plan.widths(structured.weights(block)) == Widths(2, 96)
-    plan.apply(Widths(1, 1))
+    assert plan.widths(structured.weights(block)) == LayerShape(2, 96)
+    plan.apply(LayerShape(1, 1))
     assert outputs(model).isfinite().all()
 
 
@@ -273,12 +273,12 @@ def test_a_pruned_block_comes_back_as_it_was_saved():
 def answers(model: Llava, ids: list[int], pixels: Tensor, steps: int) -> list[Tensor]:
     """Logits of a prompt and of so many greedy tokens after it."""
     visual = model.vision(pixels).tokens[0]
-    route = Route.full(len(visual), model.layers)
+    route = Route.full(len(visual), model.num_layers)
     cache = RequestCache([n + steps for n in route.rows(len(ids))], model.kv_heads, model.head_dim, model.dtype, model.device)
-    found = [forward(model, [prompt_work(model, torch.tensor(ids), visual, route, cache)])[0]]
+    found = [forward(model, [prefill_input(model, torch.tensor(ids), visual, route, cache)])[0]]
     for step in range(steps):
         token = found[-1].argmax()[None]
-        found.append(forward(model, [token_work(model, token, len(ids) + step, route, cache)])[0])
+        found.append(forward(model, [decode_input(model, token, len(ids) + step, route, cache)])[0])
     return found
 
 
@@ -286,13 +286,13 @@ def answers(model: Llava, ids: list[int], pixels: Tensor, steps: int) -> list[Te
 def test_layers_of_different_widths_answer_as_the_sliced_modules(kind, options, tmp_path):
     model = random_model(tiny_config(kind, **options), seed=1)
     for (block, calls), widths in zip(
-        walk(model, "language", samples()), [Widths(1, 40), Widths(2, 24), Widths(1, 96)], strict=True
+        walk(model, "language", samples()), [LayerShape(1, 40), LayerShape(2, 24), LayerShape(1, 96)], strict=True
     ):
         structured.prune_block(block, calls, "obs", widths)
-    prune(model, "obs", Widths(1, 24), "vision")
+    prune(model, "obs", LayerShape(1, 24), "vision")
     changed, unread = structured.settle(model)
     assert set(changed) == {"text_config", "vision_config"}
-    assert [widths.kv_heads for widths in layer_widths(model.config.text_config)] == [1, 2, 1]
+    assert [widths.kv_heads for widths in layer_shapes(model.config.text_config)] == [1, 2, 1]
     assert {name.rsplit(".", 2)[0] for name in unread} >= {"vision.2.mlp"}
     sample = samples(1)[0]
     with torch.no_grad():
@@ -325,7 +325,8 @@ def pruned_checkpoint(directory: Path, wanted: Any, towers: tuple[str, ...] = ("
 
 
 def test_a_checkpoint_with_widths_by_layer_loads_here(tmp_path):
-    widths = {"language": [Widths(2, 56), Widths(1, 96), Widths(1, 8)], "vision": [Widths(1, 24), Widths(2, 40)]}
+    language, vision = [LayerShape(2, 56), LayerShape(1, 96), LayerShape(1, 8)], [LayerShape(1, 24), LayerShape(2, 40)]
+    widths = {"language": language, "vision": vision}
     reference = pruned_checkpoint(tmp_path / "narrow", lambda tower, i: widths[tower][i], ("vision", "language"))
     checkpoint = load(tmp_path / "narrow")
     ids = checkpoint.preprocessor.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}])
@@ -336,7 +337,7 @@ def test_a_checkpoint_with_widths_by_layer_loads_here(tmp_path):
             expected = reference(input_ids=torch.tensor([[*ids, *made]]), pixel_values=pixels).logits[0, -1]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         made.append(int(got.argmax()))
-    assert layer_widths(checkpoint.model.config.text_config) == widths["language"]
+    assert layer_shapes(checkpoint.model.config.text_config) == widths["language"]
     keys = load_file(tmp_path / "narrow" / "model.safetensors")
     assert keys["language_model.model.layers.1.self_attn.k_proj.weight"].shape == (12, 48)
 
@@ -351,7 +352,7 @@ def test_uniform_widths_load_in_transformers(kind, tmp_path):
         for found in prune(model, "obs", widths, tower):
             assert found.kept == pytest.approx((1 - sparsity) * found.before, rel=0.05)
     changed, _ = structured.settle(model)
-    assert "layer_widths" not in json.dumps(changed)
+    assert "layer_shapes" not in json.dumps(changed)
     model.save_pretrained(tmp_path)
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     torch.testing.assert_close(outputs(again), outputs(model))
@@ -363,8 +364,8 @@ def test_uniform_widths_load_in_transformers(kind, tmp_path):
 
 
 def test_a_uniform_checkpoint_loads_here_and_there(tmp_path):
-    reference = pruned_checkpoint(tmp_path / "uniform", lambda tower, i: Widths(1, 48))
-    assert "layer_widths" not in (tmp_path / "uniform" / "config.json").read_text()
+    reference = pruned_checkpoint(tmp_path / "uniform", lambda tower, i: LayerShape(1, 48))
+    assert "layer_shapes" not in (tmp_path / "uniform" / "config.json").read_text()
     checkpoint = load(tmp_path / "uniform")
     assert checkpoint.model.kv_heads == [1, 1, 1]
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "uniform")
@@ -385,9 +386,9 @@ def losses(units: int, slope: float) -> Tensor:
 @pytest.mark.parametrize(
     ("geometry", "slopes", "widths"),  # at half of the weights
     [
-        ("tinyllava-1.1b", (1.0, 0.0), Widths(4, 2048)),  # neurons cost nothing
-        ("tinyllava-1.1b", (0.0, 1.0), Widths(1, 3200)),  # heads cost nothing
-        ("llava-1.5-7b", (1.0, 1.0), Widths(16, 5504)),  # all cost the same
+        ("tinyllava-1.1b", (1.0, 0.0), LayerShape(4, 2048)),  # neurons cost nothing
+        ("tinyllava-1.1b", (0.0, 1.0), LayerShape(1, 3200)),  # heads cost nothing
+        ("llava-1.5-7b", (1.0, 1.0), LayerShape(16, 5504)),  # all cost the same
     ],
 )
 def test_widths_are_the_cheapest_that_transformers_can_say(geometry, slopes, widths):
@@ -395,7 +396,7 @@ def test_widths_are_the_cheapest_that_transformers_can_say(geometry, slopes, wid
     per_head = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads // config.num_key_value_heads + 1)
     units = (per_head, 3 * config.hidden_size)
     total = units[0] * config.num_key_value_heads + units[1] * config.intermediate_size
-    counts = [n for n in range(1, config.num_key_value_heads + 1) if can_say(config, Widths(n, 1))]
+    counts = [n for n in range(1, config.num_key_value_heads + 1) if transformers_can_build(config, LayerShape(n, 1))]
     assert counts == [2**i for i in range(len(counts))]  # the divisors of the hidden size
     both = losses(config.num_key_value_heads, slopes[0]), losses(config.intermediate_size, slopes[1])
     assert structured.cheapest(units, both, total // 2, counts, 128) == widths
@@ -404,7 +405,7 @@ def test_widths_are_the_cheapest_that_transformers_can_say(geometry, slopes, wid
 def test_a_vision_tower_of_uniform_width_keeps_its_heads():
     model = random_model(tiny_config(), seed=1)
     config = model.config.vision_config
-    assert structured.uniform_widths(config, walk(model, "vision", samples()), "obs", 0.25) == Widths(2, 32)
+    assert structured.uniform_widths(config, walk(model, "vision", samples()), "obs", 0.25) == LayerShape(2, 32)
     with pytest.raises(ValueError, match="no widths leave a block 2458 weights"):
         structured.uniform_widths(config, walk(model, "vision", samples()), "obs", 0.7)
 
@@ -413,7 +414,7 @@ def test_flops_and_memory_are_those_of_the_widths():
     config = tiny_config()
     route = Route.full(VISUAL, 3)
     dense = prefill_flops(config, route, 30)
-    config.text_config.layer_widths = [{"kv_heads": 2, "ffn": 96}, {"kv_heads": 1, "ffn": 40}, {"kv_heads": 2, "ffn": 96}]
+    config.text_config.layer_shapes = [{"kv_heads": 2, "ffn": 96}, {"kv_heads": 1, "ffn": 40}, {"kv_heads": 2, "ffn": 96}]
     gone = 30 * (48 * 12 * (2 + 2 + 2) + 3 * 48 * 56) + 30 * 2 * 12 * 30
     assert dense - prefill_flops(config, route, 30) == 2 * gone
     cache = RequestCache([5, 0, 7], [2, 1, 1], 12, torch.float32, torch.device("cpu"))
@@ -434,16 +435,16 @@ def test_flops_and_memory_are_those_of_the_widths():
 def test_a_malformed_key_is_named(value, tmp_path):
     path = write(tmp_path / "broken") / "config.json"
     document = json.loads(path.read_text())
-    document["text_config"]["layer_widths"] = value
+    document["text_config"]["layer_shapes"] = value
     path.write_text(json.dumps(document))
-    with pytest.raises(UnsupportedCheckpoint, match=r"config\.json: layer_widths"):
+    with pytest.raises(UnsupportedCheckpoint, match=r"config\.json: layer_shapes"):
         load(path.parent)
 
 
 def test_widths_that_are_not_the_files_are_named(tmp_path):
     path = write(tmp_path / "broken") / "config.json"
     document = json.loads(path.read_text())
-    document["text_config"]["layer_widths"] = [{"kv_heads": 2, "ffn": n} for n in (96, 88, 96)]
+    document["text_config"]["layer_shapes"] = [{"kv_heads": 2, "ffn": n} for n in (96, 88, 96)]
     path.write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match=r"another shape, first .*layers\.1\.mlp\.down_proj"):
         load(path.parent)

@@ -121,7 +121,7 @@ int together(int64_t group) { return group % 8 == 0 ? 8 : group % 4 == 0 ? 4 : g
 }  // namespace
 
 // query [requests, heads, dim], rows `apart` values apart, to out [requests, heads, dim]; dim a multiple of 32.
-extern "C" void decode(const bf16* query, int64_t apart, const Seen* seen, bf16* out, int64_t requests, int64_t heads,
+extern "C" void decode_attention(const bf16* query, int64_t apart, const Seen* seen, bf16* out, int64_t requests, int64_t heads,
                        int64_t kv_heads, int64_t dim, float scale, int threads) {
   const int64_t group = heads / kv_heads;
   const int some = together(group);
