@@ -162,8 +162,7 @@ def route(
              "writing": writing, "target": target, "seed": seed}  # fmt: skip
     with _plain_errors():
         lesson = Lesson.model_validate({name: value for name, value in given.items() if value is not None})
-        record = run(lesson, checkpoint, out, device, dtype).router
-        assert record is not None
+        run(lesson, checkpoint, out, device, dtype)
         Console().print(f"router in {out}; look at it with `espalier inspect {out}`", highlight=False)
 
 
@@ -221,7 +220,7 @@ def bench_http(
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """Errors that a user can act on are one line, not a traceback; Ctrl-C ends a command with 130 whatever it met."""
-    from models.checkpoint import CheckpointError
+    from models.manifest import CheckpointError
 
     with _interruption() as pressed:
         try:

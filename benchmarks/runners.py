@@ -15,7 +15,6 @@ from transformers import LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from models.forward import decode_input, forward, prefill_input
-from models.kv_cache import RequestCache
 from models.linear import Linear
 from models.llava import Llava, from_transformers
 from models.route import Route
@@ -153,7 +152,7 @@ def answer(model: Llava, questions: Questions, route: Route, new_tokens: int, ro
     start = time.perf_counter()
     prompt = questions.ids.shape[1]
     rows = [n + new_tokens - 1 if n else 0 for n in route.rows(prompt)]
-    caches = [RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device) for _ in questions.ids]
+    caches = [model.new_cache(rows) for _ in questions.ids]
     visual = model.vision(questions.pixels).tokens
     encoded = _finished(model)
     chosen = [(route, seen) for seen in visual]

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import track
 
 from evals.scenes import exam
-from models.checkpoint import MANIFEST, Calibration, Checkpoint, load, resolve, write_manifest
+from models.checkpoint import Checkpoint, load, resolve
+from models.manifest import MANIFEST, Calibration, write_manifest
 from pruning.dynamic.layer_importance import layer_change
 
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from checkpoints.world import Question, Scene
 from evals.scenes import LIMITS, Answer, ask_all, make_request, normalise
 from evals.statistics import wilson
-from models.checkpoint import load, write_manifest
+from models.checkpoint import load
+from models.manifest import write_manifest
 from server.engine import Engine
 
 ALONE = 20

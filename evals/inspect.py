@@ -9,8 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from models.checkpoint import Checkpoint, Pruning, load
+from models.checkpoint import Checkpoint, load
+from models.manifest import Pruning
 from pruning.dynamic.levels import AUTO, Level, Rung, menu_of
+from pruning.dynamic.router_file import RouterRecord
 
 console = Console(highlight=False)
 
@@ -35,8 +37,9 @@ def run(name: str, picture: Path | None = None, device: str = "cpu", dtype: str 
         console.print(table)
     else:
         console.print("no calibration: levels skip no layers; run `espalier calibrate`")
-    if manifest.router is not None:
-        shape, report = manifest.router.shape, manifest.router.report
+    router = RouterRecord.of(manifest)
+    if router:
+        shape, report = router.shape, router.report
         console.print(
             f"router: {shape['depth']} layers, {shape['rows']} wide, taught on {report['questions']} questions; "
             f"foresees where the model looks with R² {report['foreseen']['attention']:.2f}, and which layers visual rows need with "
@@ -46,8 +49,8 @@ def run(name: str, picture: Path | None = None, device: str = "cpu", dtype: str 
         console.print("no router: levels choose tokens by the picture alone; run `espalier route`")
     menu = menu_of(manifest, model.num_layers)
     _show_levels(checkpoint, menu)
-    if manifest.router is not None:
-        _show_ladder(checkpoint, menu[AUTO].rungs, manifest.router.measured["agreement"])
+    if router:
+        _show_ladder(checkpoint, menu[AUTO].rungs, router.measured["agreement"])
     if picture:
         if not manifest.pruning:
             raise ValueError(f"{checkpoint.name} is not pruned: there is nothing to draw")

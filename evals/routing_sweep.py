@@ -28,14 +28,13 @@ from evals.pruning_sweep import stored
 from models.checkpoint import Checkpoint, load
 from models.flops import flops_ratio
 from models.forward import forward, prefill_input
-from models.kv_cache import RequestCache
 from models.llava import Llava
 from models.ops import apply_rope, rms_norm
 from models.route import Route
 from models.vision.clip import ImageFeatures
 from pruning.dynamic.levels import Level, layers_to_run, make_route, rungs_of
 from pruning.dynamic.router import Reading, Router, read_request, words
-from pruning.dynamic.router_file import load_router
+from pruning.dynamic.router_file import RouterRecord, load_router
 from pruning.dynamic.token_merging import TokenPolicy
 from pruning.dynamic.training.agreement import price_of
 
@@ -99,7 +98,7 @@ def settings(checkpoint: Checkpoint, router: Router | None) -> Iterator[Setting]
 
 def _elastic(checkpoint: Checkpoint, policy: str) -> Iterator[Setting]:
     """A router's budgets at the prices that spent them on the pictures which it was judged by."""
-    record, total = checkpoint.manifest.router, checkpoint.model.visual_tokens_per_image
+    record, total = RouterRecord.of(checkpoint.manifest), checkpoint.model.visual_tokens_per_image
     assert record is not None
     trade = record.trade["tokens and layers" if policy == LAYERS else "tokens"]
     for budget in BUDGETS:
@@ -122,7 +121,7 @@ def fastv(model: Llava, prompt: Prompt, visual: Tensor, keep: int) -> Route:
     """FastV (arXiv 2403.06764): from layer 2 on, the tokens that the question's last row looked at most in the layer before."""
     ids = torch.tensor(prompt.ids)
     full = Route.full(len(visual), model.num_layers)
-    cache = RequestCache(full.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
+    cache = model.new_cache(full.rows(len(ids)))
     inputs: list[Tensor] = []
     forward(model, [prefill_input(model, ids, visual, full, cache)], layer_hook=lambda _, hidden: inputs.append(hidden))
     block = model.decoder_layers[FASTV_LAYER - 1]
@@ -186,9 +185,10 @@ def route_of(setting: Setting, shown: Shown, question: int, seed: int) -> tuple[
 
 def _settled(setting: Setting, checkpoint: Checkpoint, reading: Reading) -> Level:
     """What a price makes of one question; of rungs that leave out tokens alone, unless layers are asked for."""
-    assert checkpoint.manifest.router is not None
+    record = RouterRecord.of(checkpoint.manifest)
+    assert record is not None
     allowed = [
-        (rung, chance) for rung, chance in zip(rungs_of(checkpoint.manifest.router), reading.chances, strict=True)
+        (rung, chance) for rung, chance in zip(rungs_of(record), reading.chances, strict=True)
         if setting.policy == LAYERS or rung.runs_all_layers
     ]  # fmt: skip
     level = Level(setting.budget, "", 1.0, rungs=tuple(rung for rung, _ in allowed), price=setting.price)
@@ -203,7 +203,7 @@ def ask(setting: Setting, shown: Shown, seed: int) -> tuple[list[bool], list[tup
         route, visual, flops = route_of(setting, shown, question, seed)
         ratios.append((flops_ratio(model.config, route, len(prompt.ids), flops), len(route.kept_tokens) / route.visual_tokens))
         ids = torch.tensor([*prompt.ids, *prompt.answer[:-1]], device=model.device)
-        cache = RequestCache(route.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
+        cache = model.new_cache(route.rows(len(ids)))
         works.append(prefill_input(model, ids, visual, route, cache, logits_to_keep=len(prompt.answer)))
     said = forward(model, works).argmax(-1).cpu().split([len(prompt.answer) for prompt in shown.prompts])
     return [tokens.tolist() == prompt.answer for tokens, prompt in zip(said, shown.prompts, strict=True)], ratios

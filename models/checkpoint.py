@@ -1,4 +1,4 @@
-"""The checkpoint format: what `transformers` loads, plus `espalier.json`, our manifest."""
+"""Load a checkpoint: what `transformers` loads, plus `espalier.json`, our manifest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
@@ -17,88 +16,11 @@ from transformers.utils import logging as transformers_logging
 from checkpoints.embedded import SHIPPED
 from models.layer_shapes import SlicedLlava
 from models.llava import Llava, check_supported, from_transformers, visual_tokens_per_image
+from models.manifest import MANIFEST, CheckpointError, Manifest, read_manifest
 from models.preprocess import Preprocessor
 
-MANIFEST = "espalier.json"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class CheckpointError(Exception):
-    """The checkpoint cannot be loaded; the message names the file or key at fault and what to do."""
-
-
-class Calibration(BaseModel):
-    """How much each layer changes the hidden state, and on what that was measured."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    layer_change: list[float] = Field(description="1 - cosine between a layer's input and output, mean over rows.")
-    data: str
-    samples: int
-    seed: int
-
-
-class Pruning(BaseModel):
-    """How the weights were pruned, and what came of it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    recipe: dict[str, Any] = Field(description="Every setting, by the names of `espalier prune`.")
-    source: str = Field(description="Name and fingerprint of the dense checkpoint.")
-    sparsity: dict[str, float] = Field(description="Share of zeros, or of weights removed, by matrix.")
-    damping: dict[str, float] = Field(default_factory=dict, description="Where a Hessian needed more than was asked for.")
-    reconstruction: dict[str, tuple[float, float]] = Field(
-        default_factory=dict, description="Relative error of a block's output before and after its reconstruction."
-    )
-    search: list[dict[str, float]] = Field(default_factory=list, description="The best policy of each generation.")
-    projector: list[dict[str, Any]] = Field(default_factory=list, description="Held-out divergence before and after each tuning.")
-    notes: dict[str, Any] = Field(default_factory=dict, description="What else was decided on the way.")
-
-
-class RouterRecord(BaseModel):
-    """The router beside the weights: what it is, for which of them, and how it was trained."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    shape: dict[str, int]
-    checkpoint: str = Field(description="Fingerprint of the weights that it was trained for.")
-    lesson: dict[str, Any] = Field(description="Every setting, by the names of `espalier route`.")
-    report: dict[str, Any] = Field(description="How well it foresees on held-out pictures.")
-    rungs: list[dict[str, Any]] = Field(
-        description="What it chooses from: visual_ratio, skipped_layers, passed_layers and cost; the whole model last."
-    )
-    levels: dict[str, dict[str, float]] = Field(
-        description="Each level's price of arithmetic, and what that makes of held-out questions on average."
-    )
-    trade: dict[str, list[dict[str, float]]] = Field(
-        description="The same for many prices, of rungs that leave out tokens alone and of all."
-    )
-    measured: dict[str, Any] = Field(
-        description="On held-out questions: the agreement of each rung, and of each share of what is written that may be believed."
-    )
-    auto: dict[str, Any] = Field(
-        description="The highest prices that surely keep the target share of answers, first in a chat and later, and what they buy."
-    )
-
-
-class Manifest(BaseModel):
-    """`espalier.json`. Everything in it is optional: a checkpoint without one serves, with tokens as its only saving."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    version: int = Field(default=1, ge=1, le=1)
-    base_model: str | None = None
-    calibration: Calibration | None = None
-    pruning: Pruning | None = None
-    router: RouterRecord | None = None
-    cards: dict[str, dict[str, Any]] = Field(default_factory=dict, description="What each level was measured to do.")
-    files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of the weight files.")
-
-    @property
-    def layer_change(self) -> list[float] | None:
-        """How much each layer changes the hidden state, if that was measured."""
-        return self.calibration.layer_change if self.calibration else None
 
 
 @dataclass
@@ -120,24 +42,6 @@ def resolve(checkpoint: str | Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; name one that holds a LLaVA checkpoint, or one of {', '.join(SHIPPED)}")
     return path
-
-
-def read_manifest(directory: Path) -> Manifest:
-    path = directory / MANIFEST
-    if not path.exists():
-        return Manifest()
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the document"
-        raise CheckpointError(f"{path}: {key}: {first['msg']}") from error
-
-
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    part = directory / (MANIFEST + ".part")
-    part.write_text(json.dumps(manifest.model_dump(exclude_none=True), indent=1) + "\n")
-    part.replace(directory / MANIFEST)
 
 
 def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "auto") -> Checkpoint:
@@ -195,17 +99,12 @@ def open_transformers(checkpoint: str | Path, device: str = "cpu", dtype: str = 
         raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or have another shape, first {wrong[0]}")
     return Source(
         directory=directory,
-        name=_name(directory),
+        name=manifest.name or directory.resolve().name,
         model=model,
         preprocessor=Preprocessor(_processor(directory), config, visual_tokens_per_image(config)),
         manifest=manifest,
         fingerprint="fp_" + fingerprint(shards),
     )
-
-
-def _name(directory: Path) -> str:
-    """What a checkpoint is called to clients."""
-    return next((f"espalier-{name}" for name, path in SHIPPED.items() if path == directory), directory.resolve().name)
 
 
 def _config(directory: Path) -> LlavaConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,12 +63,10 @@ class KVCache:
     The budget is memory that is never over-committed: a request's rows are taken whole when it is admitted and given back whole.
     """
 
-    def __init__(
-        self, budget: int, kv_heads: Sequence[int], head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, budget: int, new_cache: Callable[[Sequence[int]], RequestCache]) -> None:
         self.budget = budget
         self.used = 0
-        self._shape = (kv_heads, head_dim, dtype, device)
+        self._new_cache = new_cache
         self._live: dict[str, RequestCache] = {}
 
     def allocate(self, request_id: str, rows: Sequence[int]) -> RequestCache:
@@ -76,7 +74,7 @@ class KVCache:
             raise ValueError(f"request {request_id} already holds a cache")
         if self.used + sum(rows) > self.budget:
             raise MemoryError(f"{sum(rows)} rows asked for, {self.budget - self.used} of {self.budget} are free")
-        cache = self._live[request_id] = RequestCache(rows, *self._shape)
+        cache = self._live[request_id] = self._new_cache(rows)
         self.used += sum(rows)
         return cache
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from models.kv_cache import RequestCache
 from models.layer_shapes import head_dim, layer_shapes, query_heads
 from models.linear import Linear, fuse
 from models.ops import rms_norm
@@ -78,6 +80,10 @@ class Llava:
     @cached_property
     def eps(self) -> float:
         return float(self.config.text_config.rms_norm_eps)
+
+    def new_cache(self, rows: Sequence[int]) -> RequestCache:
+        """An empty cache for one request, `rows` by layer."""
+        return RequestCache(rows, self.kv_heads, self.head_dim, self.dtype, self.device)
 
     @property
     def context_length(self) -> int:

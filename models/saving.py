@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checkpoint import INDEX, MANIFEST, CheckpointError, Manifest, check_files, sha256, write_manifest
+from models.checkpoint import INDEX, check_files, sha256
+from models.manifest import MANIFEST, CheckpointError, Manifest, write_manifest
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"}
 """Suffixes of files that hold weights: the dense ones must not lie beside the pruned."""

@@ -87,7 +87,7 @@ class Engine:
         self.context_length, self.fingerprint = self.model.context_length, checkpoint.fingerprint
         self.created = int(time.time())
         rows = limits.kv_rows or _rows_for_free_memory(checkpoint, limits)
-        self.kv = KVCache(rows, self.model.kv_heads, self.model.head_dim, self.model.dtype, self.model.device)
+        self.kv = KVCache(rows, self.model.new_cache)
         self.scheduler = Scheduler(rows, limits.max_running, limits.max_waiting, limits.max_prefill)
         self._features: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._cached_images = limits.cached_images

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from espalier import _plain_errors, app
-from models.checkpoint import read_manifest
+from models.manifest import read_manifest
 from pruning.dynamic.training.config import Lesson
 from pruning.static.recipe import Recipe
 from tests.server.tiny import write

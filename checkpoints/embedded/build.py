@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from checkpoints.world import SIZE, draw
-from models.checkpoint import Manifest, sha256, write_manifest
+from models.checkpoint import sha256
+from models.manifest import Manifest, write_manifest
 from models.saving import save_tensors
 
 PATCH = 8
@@ -130,4 +131,5 @@ def export(model: LlavaForConditionalGeneration, directory: Path) -> None:
         name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor for name, tensor in load_file(weights).items()
     }
     save_tensors(renamed, weights)
-    write_manifest(directory, Manifest(base_model="espalier-embedded", files={weights.name: sha256(weights)}))
+    files = {weights.name: sha256(weights)}
+    write_manifest(directory, Manifest(name="espalier-embedded-dense", base_model="espalier-embedded", files=files))

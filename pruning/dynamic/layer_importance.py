@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.forward import forward, prefill_input
-from models.kv_cache import RequestCache
 from models.llava import Llava
 from models.route import Route
 
@@ -27,7 +26,7 @@ def layer_change(model: Llava, samples: Iterable[tuple[list[int], Tensor]]) -> l
         before: list[Tensor] = []
         visual = model.vision(pixels.to(model.device, model.dtype)).tokens.flatten(0, 1)
         route = Route.full(len(visual), model.num_layers)
-        cache = RequestCache(route.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
+        cache = model.new_cache(route.rows(len(ids)))
         work = prefill_input(model, torch.tensor(ids, device=model.device), visual, route, cache)
         forward(model, [work], layer_hook=lambda _, hidden, seen=before: seen.append(hidden.float()))  # type: ignore[misc]
         for layer, (x, y) in enumerate(pairwise(before)):

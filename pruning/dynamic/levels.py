@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from models.checkpoint import Manifest, RouterRecord
+from models.manifest import Manifest
 from models.route import Route
 from models.vision.clip import ImageFeatures
 from pruning.dynamic.router import Reading
+from pruning.dynamic.router_file import RouterRecord
 from pruning.dynamic.token_merging import TokenPolicy, keep_tokens
 
 AUTO = "auto"
@@ -119,9 +120,9 @@ def build_menu(
 def menu_of(manifest: Manifest, layers: int, *, routed: bool = True) -> dict[str, Level]:
     """The menu that a checkpoint's manifest describes; without the router (`routed`) its budgets are not what was measured."""
     plain = build_menu(manifest.layer_change, layers, manifest.cards)
-    if not routed or manifest.router is None:
+    record = RouterRecord.of(manifest) if routed else None
+    if record is None:
         return plain
-    record = manifest.router
     rungs = rungs_of(record)
     menu = {"off": plain["off"]}
     for name in PRUNED[::-1]:

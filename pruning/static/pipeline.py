@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from models.checkpoint import Manifest, Pruning, open_transformers, read_manifest, sha256
+from models.checkpoint import open_transformers, sha256
 from models.layer_shapes import LayerShape
+from models.manifest import Manifest, Pruning, read_manifest
 from models.preprocess import Preprocessor
 from models.run_state import RunState
 from models.saving import derive
@@ -70,7 +71,7 @@ def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, 
         changed, report = Job(recipe, source.model, samples, work, progress, source.directory, ray).run()
     pruning = Pruning(recipe=recipe.model_dump(mode="json"), source=identity, **report)
     # What was measured on the dense checkpoint does not hold for this one.
-    manifest = source.manifest.model_copy(update={"pruning": pruning, "calibration": None, "router": None, "cards": {}})
+    manifest = source.manifest.derive(pruning=pruning, calibration=None)
     settings, unread = structured.settle(source.model)
     derive(source.directory, work.draft, changed | unread, manifest, settings)
     return work

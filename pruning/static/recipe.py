@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from checkpoints.world import FAMILIES
-from models.checkpoint import check_files, read_manifest, resolve
+from models.checkpoint import check_files, resolve
+from models.manifest import read_manifest
 from models.run_state import run_directory
 from pruning.static import patterns
 

@@ -24,7 +24,6 @@ from benchmarks.runners import answer, draw_questions, generate, prune, share_we
 from models import kernels
 from models.flops import prefill_flops
 from models.forward import forward, prefill_input
-from models.kv_cache import RequestCache
 from models.random_llava import geometry_config, random_model, tiny_config
 from models.route import Route
 from models.weight_format import is_2_4
@@ -156,7 +155,7 @@ def test_both_sides_agree_on_shared_weights(kind, options):
     model = share_weights(reference)
     questions = draw_questions(model, 2)
     ids, route = questions.ids[0], Route.full(16, 3)
-    cache = RequestCache(route.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
+    cache = model.new_cache(route.rows(len(ids)))
     ours = forward(model, [prefill_input(model, ids, model.vision(questions.pixels).tokens[0], route, cache)])[0]
     with torch.no_grad():
         expected, theirs = (

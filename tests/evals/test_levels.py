@@ -16,7 +16,7 @@ from tests.pruning.dynamic.tiny_router import expect, plain_checkpoint, routed_c
 @pytest.fixture(scope="module", name="found")
 def found_levels(routed):
     checkpoint = load(routed)
-    checkpoint.manifest.router.auto.update(first={"price": 100.0}, later={"price": 100.0})
+    checkpoint.manifest.router["auto"].update(first={"price": 100.0}, later={"price": 100.0})
     router = load_router(checkpoint)
     expect(router, [0.99] * router.shape.rungs)
     return levels.run(checkpoint, router, pictures=2, split="validation")

@@ -12,7 +12,8 @@ from checkpoints.world import FAMILIES, Question, Scene, draw
 from evals import calibration, cards
 from evals.scenes import Answer, exam, normalise, run, summarise
 from evals.statistics import wilson
-from models.checkpoint import load, read_manifest
+from models.checkpoint import load
+from models.manifest import read_manifest
 from server.engine import Engine
 from server.request import Delta, Failed, Finished, Receipt
 from tests.server.tiny import LAYERS, VISUAL, write

@@ -14,19 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from checkpoints.embedded import SHIPPED
-from models.checkpoint import (
-    Calibration,
-    CheckpointError,
-    Manifest,
-    load,
-    read_manifest,
-    resolve,
-    sha256,
-    write_manifest,
-)
+from models.checkpoint import load, resolve, sha256
 from models.forward import forward, prefill_input
-from models.kv_cache import RequestCache
 from models.llava import UnsupportedCheckpoint
+from models.manifest import Calibration, CheckpointError, Manifest, read_manifest, write_manifest
 from models.route import Route
 from tests.server.tiny import LAYERS, VISUAL, processor, write
 
@@ -81,7 +72,7 @@ def test_what_transformers_saved_answers_as_transformers_does(layout, request):
     pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     ids = checkpoint.preprocessor.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}])
     model, route = checkpoint.model, Route.full(VISUAL, LAYERS)
-    cache = RequestCache(route.rows(len(ids)), model.kv_heads, model.head_dim, model.dtype, model.device)
+    cache = model.new_cache(route.rows(len(ids)))
     work = prefill_input(model, torch.tensor(ids), model.vision(pixels).tokens[0], route, cache)
     with torch.no_grad():
         expected = reference(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1]
@@ -265,19 +256,45 @@ def test_a_checkpoint_without_a_manifest_loads(broken):
     ("change", "key"),
     [
         (put("cheese", value=1), "cheese"),
-        (put("version", value=2), "version"),
+        (put("version", value=3), "version"),
+        (put("version", value="two"), "version"),
+        (put("name", value=["two"]), "name"),
         (put("base_model", value=7), "base_model"),
         (put("calibration", "samples", value="many"), "calibration.samples"),
         (put("calibration", "layer_change", value=[0.1, "x", 1.0]), "calibration.layer_change.1"),
         (put("calibration", "mood", value="good"), "calibration.mood"),
         (put("calibration", "layer_change", value=[0.1]), "calibration.layer_change"),
         (put("cards", value={"strong": 3}), "cards.strong"),
+        (put("router", value=[]), "router"),
         (put("files", value=["model.safetensors"]), "files"),
     ],
 )
 def test_what_is_wrong_in_a_manifest_is_named_by_its_key(broken, change, key):
     edit(broken / "espalier.json", change)
     fails(broken, f"espalier.json: {key}")
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({}, "remove it and run `espalier calibrate`"),
+        ({"pruning": {}}, "make the checkpoint anew with `espalier prune`"),
+        ({"pruning": {}, "router": {}}, "anew with `espalier prune`, then `espalier route`"),
+    ],
+)
+def test_an_older_manifest_names_the_command_that_makes_it_anew(broken, sections, words):
+    (broken / "espalier.json").write_text(json.dumps({"version": 1} | sections))
+    fails(broken, "espalier.json: version 1 is older than 2", words)
+
+
+def test_a_checkpoint_is_called_as_its_manifest_says(broken):
+    edit(broken / "espalier.json", put("name", value="my-llava"))
+    assert load(broken).name == "my-llava"
+
+
+def test_a_name_and_cards_hold_for_one_checkpoint_alone():
+    manifest = Manifest(name="mine", base_model="llava", cards={"off": {}}, router={"shape": {}})
+    assert manifest.derive(files={"a": "b"}) == Manifest(base_model="llava", files={"a": "b"})
 
 
 def test_files_are_checked_against_the_manifest(broken):

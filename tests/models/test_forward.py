@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.forward import decode_input, forward, prefill_input
-from models.kv_cache import KVCache, RequestCache
+from models.kv_cache import KVCache
 from models.linear import Linear
 from models.llava import Llava, from_transformers
 from models.random_llava import random_model, tiny_config
@@ -42,7 +42,7 @@ class Session:
         self.model, self.ids = model, list(ids)
         self.route = route or Route.full(count, model.num_layers)
         rows = [n + 32 if n else 0 for n in self.route.rows(len(ids))]
-        self.cache = RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device)
+        self.cache = model.new_cache(rows)
         self.work = prefill_input(model, torch.tensor(ids, device=model.device), visual, self.route, self.cache)
 
     def push(self, token: int) -> None:
@@ -204,12 +204,13 @@ def test_kv_memory_is_rows_times_layers_that_run():
     _, model = pair()
     row = 2 * model.kv_heads[0] * model.head_dim * 4
     for route in routes().values():
-        cache = RequestCache(route.rows(30), model.kv_heads, model.head_dim, model.dtype, model.device)
+        cache = model.new_cache(route.rows(30))
         assert cache.nbytes == row * sum(route.rows(30))
 
 
 def test_kv_budget_is_never_over_committed_and_all_comes_back():
-    cache = KVCache(100, [2, 2, 2], 8, torch.float32, torch.device("cpu"))
+    _, model = pair()
+    cache = KVCache(100, model.new_cache)
     cache.allocate("a", [30, 0, 30])
     with pytest.raises(MemoryError, match="40 of 100 are free"):
         cache.allocate("b", [41, 0, 0])

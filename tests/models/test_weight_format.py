@@ -14,7 +14,6 @@ from models import kernels, llava, weight_format
 from models.checkpoint import load
 from models.forward import decode_input, forward, prefill_input
 from models.kernels.thresholds import SPARSE_FROM
-from models.kv_cache import RequestCache
 from models.linear import Linear
 from models.llava import Llava, from_transformers
 from models.random_llava import random_model, tiny_config
@@ -98,7 +97,7 @@ def logits(model: Llava) -> torch.Tensor:
     """Of a prompt and of one token after it: [2, vocab]."""
     questions, route = draw_questions(model, 1), Route.full(16, 3)
     ids = questions.ids[0]
-    cache = RequestCache([len(ids) + 1] * 3, model.kv_heads, model.head_dim, model.dtype, model.device)
+    cache = model.new_cache([len(ids) + 1] * 3)
     first = forward(model, [prefill_input(model, ids, model.vision(questions.pixels).tokens[0], route, cache)])
     return torch.cat([first, forward(model, [decode_input(model, torch.tensor([5]), len(ids), route, cache)])])
 

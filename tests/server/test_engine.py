@@ -13,7 +13,6 @@ from transformers import LlavaForConditionalGeneration
 
 from models.flops import flops_ratio
 from models.forward import decode_input, forward, prefill_input
-from models.kv_cache import RequestCache
 from pruning.dynamic.levels import make_route
 from server.engine import Engine
 from server.run import build_engine
@@ -74,7 +73,7 @@ def test_an_answer_is_what_the_model_says_on_the_route(engine, tiny, level):
         tiny.manifest.calibration.layer_change, "merging", seed=0,
     )  # fmt: skip
     rows = [n + 8 if n else 0 for n in route.rows(len(request.prompt))]
-    cache = RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device)
+    cache = model.new_cache(rows)
     work = prefill_input(model, torch.tensor(request.prompt), visual, route, cache)
     expected, made = [], []
     for place in range(8):

@@ -18,7 +18,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProces
 
 from checkpoints.embedded.build import IMAGE, PATCH, SIZE, build_processor
 from checkpoints.world import draw
-from models.checkpoint import Calibration, Checkpoint, Manifest, load, write_manifest
+from models.checkpoint import Checkpoint, load
+from models.manifest import Calibration, Manifest, write_manifest
 from models.random_llava import random_model
 from pruning.dynamic.levels import Level
 from server.engine import Engine, Limits

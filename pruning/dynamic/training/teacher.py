@@ -137,5 +137,5 @@ def _work(
 ) -> SequenceInput:
     ids = torch.tensor([*asked.prompt, *answer], device=model.device)
     rows = [n + room for n in route.rows(len(ids))]
-    cache = RequestCache(rows, model.kv_heads, model.head_dim, model.dtype, model.device)
+    cache = model.new_cache(rows)
     return prefill_input(model, ids, asked.visual, route, cache, logits_to_keep)

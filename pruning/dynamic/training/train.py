@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from models.checkpoint import Checkpoint, Manifest, RouterRecord, load, open_transformers, read_manifest, sha256, write_manifest
+from models.checkpoint import Checkpoint, load, open_transformers, sha256
+from models.manifest import Manifest, read_manifest, write_manifest
 from models.run_state import RunState
 from models.saving import derive
 from pruning.dynamic.router import Router, Shape, default_rows
-from pruning.dynamic.router_file import FILE, save_router
+from pruning.dynamic.router_file import FILE, RouterRecord, save_router
 from pruning.dynamic.training.config import WORLD, Lesson
 from pruning.dynamic.training.dataset import Watched, watch
 from pruning.dynamic.training.distill import writing_error
@@ -58,10 +59,10 @@ def run(
     )
     draft = work.directory / "checkpoint"
     shutil.rmtree(draft, ignore_errors=True)
-    derive(source.directory, draft, {}, source.manifest)
+    derive(source.directory, draft, {}, source.manifest.derive())
     save_router(router, draft / FILE)
     files = read_manifest(draft).files | {FILE: sha256(draft / FILE)}
-    write_manifest(draft, source.manifest.model_copy(update={"router": record, "files": files, "cards": {}}))
+    write_manifest(draft, source.manifest.derive(router=record.model_dump(), files=files))
     draft.replace(out)
     shutil.rmtree(work.directory)
     return read_manifest(out)

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from espalier import app
-from models.checkpoint import CheckpointError, load, read_manifest, sha256
+from models.checkpoint import load, sha256
 from models.flops import flops_ratio
+from models.manifest import CheckpointError, read_manifest
 from models.vision.clip import ImageFeatures
 from pruning.dynamic.levels import AUTO, PRUNED, choose, layers_passed, make_route, menu_of, worthwhile_level
 from pruning.dynamic.router import WORDS, Reading, Router, RouterFailed, Shape, read_request, words
-from pruning.dynamic.router_file import FILE, load_router
+from pruning.dynamic.router_file import FILE, RouterRecord, load_router
 from pruning.dynamic.token_merging import euclidean, means, members
 from server.engine import Engine
 from tests.pruning.dynamic.tiny_router import expect, plain_checkpoint, routed_checkpoint  # noqa: F401
@@ -119,7 +120,7 @@ def test_a_checkpoint_with_a_router_holds_the_same_weights_and_serves_it(plain, 
 
 
 def test_levels_are_the_prices_that_were_found(plain, routed):
-    record = read_manifest(routed).router
+    record = RouterRecord.of(read_manifest(routed))
     menu = Engine(load(routed)).menu
     for name, found in record.levels.items():
         assert (menu[name].price, menu[name].visual_ratio) == (found["price"], found["visual_ratio"])

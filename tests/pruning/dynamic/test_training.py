@@ -11,12 +11,14 @@ import torch
 from scipy.stats import binomtest
 from transformers import LlavaForConditionalGeneration
 
-from models.checkpoint import load, open_transformers, read_manifest
+from models.checkpoint import load, open_transformers
+from models.manifest import read_manifest
 from models.pictures import DataError
 from models.route import Route
 from models.run_state import RunState, RunStateError
 from pruning.dynamic.levels import PRUNED, Level, Rung, choose, make_route
 from pruning.dynamic.router import Router, Shape, read_request
+from pruning.dynamic.router_file import RouterRecord
 from pruning.dynamic.training import agreement, dataset, loop, profile, train
 from pruning.dynamic.training.agreement import BUDGETS, auto, budgets, price_of
 from pruning.dynamic.training.config import Lesson
@@ -263,7 +265,7 @@ def test_where_no_question_follows_another_both_prices_are_one(judged):
 
 
 def test_the_manifest_says_what_was_measured_and_what_auto_keeps(routed):
-    record = read_manifest(routed).router
+    record = RouterRecord.of(read_manifest(routed))
     assert set(record.levels) == set(PRUNED)
     assert len(record.rungs) == len(record.measured["agreement"]) == record.shape["rungs"] + 1
     assert [rung["cost"] for rung in record.rungs] == sorted(rung["cost"] for rung in record.rungs)
@@ -315,7 +317,7 @@ def test_it_learns_from_a_file_without_answers(plain, tmp_path):
     data = tmp_path / "questions.jsonl"
     data.write_text("\n".join(lines))
     lesson = Lesson(data=str(data), pictures=8, questions=1, answer=3, steps=2, writing=2, batch=2)
-    record = run(lesson, str(plain), tmp_path / "out", quiet=True).router
+    record = RouterRecord.of(run(lesson, str(plain), tmp_path / "out", quiet=True))
     assert record.report["questions"] == 8
     with pytest.raises(DataError, match="has 8 samples and 9 are asked for"):
         run(lesson.model_copy(update={"pictures": 9}), str(plain), tmp_path / "more", quiet=True)

@@ -16,7 +16,8 @@ from transformers import LlavaForConditionalGeneration
 
 from checkpoints.world import draw
 from evals.scenes import MAX_TOKENS, Answer, make_request
-from models.checkpoint import CheckpointError, load, open_transformers, read_manifest
+from models.checkpoint import load, open_transformers
+from models.manifest import CheckpointError, read_manifest
 from models.pictures import DataError
 from models.run_state import RunStateError
 from pruning.static import pipeline, projector, scores

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from models.checkpoint import CheckpointError, load
+from models.checkpoint import load
 from models.flops import prefill_flops
 from models.forward import decode_input, forward, prefill_input
 from models.kv_cache import RequestCache
 from models.layer_shapes import LayerShape, layer_shapes, shape_of, transformers_can_build, unit_indices
 from models.llava import Llava, UnsupportedCheckpoint, from_transformers
+from models.manifest import CheckpointError
 from models.random_llava import geometry_config, random_model, tiny_config
 from models.route import Route
 from pruning.static import obs, structured, wanda
@@ -274,7 +275,7 @@ def answers(model: Llava, ids: list[int], pixels: Tensor, steps: int) -> list[Te
     """Logits of a prompt and of so many greedy tokens after it."""
     visual = model.vision(pixels).tokens[0]
     route = Route.full(len(visual), model.num_layers)
-    cache = RequestCache([n + steps for n in route.rows(len(ids))], model.kv_heads, model.head_dim, model.dtype, model.device)
+    cache = model.new_cache([n + steps for n in route.rows(len(ids))])
     found = [forward(model, [prefill_input(model, torch.tensor(ids), visual, route, cache)])[0]]
     for step in range(steps):
         token = found[-1].argmax()[None]

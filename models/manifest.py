@@ -1,0 +1,102 @@
+"""`espalier.json`, the manifest beside a checkpoint's weights: its schema, and how it is read and written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MANIFEST = "espalier.json"
+VERSION: Literal[2] = 2
+
+
+class CheckpointError(Exception):
+    """The checkpoint cannot be loaded; the message names the file or key at fault and what to do."""
+
+
+class Calibration(BaseModel):
+    """How much each layer changes the hidden state, and on what that was measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer_change: list[float] = Field(description="1 - cosine between a layer's input and output, mean over rows.")
+    data: str
+    samples: int
+    seed: int
+
+
+class Pruning(BaseModel):
+    """How the weights were pruned, and what came of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: dict[str, Any] = Field(description="Every setting, by the names of `espalier prune`.")
+    source: str = Field(description="Name and fingerprint of the dense checkpoint.")
+    sparsity: dict[str, float] = Field(description="Share of zeros, or of weights removed, by matrix.")
+    damping: dict[str, float] = Field(default_factory=dict, description="Where a Hessian needed more than was asked for.")
+    reconstruction: dict[str, tuple[float, float]] = Field(
+        default_factory=dict, description="Relative error of a block's output before and after its reconstruction."
+    )
+    search: list[dict[str, float]] = Field(default_factory=list, description="The best policy of each generation.")
+    projector: list[dict[str, Any]] = Field(default_factory=list, description="Held-out divergence before and after each tuning.")
+    notes: dict[str, Any] = Field(default_factory=dict, description="What else was decided on the way.")
+
+
+class Manifest(BaseModel):
+    """`espalier.json`. Everything in it is optional: a checkpoint without one serves, with tokens as its only saving."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[2] = VERSION
+    name: str | None = Field(default=None, description="The model name shown to clients; the directory's name if there is none.")
+    base_model: str | None = None
+    calibration: Calibration | None = None
+    pruning: Pruning | None = None
+    router: dict[str, Any] | None = Field(default=None, description="The router beside the weights, as `pruning.dynamic` reads it.")
+    cards: dict[str, dict[str, Any]] = Field(default_factory=dict, description="What each level was measured to do.")
+    files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of the weight files.")
+
+    @property
+    def layer_change(self) -> list[float] | None:
+        """How much each layer changes the hidden state, if that was measured."""
+        return self.calibration.layer_change if self.calibration else None
+
+    def derive(self, **changes: Any) -> Manifest:
+        """The manifest of a checkpoint made from this one: name, router and cards hold for this one alone."""
+        return self.model_copy(update={"name": None, "router": None, "cards": {}, **changes})
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint, empty if it has none. Raises CheckpointError that names the key at fault."""
+    path = directory / MANIFEST
+    if not path.exists():
+        return Manifest()
+    try:
+        document = json.loads(path.read_bytes())
+        if isinstance(document, dict) and document.get("version") in range(1, VERSION):
+            raise CheckpointError(f"{path}: version {document['version']} is older than {VERSION}; {_remake(document)}")
+        return Manifest.model_validate(document)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {first_fault(error)}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+
+
+def _remake(document: dict[str, Any]) -> str:
+    """The commands that make a checkpoint with an older manifest anew."""
+    commands = [f"`espalier {command}`" for command, key in (("prune", "pruning"), ("route", "router")) if key in document]
+    return f"make the checkpoint anew with {', then '.join(commands)}" if commands else "remove it and run `espalier calibrate`"
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first key at fault and what is wrong with it."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    part = directory / (MANIFEST + ".part")
+    part.write_text(json.dumps(manifest.model_dump(exclude_none=True), indent=1) + "\n")
+    part.replace(directory / MANIFEST)
