@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, get_origin
 
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from rich.console import Console
+
+from pruning.dynamic.training.config import Lesson
+from pruning.static.recipe import Recipe
 
 app = typer.Typer(
     help="Serve LLaVA checkpoints that prune themselves per request.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -26,6 +33,33 @@ TOKEN_POLICY = Annotated[
     typer.Option(help="router (default where there is one), merging, divprune, cls_diversity, random, uniform or pooling."),
 ]
 DTYPE = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+
+
+def options_from(settings: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace a command's parameter `given` by one option for each field of `settings`: its name, type, description and default.
+
+    The command gets the options that were used as `given`, by name.
+    """
+
+    def option(name: str, field: FieldInfo) -> Parameter:
+        repeats = get_origin(field.annotation) is tuple
+        shown = typer.Option(help=field.description, show_default="all" if repeats else str(field.default))
+        kind: Any = list[str] if repeats else field.annotation
+        return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, shown])
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def wrapper(**values: Any) -> None:
+            given = {name: values.pop(name) for name in settings.model_fields}
+            command(**values, given={name: value for name, value in given.items() if value is not None})
+
+        parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in signature(command, eval_str=True).parameters.values()]
+        at = [p.name for p in parameters].index("given")
+        parameters[at : at + 1] = [option(name, field) for name, field in settings.model_fields.items()]
+        wrapper.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
 
 
 @app.command()
@@ -89,34 +123,12 @@ def calibrate(
 
 
 @app.command()
+@options_from(Recipe)
 def prune(
     checkpoint: CHECKPOINT,
     out: Annotated[Path, typer.Option(help="The directory to make.")],
     recipe: Annotated[Path | None, typer.Option(help="A TOML file of the options below; flags win over it.")] = None,
-    criterion: Annotated[str | None, typer.Option(help="magnitude, wanda or obs (default).")] = None,
-    pattern: Annotated[str | None, typer.Option(help="unstructured (default), n:m such as 2:4, or structured.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="What goes of the language model's matrices; 0.5 by default.")] = None,
-    vision_sparsity: Annotated[float | None, typer.Option(help="The same of the vision tower; 0 by default.")] = None,
-    allocation: Annotated[str | None, typer.Option(help="uniform (default), ecoflap, owl or search.")] = None,
-    score: Annotated[str | None, typer.Option(help="ecoflap: zo (default), zeroth order, or fo, first order.")] = None,
-    maximum: Annotated[float | None, typer.Option(help="ecoflap: most that a block may lose; sparsity + 0.1 by default.")] = None,
-    average: Annotated[bool | None, typer.Option(help="ecoflap: divide a block's score by its size.")] = None,
-    shared_budget: Annotated[bool | None, typer.Option(help="ecoflap and owl: one budget over both towers.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration samples; 64 by default.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Which samples, and every random choice; 0 by default.")] = None,
-    data: Annotated[str | None, typer.Option(help="world (default), or a JSONL file, see docs/pruning.md.")] = None,
-    family: Annotated[list[str] | None, typer.Option(help="Sample these families of the world alone; may repeat.")] = None,
-    visual_weight: Annotated[float | None, typer.Option(help="What a visual row counts beside a text row; 1 by default.")] = None,
-    damping: Annotated[float | None, typer.Option(help="obs: share of the mean diagonal added; 0.01 by default.")] = None,
-    block_size: Annotated[int | None, typer.Option(help="obs: columns between updates; 128 by default.")] = None,
-    uniform_width: Annotated[bool | None, typer.Option(help="structured: the same widths in every layer.")] = None,
-    levels: Annotated[int | None, typer.Option(help="search: levels on either side of the target; 4 by default.")] = None,
-    generations: Annotated[int | None, typer.Option(help="search: generations in all; 40 by default.")] = None,
-    offspring: Annotated[int | None, typer.Option(help="search: policies tried in a generation; 16 by default.")] = None,
-    eta: Annotated[float | None, typer.Option(help="search: weight of structural risk, for obs; 0.3 by default.")] = None,
-    projector: Annotated[bool | None, typer.Option(help="search: tune the projector in turns with it, as is the default.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="search: turns of search and projector; 2 by default.")] = None,
-    reconstruct: Annotated[int | None, typer.Option(help="Steps of block-wise reconstruction; none by default.")] = None,
+    given: Any = None,
     ray: Annotated[str | None, typer.Option(help="search: spread evaluations over this Ray cluster, `auto` or an address.")] = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "auto",
@@ -126,43 +138,25 @@ def prune(
     from pruning.static.pipeline import run
     from pruning.static.recipe import read
 
-    given = {"criterion": criterion, "pattern": pattern, "sparsity": sparsity, "vision_sparsity": vision_sparsity,
-             "allocation": allocation, "score": score, "maximum": maximum, "average": average, "shared_budget": shared_budget,
-             "samples": samples, "seed": seed, "data": data, "families": family, "visual_weight": visual_weight,
-             "damping": damping, "block_size": block_size, "uniform_width": uniform_width, "levels": levels,
-             "generations": generations, "offspring": offspring, "eta": eta, "projector": projector, "rounds": rounds,
-             "reconstruct": reconstruct}  # fmt: skip
     with _plain_errors():
-        asked = read(recipe, {name: value for name, value in given.items() if value is not None})
-        run(asked, checkpoint, out, device, dtype, ray, finish=lambda made: store(made, 128, 0, device, "auto"))
+        run(read(recipe, given), checkpoint, out, device, dtype, ray, finish=lambda made: store(made, 128, 0, device, "auto"))
         Console().print(f"pruned into {out}; look at it with `espalier inspect {out}`", highlight=False)
 
 
 @app.command()
+@options_from(Lesson)
 def route(
     checkpoint: CHECKPOINT,
     out: Annotated[Path, typer.Option(help="The directory to make: the checkpoint with its router.")],
-    data: Annotated[str | None, typer.Option(help="world (default), or a JSONL file of pictures and questions.")] = None,
-    pictures: Annotated[int | None, typer.Option(help="Pictures to watch on, a third of them held out; 3000 by default.")] = None,
-    questions: Annotated[int | None, typer.Option(help="Questions about each, at most; 4 by default.")] = None,
-    answer: Annotated[int | None, typer.Option(help="Tokens of an answer that are watched; 64 by default.")] = None,
-    rows: Annotated[int | None, typer.Option(help="The router's width; an eighth of the model's by default, 64 at least.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of learning to foresee; 2500 by default.")] = None,
-    writing: Annotated[int | None, typer.Option(help="Steps of learning to write into merged tokens; 2500 by default.")] = None,
-    target: Annotated[float | None, typer.Option(help="Share of answers that level `auto` is to keep; 0.99 by default.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Which pictures, and every random choice; 0 by default.")] = None,
+    given: Any = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "auto",
 ) -> None:
     """Train a router, from pictures and questions alone. A run that was stopped goes on when it is started again."""
-    from pruning.dynamic.training.config import Lesson
     from pruning.dynamic.training.train import run
 
-    given = {"data": data, "pictures": pictures, "questions": questions, "answer": answer, "rows": rows, "steps": steps,
-             "writing": writing, "target": target, "seed": seed}  # fmt: skip
     with _plain_errors():
-        lesson = Lesson.model_validate({name: value for name, value in given.items() if value is not None})
-        run(lesson, checkpoint, out, device, dtype)
+        run(Lesson(**given), checkpoint, out, device, dtype)
         Console().print(f"router in {out}; look at it with `espalier inspect {out}`", highlight=False)
 
 

@@ -36,9 +36,6 @@ class Pruning(BaseModel):
     source: str = Field(description="Name and fingerprint of the dense checkpoint.")
     sparsity: dict[str, float] = Field(description="Share of zeros, or of weights removed, by matrix.")
     damping: dict[str, float] = Field(default_factory=dict, description="Where a Hessian needed more than was asked for.")
-    reconstruction: dict[str, tuple[float, float]] = Field(
-        default_factory=dict, description="Relative error of a block's output before and after its reconstruction."
-    )
     search: list[dict[str, float]] = Field(default_factory=list, description="The best policy of each generation.")
     projector: list[dict[str, Any]] = Field(default_factory=list, description="Held-out divergence before and after each tuning.")
     notes: dict[str, Any] = Field(default_factory=dict, description="What else was decided on the way.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,20 +114,6 @@ def test_a_right_import_is_let_through(module: str, source: str) -> None:
 def test_the_scheduler_is_pure_python() -> None:
     tree = ast.parse((ROOT / "server" / "scheduler.py").read_text(encoding="utf-8"))
     assert not [name for _, name in imports_of(tree, "server") if name.split(".")[0] == "torch"]
-
-
-def test_the_front_door_opens_at_once() -> None:
-    """`espalier --help` loads no torch: outside functions, only the standard library, typer and rich are imported."""
-    tree = ast.parse((ROOT / "espalier.py").read_text(encoding="utf-8"))
-    for node in list(ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node):
-            node.body = []
-    tops = {name.split(".")[0] for _, name in imports_of(tree, "")}
-    assert tops <= {*sys.stdlib_module_names, "typer", "rich"}
-
-
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
 def test_pyproject_lists_what_there_is() -> None:

@@ -1,4 +1,4 @@
-"""What can be pruned, and the walk through it: one block at a time, each seeing what the pruned blocks before it put out."""
+"""The blocks that are pruned and their inputs, one block at a time, each seeing what the pruned blocks before it put out."""
 
 from __future__ import annotations
 
@@ -10,40 +10,31 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from models.vision.clip import feature_layers
 from pruning.static.data import Sample
 
-# Matrices of a block that read the same rows, in the order in which a block runs them.
-LANGUAGE_GROUPS = (
+GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-VISION_GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.out_proj",),
-    ("mlp.fc1",),
-    ("mlp.fc2",),
-)
-TOWERS = ("vision", "language")
+"""The matrices of a block; those of a group have the same input. In the order in which a block runs them."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer layer and its matrices in groups that share their input; names are `language.3.self_attn.q_proj`."""
+    """One decoder layer of the language model and its matrices, which are called `language.3.self_attn.q_proj`."""
 
-    tower: str
     index: int
-    module: nn.Module
-    groups: tuple[tuple[str, ...], ...]
+    layer: nn.Module
+    groups: tuple[tuple[str, ...], ...] = GROUPS
 
     @property
     def name(self) -> str:
-        return f"{self.tower}.{self.index}"
+        return f"language.{self.index}"
 
     def linear(self, short: str) -> nn.Linear:
-        found = self.module.get_submodule(short)
+        found = self.layer.get_submodule(short)
         assert isinstance(found, nn.Linear)
         return found
 
@@ -51,107 +42,85 @@ class Block:
         return {f"{self.name}.{short}": self.linear(short) for group in self.groups for short in group}
 
 
-def blocks(model: LlavaForConditionalGeneration, tower: str) -> list[Block]:
-    """The layers of a tower, front to back; a vision layer whose output nobody reads is left out."""
-    if tower == "language":
-        return [Block(tower, i, layer, LANGUAGE_GROUPS) for i, layer in enumerate(model.model.language_model.layers)]
-    used = max(feature_layers(model.config))
-    return [Block(tower, i, m, VISION_GROUPS) for i, m in enumerate(model.model.vision_tower.encoder.layers[:used])]
+def blocks(model: LlavaForConditionalGeneration) -> list[Block]:
+    """The layers of the language model, front to back."""
+    return [Block(i, layer) for i, layer in enumerate(model.model.language_model.layers)]
 
 
-def linears(model: LlavaForConditionalGeneration, towers: Sequence[str] = TOWERS) -> dict[str, nn.Linear]:
-    """Every matrix that can be pruned, by name. Embeddings, norms, projector and head are not among them."""
-    return {name: linear for tower in towers for block in blocks(model, tower) for name, linear in block.linears().items()}
+def linears(model: LlavaForConditionalGeneration) -> dict[str, nn.Linear]:
+    """Every matrix that can be pruned, by name. Embeddings, norms, vision tower, projector and head are not among them."""
+    return {name: linear for block in blocks(model) for name, linear in block.linears().items()}
 
 
 @dataclass
-class Call:
-    """What a block is called with for one sample: rows [1, n, width], the rest of its arguments, and what each row counts."""
+class BlockInput:
+    """What a block is called with for one sample: hidden states [1, n, width] and the rest of its arguments."""
 
-    hidden: Tensor
+    hidden_states: Tensor
     arguments: dict[str, Any]
-    weights: Tensor  # [n] float32
 
     def run(self, block: Block) -> Tensor:
-        out = block.module(self.hidden, **self.arguments)
+        out = block.layer(self.hidden_states, **self.arguments)
         return out if isinstance(out, Tensor) else out[0]
 
 
-class _Reached(Exception):
-    """Ends a forward at the first block; nothing behind it needs to run."""
+class _Stop(Exception):
+    """Ends a forward pass at the first block; nothing behind it needs to run."""
 
 
 @torch.no_grad()
-def first_calls(
-    model: LlavaForConditionalGeneration, tower: str, samples: Sequence[Sample], visual_weight: float = 1.0
-) -> list[Call]:
-    """What the first block of a tower is called with, by sample; a visual row of the language model counts `visual_weight`."""
-    calls: list[Call] = []
+def first_inputs(model: LlavaForConditionalGeneration, samples: Sequence[Sample]) -> list[BlockInput]:
+    """The inputs of the first block, by sample."""
+    inputs: list[BlockInput] = []
 
-    def keep(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        arguments = {key: value for key, value in named.items() if key != "hidden_states"}
-        # An encoder layer takes its mask by position, a decoder layer everything but the rows by name.
-        arguments |= dict(zip(("attention_mask",), positional[1:], strict=False))
-        hidden = positional[0] if positional else named["hidden_states"]
-        calls.append(Call(hidden.detach(), arguments | _no_cache(arguments), torch.ones(hidden.shape[1], device=hidden.device)))
-        raise _Reached
+    def catch(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        arguments = {key: value for key, value in named.items() if key not in ("hidden_states", "past_key_values")}
+        inputs.append(BlockInput((positional[0] if positional else named["hidden_states"]).detach(), arguments))
+        raise _Stop
 
-    handle = blocks(model, tower)[0].module.register_forward_pre_hook(keep, with_kwargs=True)
+    handle = blocks(model)[0].layer.register_forward_pre_hook(catch, with_kwargs=True)
     try:
         for sample in samples:
             try:
                 model(**sample.inputs(model), use_cache=False)
-            except _Reached:
-                if tower == "language":
-                    calls[-1].weights[sample.ids.to(model.device) == model.config.image_token_id] = visual_weight
+            except _Stop:
+                pass
     finally:
         handle.remove()
-    return calls
-
-
-def _no_cache(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {key: None for key in ("past_key_values",) if key in arguments}
+    return inputs
 
 
 @torch.no_grad()
-def collect(
-    block: Block, calls: Sequence[Call], empty: Callable[[int, torch.device], Any],
-    accumulate: Callable[[Any, Tensor, Tensor], None],
-) -> list[Any]:  # fmt: skip
-    """Run a block on every call and gather the statistics of each group's input."""
+def input_statistics(
+    block: Block, inputs: Sequence[BlockInput], empty: Callable[[int, torch.device], Any], accumulate: Callable[[Any, Tensor], None]
+) -> list[Any]:
+    """Run a block on every input and gather the statistics of each group's input."""
     statistics: list[Any] = []
-    current: list[Tensor] = []
     handles = []
     for position, group in enumerate(block.groups):
         first = block.linear(group[0])
         statistics.append(empty(first.in_features, first.weight.device))
 
-        def gather(module: nn.Module, inputs: tuple[Tensor, ...], position: int = position) -> None:
-            accumulate(statistics[position], inputs[0].flatten(0, -2), current[0])
+        def gather(module: nn.Module, rows: tuple[Tensor, ...], position: int = position) -> None:
+            accumulate(statistics[position], rows[0].flatten(0, -2))
 
         handles.append(first.register_forward_pre_hook(gather))
     try:
-        for call in calls:
-            current[:] = [call.weights]
-            call.run(block)
+        for one in inputs:
+            one.run(block)
     finally:
         for handle in handles:
             handle.remove()
     return statistics
 
 
-@torch.no_grad()
-def advance(block: Block, calls: Sequence[Call]) -> None:
-    """Put the block's output in the place of its input."""
-    for call in calls:
-        call.hidden = call.run(block)
-
-
-def walk(
-    model: LlavaForConditionalGeneration, tower: str, samples: Sequence[Sample], visual_weight: float = 1.0
-) -> Iterator[tuple[Block, list[Call]]]:
-    """Each block of a tower with its calls. Change the block's weights, and the next one sees what they put out."""
-    calls = first_calls(model, tower, samples, visual_weight)
-    for block in blocks(model, tower):
-        yield block, calls
-        advance(block, calls)
+def sequential(
+    model: LlavaForConditionalGeneration, samples: Sequence[Sample]
+) -> Iterator[tuple[Block, list[BlockInput]]]:
+    """Each block with its inputs. Change the block's weights, and the next one sees what they put out (as SparseGPT does)."""
+    inputs = first_inputs(model, samples)
+    for block in blocks(model):
+        yield block, inputs
+        with torch.no_grad():
+            for one in inputs:
+                one.hidden_states = one.run(block)

@@ -1,65 +1,59 @@
-"""The three criteria behind one shape: gather statistics of a matrix's input, prepare them once, solve for any number of ratios."""
+"""The three criteria behind one interface: gather statistics of a matrix's input, prepare them once, prune to any sparsities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pruning.static import magnitude, obs, wanda
-from pruning.static.blocks import Block, Call, collect
-from pruning.static.patterns import Pattern
-
-NAMES = ("magnitude", "wanda", "obs")
+from pruning.static.blocks import Block, BlockInput, input_statistics
+from pruning.static.masks import Pattern
 
 
-@dataclass(frozen=True)
-class Criterion:
-    """empty(columns, device) -> statistics; accumulate(statistics, rows, weights); prepare(statistics) -> prepared;
-    solve(weight, prepared, kept, pattern) -> weight."""
+class Criterion(Protocol):
+    """What the modules `magnitude`, `wanda` and `obs` hold; statistics and what is prepared from them are each one's own."""
 
-    empty: Callable[[int, torch.device], Any]
-    accumulate: Callable[[Any, Tensor, Tensor], None]
-    prepare: Callable[[Any], Any]
-    solve: Callable[[Tensor, Any, int, Pattern], Tensor]
+    def empty(self, columns: int, device: torch.device | str = "cpu") -> Any:
+        """The statistics of no rows."""
+
+    def accumulate(self, statistics: Any, rows: Tensor) -> None:
+        """Add input rows [n, in]."""
+
+    def prepare(self, statistics: Any) -> Any:
+        """What `prune` needs of them. Raises ValueError where they cannot be used."""
+
+    def prune(self, weight: Tensor, prepared: Any, nonzeros: int, pattern: Pattern) -> Tensor:
+        """The weight [out, in] with `nonzeros` weights left."""
 
 
-def criterion(name: str, damping: float = obs.DAMPING, block: int = obs.BLOCK) -> Criterion:
-    """Raises ValueError for an unknown name."""
-    if name == "obs":
-        return Criterion(obs.empty, obs.accumulate, partial(obs.prepare, damping=damping), partial(obs.solve, block=block))
-    if name not in NAMES:
-        raise ValueError(f"criterion {name!r} is not one of {', '.join(NAMES)}")
-    module = magnitude if name == "magnitude" else wanda
-    return Criterion(module.empty, module.accumulate, module.prepare, module.solve)
+CRITERIA: Mapping[str, Criterion] = {"magnitude": magnitude, "wanda": wanda, "obs": obs}
 
 
 @torch.no_grad()
-def solve_block(
-    block: Block, calls: Sequence[Call], method: Criterion, kept: dict[str, list[int]], pattern: Pattern
+def pruned_weights(
+    block: Block, inputs: Sequence[BlockInput], criterion: Criterion, nonzeros: Mapping[str, Sequence[int]], pattern: Pattern
 ) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
-    """Prune every matrix of a block to each of its `kept`, from one pass over `calls`; the block itself is not changed.
+    """Every matrix of a block pruned to each number of `nonzeros`, from one pass over `inputs`; the block itself is not changed.
 
-    Returns the weights by matrix, and the damping of each Hessian that needed more than was asked for. Errors name the matrix.
+    Returns the weights by matrix, and the damping of each Hessian that needed more than usual. Errors name the matrix.
     """
-    found: dict[str, list[Tensor]] = {}
-    retried: dict[str, float] = {}
-    for group, statistics in zip(block.groups, collect(block, calls, method.empty, method.accumulate), strict=True):
+    pruned: dict[str, list[Tensor]] = {}
+    damping: dict[str, float] = {}
+    for group, statistics in zip(block.groups, input_statistics(block, inputs, criterion.empty, criterion.accumulate), strict=True):
         names = [f"{block.name}.{short}" for short in group]
         name = names[0]
         try:
-            prepared = method.prepare(statistics)
+            prepared = criterion.prepare(statistics)
             for name, short in zip(names, group, strict=True):
                 weight = block.linear(short).weight
                 if not weight.isfinite().all():
                     raise ValueError("the weights are not finite")
-                found[name] = [method.solve(weight, prepared, count, pattern) for count in kept[name]]
+                pruned[name] = [criterion.prune(weight, prepared, count, pattern) for count in nonzeros[name]]
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from error
         if isinstance(prepared, obs.Factor) and prepared.retries:
-            retried |= dict.fromkeys(names, prepared.damping)
-    return found, retried
+            damping |= dict.fromkeys(names, prepared.damping)
+    return pruned, damping

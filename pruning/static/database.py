@@ -1,7 +1,7 @@
-"""Every matrix pruned to several levels, made once: a policy of the search is then looked up, not solved.
+"""Every matrix pruned to several levels, made once: a policy of the search is then looked up, not computed.
 
-Levels are steps of an equal number of weights for every matrix, so that one matrix up and another down leaves the total as it was
-(EvoPress, Sieberling et al. 2025, arXiv 2410.14649). Entries are solved on the dense model's activations and compose freely.
+Levels are steps of an equal number of weights for every matrix: one matrix a level up and another one down leave the total as it
+was (EvoPress, Sieberling et al. 2025, arXiv 2410.14649). Entries are pruned on the dense model's activations and compose freely.
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from models.run_state import read_record, write_tensors
-from pruning.static.allocation import Kept
-from pruning.static.blocks import walk
-from pruning.static.criteria import Criterion, solve_block
+from pruning.static.allocation import Allocation, block_of
+from pruning.static.blocks import sequential
+from pruning.static.criteria import Criterion, pruned_weights
 from pruning.static.data import Sample
-from pruning.static.patterns import Pattern
 
 Policy = tuple[int, ...]
 """A level for every matrix, in the order of the database's names; their sum is zero, so the total is the target."""
 
 
 class Database:
-    """Levels of matrices and their dense weights, one safetensors file a block; read when asked for.
+    """Levels of matrices and their dense weights, one safetensors file a block, read when needed.
 
-    middle: weights kept at level 0; step: weights more for each level; limits: the lowest and highest level of each matrix.
+    level_0: nonzeros at level 0; step: nonzeros more for each level; limits: the lowest and highest level of each matrix.
     """
 
-    def __init__(self, directory: Path, middle: Kept, step: int, limits: Mapping[str, tuple[int, int]]) -> None:
-        self.directory, self.middle, self.step, self.limits = directory, middle, step, dict(limits)
-        self.names = list(middle)
+    def __init__(self, directory: Path, level_0: Allocation, step: int, limits: Mapping[str, tuple[int, int]]) -> None:
+        self.directory, self.level_0, self.step, self.limits = directory, level_0, step, dict(limits)
+        self.names = list(level_0)
 
-    def kept(self, policy: Policy) -> Kept:
-        return {name: self.middle[name] + level * self.step for name, level in zip(self.names, policy, strict=True)}
+    def nonzeros(self, name: str, level: int) -> int:
+        return self.level_0[name] + level * self.step
+
+    def allocation(self, policy: Policy) -> Allocation:
+        return {name: self.nonzeros(name, level) for name, level in zip(self.names, policy, strict=True)}
 
     def weight(self, name: str, level: int | None) -> Tensor:
         """A matrix at a level, or dense."""
@@ -57,54 +59,52 @@ class Database:
         return range(low, high + 1)
 
     def _path(self, name: str) -> Path:
-        return self.directory / f"{'.'.join(name.split('.')[:2])}.safetensors"
+        return self.directory / f"{block_of(name)}.safetensors"
 
 
-def plan(sizes: Mapping[str, int], middle: Kept, levels: int) -> tuple[int, dict[str, tuple[int, int]]]:
+def level_grid(sizes: Mapping[str, int], level_0: Allocation, levels: int) -> tuple[int, dict[str, tuple[int, int]]]:
     """The step, half of what the median matrix can give or take over `levels`, and each matrix's limits: `levels` at most, and
     never below nothing or above everything, which a small matrix reaches in fewer."""
     typical = sorted(sizes, key=lambda name: sizes[name])[len(sizes) // 2]
-    step = max(1, min(middle[typical], sizes[typical] - middle[typical]) // (2 * levels))
+    step = max(1, min(level_0[typical], sizes[typical] - level_0[typical]) // (2 * levels))
     limits = {
-        name: (-min(levels, middle[name] // step), min(levels, (size - middle[name]) // step)) for name, size in sizes.items()
+        name: (-min(levels, level_0[name] // step), min(levels, (size - level_0[name]) // step)) for name, size in sizes.items()
     }
     return step, limits
 
 
 def build(
-    database: Database, model: LlavaForConditionalGeneration, tower: str, samples: Sequence[Sample], visual_weight: float,
-    method: Criterion, pattern: Pattern, progress: Callable[[], None],
+    database: Database, model: LlavaForConditionalGeneration, samples: Sequence[Sample], criterion: Criterion,
+    progress: Callable[[], None],
 ) -> dict[str, float]:  # fmt: skip
-    """Solve what is missing on disk, block by block. Returns the dampings that were raised."""
+    """Make what is missing on disk, block by block. Returns the dampings that were raised."""
     database.directory.mkdir(parents=True, exist_ok=True)
-    retried: dict[str, float] = {}
-    for block, calls in walk(model, tower, samples, visual_weight):
+    damping: dict[str, float] = {}
+    for block, inputs in sequential(model, samples):
         path = database.directory / f"{block.name}.safetensors"
         if not path.exists():
-            kept = {
-                name: [database.middle[name] + level * database.step for level in database.levels(name)] for name in block.linears()
-            }
-            solved, raised = solve_block(block, calls, method, kept, pattern)
+            nonzeros = {name: [database.nonzeros(name, level) for level in database.levels(name)] for name in block.linears()}
+            pruned, raised = pruned_weights(block, inputs, criterion, nonzeros, "unstructured")
             entries = {
                 _key(name, level): weight
-                for name, weights in solved.items()
+                for name, weights in pruned.items()
                 for level, weight in zip(database.levels(name), weights, strict=True)
             }
             entries |= {_key(name, None): linear.weight for name, linear in block.linears().items()}
             write_tensors(path, entries, {"damping": raised})
-        retried |= read_record(path)["damping"]
+        damping |= read_record(path)["damping"]
         progress()
-    return retried
+    return damping
 
 
-class Installed:
-    """A model's matrices and the policy whose weights they hold."""
+class PolicyLoader:
+    """Writes a policy's weights into a model, and knows which are there."""
 
     def __init__(self, linears: Mapping[str, nn.Linear], database: Database) -> None:
         self._linears, self._database = linears, database
         self._levels: dict[str, int | None] = dict.fromkeys(linears)  # None is dense
 
-    def install(self, policy: Policy | None) -> None:
+    def load(self, policy: Policy | None) -> None:
         """Write the policy's weights, or the dense ones; what is there already is not written again."""
         for name, level in zip(self._database.names, policy or [None] * len(self._levels), strict=True):
             if self._levels[name] != level:

@@ -1,4 +1,4 @@
-"""Where a search's policies are evaluated: in this process, or by the workers of a Ray cluster."""
+"""Where the search evaluates its policies: in this process, or on the workers of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from torch import Tensor
 
 from models.checkpoint import open_transformers
 from pruning.static.blocks import linears
-from pruning.static.database import Database, Installed, Policy
-from pruning.static.fitness import Proxy, Reference
+from pruning.static.database import Database, Policy, PolicyLoader
+from pruning.static.fitness import Divergence, Reference
 
 Projector = Mapping[str, Tensor]
 
 
 class Evaluator(Protocol):
-    def __call__(self, policies: Sequence[Policy], which: Sequence[int]) -> list[float]:
-        """Mean divergence of each policy over the proxy samples of these numbers."""
+    def __call__(self, policies: Sequence[Policy], indices: Sequence[int]) -> list[float]:
+        """Mean divergence of each policy over the samples with these indices."""
 
-    def use(self, projector: Projector) -> None:
+    def set_projector(self, projector: Projector) -> None:
         """Evaluate with this projector from now on."""
 
     def close(self) -> None:
         """Let go of what it holds elsewhere."""
 
 
-class Local:
+class LocalEvaluator:
     """One policy after the other in the one model there is."""
 
-    def __init__(self, proxy: Proxy, installed: Installed) -> None:
-        self._proxy, self._installed = proxy, installed
+    def __init__(self, divergence: Divergence, loader: PolicyLoader) -> None:
+        self._divergence, self._loader = divergence, loader
 
     @torch.no_grad()
-    def __call__(self, policies: Sequence[Policy], which: Sequence[int]) -> list[float]:
+    def __call__(self, policies: Sequence[Policy], indices: Sequence[int]) -> list[float]:
         found = []
         for policy in policies:
-            self._installed.install(policy)
-            found.append(float(self._proxy.divergences(which).mean()))
+            self._loader.load(policy)
+            found.append(float(self._divergence(indices).mean()))
         return found
 
-    def use(self, projector: Projector) -> None:
-        self._proxy.model.model.multi_modal_projector.load_state_dict(projector)
+    def set_projector(self, projector: Projector) -> None:
+        self._divergence.model.model.multi_modal_projector.load_state_dict(projector)
 
     def close(self) -> None:
         return None
@@ -61,7 +61,7 @@ def connect(address: str) -> Any:
     return ray
 
 
-class Cluster:
+class RayEvaluator:
     """A policy at a time to whichever of the cluster's workers is free: one for each GPU, or for each CPU where there is none.
 
     Every worker opens the checkpoint and the database by their paths: these must be on a file system that the nodes share.
@@ -73,36 +73,36 @@ class Cluster:
 
         gpus = int(ray.cluster_resources().get("GPU", 0))
         count = gpus or int(ray.cluster_resources()["CPU"])
-        remote = ray.remote(num_gpus=1)(Worker) if gpus else ray.remote(num_cpus=1)(Worker)
+        remote = ray.remote(num_gpus=1)(RayWorker) if gpus else ray.remote(num_cpus=1)(RayWorker)
         self._ray = ray
         shared, device = ray.put(list(references)), "cuda" if gpus else "cpu"
         self._workers: list[Any] = [remote.remote(checkpoint, shared, database, device) for _ in range(count)]
         self._pool: Any = ActorPool(self._workers)
 
-    def __call__(self, policies: Sequence[Policy], which: Sequence[int]) -> list[float]:
-        return list(self._pool.map(lambda worker, policy: worker.evaluate.remote(policy, list(which)), policies))
+    def __call__(self, policies: Sequence[Policy], indices: Sequence[int]) -> list[float]:
+        return list(self._pool.map(lambda worker, policy: worker.evaluate.remote(policy, list(indices)), policies))
 
-    def use(self, projector: Projector) -> None:
+    def set_projector(self, projector: Projector) -> None:
         shared = self._ray.put({name: value.cpu() for name, value in projector.items()})
-        self._ray.get([worker.use.remote(shared) for worker in self._workers])
+        self._ray.get([worker.set_projector.remote(shared) for worker in self._workers])
 
     def close(self) -> None:
         for worker in self._workers:
             self._ray.kill(worker)
 
 
-class Worker:
+class RayWorker:
     """A worker's own model."""
 
     def __init__(self, checkpoint: str, references: Sequence[Reference], database: Database, device: str) -> None:
         if device == "cpu":
             torch.set_num_threads(1)
         model = open_transformers(checkpoint, device).model
-        here = [Reference(r.sample, r.seen.to(device), r.dense.to(device)) for r in references]
-        self._local = Local(Proxy(model, here), Installed(linears(model, ["language"]), database))
+        here = [Reference(r.sample, r.image_features.to(device), r.log_probs.to(device)) for r in references]
+        self._evaluator = LocalEvaluator(Divergence(model, here), PolicyLoader(linears(model), database))
 
-    def evaluate(self, policy: Policy, which: Sequence[int]) -> float:
-        return self._local([policy], which)[0]
+    def evaluate(self, policy: Policy, indices: Sequence[int]) -> float:
+        return self._evaluator([policy], indices)[0]
 
-    def use(self, projector: Projector) -> None:
-        self._local.use(projector)
+    def set_projector(self, projector: Projector) -> None:
+        self._evaluator.set_projector(projector)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from pruning.static.patterns import NM, Pattern, dropped_in_all, dropped_in_groups
+from pruning.static.masks import Pattern, lowest_per_group, lowest_per_matrix
 
 
-def empty(columns: int, device: object = None) -> None:
+def empty(columns: int, device: torch.device | str = "cpu") -> None:
     return None
 
 
-def accumulate(statistics: None, rows: Tensor, weights: Tensor) -> None:
+def accumulate(statistics: None, rows: Tensor) -> None:
     return None
 
 
@@ -19,8 +20,7 @@ def prepare(statistics: None) -> None:
     return None
 
 
-def solve(weight: Tensor, statistics: None, kept: int, pattern: Pattern) -> Tensor:
-    """The weight [out, in] with `kept` weights left, as they were."""
+def prune(weight: Tensor, prepared: None, nonzeros: int, pattern: Pattern) -> Tensor:
+    """The weight [out, in] with `nonzeros` weights left, as they were."""
     scores = weight.float().abs()
-    dropped = dropped_in_groups(scores, pattern) if isinstance(pattern, NM) else dropped_in_all(scores, kept)
-    return weight.masked_fill(dropped, 0)
+    return weight.masked_fill(lowest_per_group(scores) if pattern == "2:4" else lowest_per_matrix(scores, nonzeros), 0)

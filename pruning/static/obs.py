@@ -1,5 +1,5 @@
-"""Optimal Brain Surgeon, as SparseGPT does it (Frantar and Alistarh 2023, arXiv 2301.00774): drop what costs least by the inverse
-Hessian, and let the weights to the right make up for it."""
+"""Optimal Brain Surgeon as SparseGPT does it (Frantar and Alistarh 2023, arXiv 2301.00774): remove the weights that cost least by
+the inverse Hessian, and let the weights to their right make up for them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruning.static.patterns import NM, Pattern, dropped_in_all, dropped_in_groups
+from pruning.static.masks import GROUP, Pattern, check_groups, lowest_per_group, lowest_per_matrix
 
-BLOCK = 128
+BLOCK_SIZE = 128
 """Columns whose mask is chosen together, and whose errors reach the columns to their right in one product."""
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the diagonal."""
@@ -23,8 +23,8 @@ class HessianError(ValueError):
 
 @dataclass
 class Hessian:
-    matrix: Tensor  # [in, in] float32, weighted mean of 2 x xᵀ
-    total: float  # the sum of weights so far
+    matrix: Tensor  # [in, in] float32, mean of 2 x xᵀ
+    rows: int  # so far
 
 
 @dataclass
@@ -36,15 +36,14 @@ class Factor:
 
 
 def empty(columns: int, device: torch.device | str = "cpu") -> Hessian:
-    return Hessian(torch.zeros(columns, columns, device=device), 0.0)
+    return Hessian(torch.zeros(columns, columns, device=device), 0)
 
 
-def accumulate(statistics: Hessian, rows: Tensor, weights: Tensor) -> None:
-    """Add input rows x [n, in], each counting `weights` [n]."""
-    added = float(weights.sum())
-    statistics.total += added
-    scaled = rows.float() * (2 * weights[:, None] / statistics.total).sqrt()
-    statistics.matrix.mul_(1 - added / statistics.total).addmm_(scaled.T, scaled)
+def accumulate(statistics: Hessian, rows: Tensor) -> None:
+    """Add input rows x [n, in]."""
+    statistics.rows += len(rows)
+    scaled = rows.float() * torch.tensor(2 / statistics.rows).sqrt()
+    statistics.matrix.mul_(1 - len(rows) / statistics.rows).addmm_(scaled.T, scaled)
 
 
 def prepare(statistics: Hessian, damping: float = DAMPING) -> Factor:
@@ -72,49 +71,47 @@ def prepare(statistics: Hessian, damping: float = DAMPING) -> Factor:
             return Factor(upper, dead, used, attempt)
     raise HessianError(
         f"the Hessian stays singular with {damping * 10 ** (RETRIES - 1):g} of its mean diagonal added; "
-        "use more calibration samples or a larger damping"
+        "use more calibration samples"
     )
 
 
-def solve(weight: Tensor, factor: Factor, kept: int, pattern: Pattern, block: int = BLOCK) -> Tensor:
-    """The weight [out, in] with `kept` weights left, the others moved to make up for it; in the dtype it came in.
+def prune(weight: Tensor, factor: Factor, nonzeros: int, pattern: Pattern, block_size: int = BLOCK_SIZE) -> Tensor:
+    """The weight [out, in] with `nonzeros` weights left, changed to make up for the others; in the dtype it came in.
 
-    Per column i, from the left: what is dropped leaves the error e = w / U_ii, and every column to its right moves by -e U_ij
-    (SparseGPT, equations 3 and 4). A mask is chosen per block of columns by w² / U_ii²; within a group of n:m when the group
-    begins.
+    Per column i, from the left: what is removed leaves the error e = w / U_ii, and every column to its right changes by -e U_ij
+    (SparseGPT, equations 3 and 4). A mask is chosen per block of columns by w² / U_ii²; with 2:4, within a group when the group
+    begins. `block_size` is a multiple of the group there.
     """
-    if isinstance(pattern, NM):
-        if weight.shape[1] % pattern.group:
-            raise ValueError(f"rows of {weight.shape[1]} weights do not divide into groups of {pattern.group}")
-        block = max(block // pattern.group, 1) * pattern.group
-    left = weight.float().clone()
-    columns = left.shape[1]
+    if pattern == "2:4":
+        check_groups(weight.shape[1])
+    pruned = weight.float().clone()
+    columns = pruned.shape[1]
     upper = factor.upper
-    for first in range(0, columns, block):
-        last = min(first + block, columns)
-        # Exact totals: each block keeps its share of what is kept, rounded so that the rounding never adds up.
-        count = kept * last // columns - kept * first // columns
+    for first in range(0, columns, block_size):
+        last = min(first + block_size, columns)
+        # Exact totals: each block has its share of the nonzeros, rounded so that the rounding never adds up.
+        count = nonzeros * last // columns - nonzeros * first // columns
         dead = factor.dead[first:last]
-        errors = _prune_block(left[:, first:last], upper[first:last, first:last], dead, count, pattern)
-        left[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
-    return left.to(weight.dtype)
+        errors = _prune_columns(pruned[:, first:last], upper[first:last, first:last], dead, count, pattern)
+        pruned[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
+    return pruned.to(weight.dtype)
 
 
-def _prune_block(part: Tensor, upper: Tensor, dead: Tensor, kept: int, pattern: Pattern) -> Tensor:
-    """Prune columns [out, block] in place, those of dead inputs first; returns their errors [out, block]."""
+def _prune_columns(part: Tensor, upper: Tensor, dead: Tensor, nonzeros: int, pattern: Pattern) -> Tensor:
+    """Prune columns [out, block size] in place, those of dead inputs first; returns their errors [out, block size]."""
     diagonal = upper.diagonal()
     errors = torch.zeros_like(part)
     mask = torch.zeros_like(part, dtype=torch.bool)
-    if not isinstance(pattern, NM):
-        mask = dropped_in_all((part / diagonal).square().masked_fill(dead, -1), kept)
+    if pattern == "unstructured":
+        mask = lowest_per_matrix((part / diagonal).square().masked_fill(dead, -1), nonzeros)
     for i in range(part.shape[1]):
-        if isinstance(pattern, NM) and i % pattern.group == 0:
-            here = slice(i, i + pattern.group)
-            saliency = (part[:, here] / diagonal[here]).square().masked_fill(dead[here], -1)
-            mask[:, here] = dropped_in_groups(saliency, pattern)
+        if pattern == "2:4" and i % GROUP == 0:
+            group = slice(i, i + GROUP)
+            saliency = (part[:, group] / diagonal[group]).square().masked_fill(dead[group], -1)
+            mask[:, group] = lowest_per_group(saliency)
         error = part[:, i].masked_fill(~mask[:, i], 0) / diagonal[i]
         part[:, i:].addr_(error, upper[i, i:], alpha=-1)
         errors[:, i] = error
-    # What was dropped is zero but for rounding; nothing else may be, or the totals would not hold.
+    # What was removed is zero but for rounding; nothing else may be, or the totals would not hold.
     part.masked_fill_(mask, 0)
     return errors

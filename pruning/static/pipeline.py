@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from models.checkpoint import open_transformers, sha256
+from checkpoints.world import FAMILIES
+from models.checkpoint import check_files, open_transformers, resolve, sha256
 from models.layer_shapes import LayerShape
 from models.manifest import Manifest, Pruning, read_manifest
 from models.preprocess import Preprocessor
-from models.run_state import RunState
+from models.run_state import RunState, run_directory
 from models.saving import derive
 from pruning.static import allocation, data, scores, search, structured, wanda
-from pruning.static.allocation import Kept
-from pruning.static.blocks import Block, blocks, collect, first_calls, linears, walk
-from pruning.static.criteria import criterion, solve_block
+from pruning.static.allocation import Allocation
+from pruning.static.blocks import Block, BlockInput, blocks, input_statistics, linears, sequential
+from pruning.static.criteria import CRITERIA, pruned_weights
 from pruning.static.evaluate import connect
-from pruning.static.fitness import Proxy
-from pruning.static.patterns import NM, kept_weights
-from pruning.static.recipe import WORLD, Recipe, RecipeError, check
-from pruning.static.reconstruct import reconstruct
+from pruning.static.fitness import Divergence
+from pruning.static.masks import GROUP, Pattern
+from pruning.static.recipe import WORLD, Recipe, RecipeError
 
 
 def run(
@@ -47,11 +47,35 @@ def run(
         if recipe.allocation != "search":
             raise RecipeError("--ray spreads the evaluations of a search: it needs allocation search")
         connect(ray)
-    work = _draft(recipe, directory, out, device, dtype, ray, Console(stderr=True, quiet=quiet))
-    finish(work.draft)
-    work.draft.replace(out)
-    shutil.rmtree(work.directory)
+    run_state = _draft(recipe, directory, out, device, dtype, ray, Console(stderr=True, quiet=quiet))
+    finish(run_state.draft)
+    run_state.draft.replace(out)
+    shutil.rmtree(run_state.directory)
     return read_manifest(out)
+
+
+def check(recipe: Recipe, checkpoint: str, out: Path) -> Path:
+    """The checkpoint's directory, once all that can be known before the work is known to be fine. Raises RecipeError."""
+    directory = resolve(checkpoint)
+    shards = check_files(directory)
+    if read_manifest(directory).pruning:
+        raise RecipeError(f"{directory} is pruned already; prune the dense checkpoint that it was made from")
+    if out.exists():
+        raise RecipeError(f"{out} exists; name a directory that does not, or remove it")
+    if not out.parent.is_dir():
+        raise RecipeError(f"{out.parent} is not a directory; create it first")
+    if recipe.data != WORLD and not Path(recipe.data).is_file():
+        raise RecipeError(f"data: {recipe.data} is not a file; name a JSONL file, or `{WORLD}`")
+    if unknown := set(recipe.families) - set(FAMILIES):
+        raise RecipeError(f"families: {', '.join(sorted(unknown))} is not one of {', '.join(FAMILIES)}")
+    # The result and the finished blocks; the search keeps every level of every matrix, and the dense one.
+    copies = 2 + (2 * search.LEVELS + 2 if recipe.allocation == "search" else 0)
+    there = sum(path.stat().st_size for path in run_directory(out).rglob("*") if path.is_file())
+    needed = copies * sum(shard.stat().st_size for shard in shards) - there
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise RecipeError(f"{out.parent} has {free / 1e9:.1f} GB free and up to {needed / 1e9:.1f} GB are needed; make room")
+    return directory
 
 
 def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, ray: str | None, console: Console) -> RunState:
@@ -61,194 +85,152 @@ def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, 
     identity = f"{source.name} {source.fingerprint}"
     samples = _samples(recipe, source.preprocessor)
     content = "" if recipe.data == WORLD else sha256(Path(recipe.data))
-    work = RunState(out, recipe.model_dump(mode="json"), f"{identity} {dtype} {content}")
-    if work.resumed:
-        console.print(f"going on with the run in {work.directory}", highlight=False)
-    if work.draft.exists():  # stopped while it was completed
-        return work
+    run_state = RunState(out, recipe.model_dump(mode="json"), f"{identity} {dtype} {content}")
+    if run_state.resumed:
+        console.print(f"going on with the run in {run_state.directory}", highlight=False)
+    if run_state.draft.exists():  # stopped while it was completed
+        return run_state
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        changed, report = Job(recipe, source.model, samples, work, progress, source.directory, ray).run()
+        changed, report = PruningRun(recipe, source.model, samples, run_state, progress, source.directory, ray).run()
     pruning = Pruning(recipe=recipe.model_dump(mode="json"), source=identity, **report)
     # What was measured on the dense checkpoint does not hold for this one.
     manifest = source.manifest.derive(pruning=pruning, calibration=None)
-    settings, unread = structured.settle(source.model)
-    derive(source.directory, work.draft, changed | unread, manifest, settings)
-    return work
+    derive(source.directory, run_state.draft, changed, manifest, structured.update_config(source.model))
+    return run_state
 
 
 def _samples(recipe: Recipe, preprocessor: Preprocessor) -> list[data.Sample]:
     if recipe.data == WORLD:
-        return data.embedded_world(preprocessor, recipe.samples, recipe.seed, families=recipe.families)
+        return data.embedded_world(preprocessor, recipe.samples, recipe.seed, families=recipe.families or FAMILIES)
     return data.from_file(preprocessor, Path(recipe.data), recipe.samples, recipe.seed)
 
 
-class Job:
+class PruningRun:
     """One run's model, samples and finished parts."""
 
     def __init__(
-        self, recipe: Recipe, model: LlavaForConditionalGeneration, samples: list[data.Sample], work: RunState, progress: Progress,
-        checkpoint: Path, ray: str | None,
+        self, recipe: Recipe, model: LlavaForConditionalGeneration, samples: list[data.Sample], run_state: RunState,
+        progress: Progress, checkpoint: Path, ray: str | None,
     ) -> None:  # fmt: skip
-        self.recipe, self.model, self.samples, self.work, self.progress = recipe, model, samples, work, progress
+        self.recipe, self.model, self.samples, self.run_state, self.progress = recipe, model, samples, run_state, progress
         self.checkpoint, self.ray = checkpoint, ray
-        self.method = criterion(recipe.criterion, recipe.damping, recipe.block_size)
-        self.report: dict[str, Any] = {"damping": {}, "reconstruction": {}, "notes": {}}
+        self.report: dict[str, Any] = {"damping": {}, "notes": {}}
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors that changed, by plain name, and the manifest's record."""
-        # Before anything is pruned: the search compares with the dense model.
-        proxy = Proxy.of(self.model, self.samples) if self.recipe.allocation == "search" else None
-        kept = self._allocate()
-        changed: dict[str, Tensor] = {}
-        before = {name: linear.weight.numel() for name, linear in linears(self.model, self.recipe.towers).items()}
-        for tower in self.recipe.towers:
-            if self.recipe.pattern == "structured":
-                self._cut(tower)
-            elif tower == "language" and proxy:
-                proxy = proxy.with_tower() if "vision" in self.recipe.towers else proxy
-                found = search.search(
-                    self.recipe, proxy, self.samples, self.work, self.progress, self.method, self.checkpoint, self.ray
-                )
-                self.report |= {"search": found.history, "projector": found.projector}
-                self._prune(tower, found.kept)
-                choice = found.finish()
-                self.report["notes"]["divergence"] = choice.divergence
-                if choice.damping is not None:
-                    self.report |= {"damping": choice.damping, "reconstruction": {}}
-                changed |= {f"projector.{key}": value for key, value in self.model.model.multi_modal_projector.state_dict().items()}
-            else:
-                self._prune(tower, kept)
-        pruned = linears(self.model, self.recipe.towers)
-        for tower in self.recipe.towers:
-            for block in blocks(self.model, tower):
-                changed |= structured.tensors(block)
-        left = {name: int(linear.weight.count_nonzero()) for name, linear in pruned.items()}
-        self.report["sparsity"] = {name: round(1 - left[name] / size, 6) for name, size in before.items()}
+        sizes = {name: linear.weight.numel() for name, linear in linears(self.model).items()}
+        if self.recipe.pattern == "structured":
+            self._prune_structured()
+        elif self.recipe.allocation == "search":
+            self._search()
+        else:
+            self._prune(self._allocate(sizes))
+        nonzeros = {name: int(linear.weight.count_nonzero()) for name, linear in linears(self.model).items()}
+        self.report["sparsity"] = {name: round(1 - nonzeros[name] / size, 6) for name, size in sizes.items()}
+        changed = {name: tensor for block in blocks(self.model) for name, tensor in structured.tensors(block).items()}
+        if self.recipe.allocation == "search":
+            changed |= {f"projector.{key}": value for key, value in self.model.model.multi_modal_projector.state_dict().items()}
         return changed, self.report
 
-    def _allocate(self) -> Kept:
-        """Weights to keep of every matrix; for the language model under `search`, its uniform middle."""
+    def _allocate(self, sizes: Mapping[str, int]) -> Allocation:
         recipe = self.recipe
-        budgets = [recipe.towers] if recipe.shared_budget else [[tower] for tower in recipe.towers]
-        kept: Kept = {}
-        for towers in budgets:
-            sizes = {name: linear.weight.numel() for name, linear in linears(self.model, towers).items()}
-            sparsity = recipe.vision_sparsity if towers == ["vision"] else recipe.sparsity
-            if isinstance(recipe.parsed, NM):
-                self._check_groups(towers, recipe.parsed.group)
-            if recipe.pattern != "unstructured":
-                kept |= {name: kept_weights(size, sparsity, recipe.parsed) for name, size in sizes.items()}
-            elif recipe.allocation == "ecoflap":
-                kept |= allocation.ecoflap(sizes, self._scores(towers), sparsity, recipe.largest_loss(sparsity), recipe.average)
-            elif recipe.allocation == "owl":
-                kept |= allocation.owl(sizes, self._outliers(towers), sparsity)
-            else:
-                kept |= allocation.uniform(sizes, sparsity)
-        return kept
+        if recipe.pattern == "2:4":
+            for name, linear in linears(self.model).items():
+                if linear.in_features % GROUP:
+                    raise RecipeError(f"pattern 2:4: {name} has rows of {linear.in_features}, no multiple of {GROUP}")
+            return {name: size // 2 for name, size in sizes.items()}
+        if recipe.allocation == "ecoflap":
+            return allocation.ecoflap(sizes, self._scores(), recipe.sparsity)
+        if recipe.allocation == "owl":
+            return allocation.owl(sizes, self._outlier_ratios(), recipe.sparsity)
+        return allocation.uniform(sizes, recipe.sparsity)
 
-    def _check_groups(self, towers: list[str], group: int) -> None:
-        for name, linear in linears(self.model, towers).items():
-            if linear.in_features % group:
-                raise RecipeError(f"pattern {self.recipe.pattern}: {name} has rows of {linear.in_features}, no multiple of {group}")
-
-    def _scores(self, towers: list[str]) -> dict[str, float]:
+    def _scores(self) -> dict[str, float]:
         """ECoFLaP's score of each matrix; those of zeroth order are kept one by one, for they take long."""
-        name = f"scores-{'-'.join(towers)}"
-        found: dict[str, float] = self.work.read(name) or {}
-        wanted = linears(self.model, towers)
+        found: dict[str, float] = self.run_state.read("scores") or {}
         if self.recipe.score == "fo":
             task = self.progress.add_task("scores (fo)", total=len(self.samples))
-            found = found or scores.first_order(self.model, wanted, self.samples, lambda: self.progress.advance(task))
-            self.work.write(name, found)
+            found = found or scores.first_order(self.model, self.samples, lambda: self.progress.advance(task))
+            self.run_state.write("scores", found)
             return found
-        task = self.progress.add_task("scores (zo)", total=len(wanted), completed=len(found))
-        for matrix, score in scores.zeroth_order(self.model, towers, self.samples, self.recipe.seed, known=list(found)):
+        task = self.progress.add_task("scores (zo)", total=len(linears(self.model)), completed=len(found))
+        for matrix, score in scores.zeroth_order(self.model, self.samples, self.recipe.seed, known=list(found)):
             found[matrix] = score
-            self.work.write(name, found)
+            self.run_state.write("scores", found)
             self.progress.advance(task)
         return found
 
-    def _outliers(self, towers: list[str]) -> dict[str, float]:
-        """OWL's outliers in each matrix, on dense activations."""
-        name = f"outliers-{'-'.join(towers)}"
-        found: dict[str, float] = self.work.read(name) or {}
+    def _outlier_ratios(self) -> dict[str, float]:
+        """OWL's share of outliers in each matrix, on dense activations."""
+        found: dict[str, float] = self.run_state.read("outliers") or {}
         if found:
             return found
-        for tower in towers:
-            for block, calls in walk(self.model, tower, self.samples, self.recipe.visual_weight):
-                for group, norms in zip(block.groups, collect(block, calls, wanda.empty, wanda.accumulate), strict=True):
-                    for short in group:
-                        found[f"{block.name}.{short}"] = scores.outliers(block.linear(short).weight, norms.squares)
-        self.work.write(name, found)
+        for block, inputs in sequential(self.model, self.samples):
+            for group, norms in zip(block.groups, input_statistics(block, inputs, wanda.empty, wanda.accumulate), strict=True):
+                for short in group:
+                    found[f"{block.name}.{short}"] = scores.outlier_ratio(block.linear(short).weight, norms.squares)
+        self.run_state.write("outliers", found)
         return found
 
-    def _prune(self, tower: str, kept: Kept) -> None:
-        """Prune a tower block by block, each on what the pruned ones before it put out."""
-        recipe = self.recipe
-        task = self.progress.add_task(f"{tower} blocks", total=len(blocks(self.model, tower)))
-        dense = first_calls(self.model, tower, self.samples) if recipe.reconstruct else []
-        for block, calls in walk(self.model, tower, self.samples, recipe.visual_weight):
-            wanted = []
-            for call in dense:
-                with torch.no_grad():
-                    call.hidden = call.run(block)
-                wanted.append(call.hidden)
+    def _search(self) -> None:
+        divergence = Divergence.from_dense(self.model, self.samples)
+        found = search.search(self.recipe, divergence, self.run_state, self.progress, self.checkpoint, self.ray)
+        self.report |= {"search": found.history, "projector": found.projector}
+        self._prune(found.allocation)
+        self.report["notes"]["divergence"], database_kept = search.keep_closer(found, divergence)
+        if database_kept:
+            self.report["damping"] = found.damping
+
+    def _prune(self, nonzeros: Allocation) -> None:
+        """Prune block by block, each on what the pruned ones before it put out."""
+        task = self.progress.add_task("blocks", total=len(blocks(self.model)))
+        for block, inputs in sequential(self.model, self.samples):
             name = f"block-{block.name}"
-            stored = self.work.read_tensors(name)
+            stored = self.run_state.read_tensors(name)
             if stored is None:
-                record = self._prune_block(block, calls, kept, wanted)
-                self.work.write_tensors(name, {n: linear.weight for n, linear in block.linears().items()}, record)
+                damping = self._prune_block(block, inputs, nonzeros)
+                weights = {n: linear.weight for n, linear in block.linears().items()}
+                self.run_state.write_tensors(name, weights, {"damping": damping})
             else:
-                tensors, record = stored
-                _write(block, tensors)
-            self.report["damping"] |= record["damping"]
-            self.report["reconstruction"] |= record["reconstruction"]
+                weights, record = stored
+                damping = record["damping"]
+                _write(block, weights)
+            self.report["damping"] |= damping
             self.progress.advance(task)
 
-    def _cut(self, tower: str) -> None:
-        """Cut a tower's heads and neurons. Units are whole: what a block loses too much or too little, the next one makes up."""
-        recipe = self.recipe
-        sparsity = recipe.vision_sparsity if tower == "vision" else recipe.sparsity
-        task = self.progress.add_task(f"{tower} blocks", total=len(blocks(self.model, tower)))
-        stored = self.work.read(f"widths-{tower}")
-        uniform = LayerShape(**stored) if stored else None
-        if recipe.uniform_width and not uniform:
-            config = getattr(self.model.config, "vision_config" if tower == "vision" else "text_config")
-            dense = walk(self.model, tower, self.samples, recipe.visual_weight)
-            uniform = structured.uniform_widths(config, dense, recipe.criterion, sparsity, recipe.damping)
-            self.work.write(f"widths-{tower}", asdict(uniform))
-        owed = 0.0
-        for block, calls in walk(self.model, tower, self.samples, recipe.visual_weight):
-            owed += structured.weights(block) * (1 - sparsity)
+    def _prune_block(self, block: Block, inputs: list[BlockInput], nonzeros: Allocation) -> dict[str, float]:
+        """Returns the dampings that were raised."""
+        counts = {name: [nonzeros[name]] for name in block.linears()}
+        pattern: Pattern = "2:4" if self.recipe.pattern == "2:4" else "unstructured"
+        pruned, damping = pruned_weights(block, inputs, CRITERIA[self.recipe.criterion], counts, pattern)
+        _write(block, {name: weights[0] for name, weights in pruned.items()})
+        return damping
+
+    def _prune_structured(self) -> None:
+        """Remove heads and neurons. They are whole: what a block loses too much or too little, the next one makes up."""
+        task = self.progress.add_task("blocks", total=len(blocks(self.model)))
+        target = 0.0
+        for block, inputs in sequential(self.model, self.samples):
+            target += structured.weight_count(block) * (1 - self.recipe.sparsity)
             name = f"block-{block.name}"
-            stored = self.work.read_tensors(name)
+            stored = self.run_state.read_tensors(name)
             if stored is None:
-                cut = structured.prune_block(block, calls, recipe.criterion, uniform or round(owed), recipe.damping)
-                record = {"widths": asdict(cut.widths), "damping": cut.damping}
-                self.work.write_tensors(name, structured.tensors(block), record)
+                removals = structured.removals(block, inputs, self.recipe.criterion)
+                shape = removals.cheapest(round(target))
+                removals.apply(shape)
+                record = {"shape": asdict(shape), "damping": removals.damping}
+                self.run_state.write_tensors(name, structured.tensors(block), record)
             else:
                 tensors, record = stored
-                structured.restore(block, LayerShape(**record["widths"]), tensors)
-            owed -= structured.weights(block)
+                structured.restore(block, LayerShape(**record["shape"]), tensors)
+            target -= structured.weight_count(block)
             self.report["damping"] |= record["damping"]
-            self.report["notes"].setdefault("widths", {})[block.name] = record["widths"]
+            self.report["notes"].setdefault("layer_shapes", {})[block.name] = record["shape"]
             self.progress.advance(task)
-
-    def _prune_block(self, block: Block, calls: list[Any], kept: Kept, wanted: list[Tensor]) -> dict[str, Any]:
-        recipe = self.recipe
-        if not any(count < block.linears()[name].weight.numel() for name, count in kept.items() if name in block.linears()):
-            return {"damping": {}, "reconstruction": {}}
-        counts = {name: [kept[name]] for name in block.linears()}
-        solved, damping = solve_block(block, calls, self.method, counts, recipe.parsed)
-        _write(block, {name: weights[0] for name, weights in solved.items()})
-        errors = {}
-        if wanted:
-            errors[block.name] = reconstruct(block, calls, wanted, recipe.reconstruct, f"{recipe.seed}/{block.name}")
-        return {"damping": damping, "reconstruction": errors}
 
 
 @torch.no_grad()
-def _write(block: Block, weights: dict[str, Tensor]) -> None:
+def _write(block: Block, weights: Mapping[str, Tensor]) -> None:
     for name, linear in block.linears().items():
         linear.weight.copy_(weights[name])

@@ -1,4 +1,4 @@
-"""What a matrix is worth to the loss (ECoFLaP's zeroth and first order scores), and how many outliers it holds (OWL's)."""
+"""How much a matrix matters to the loss (ECoFLaP's scores of zeroth and first order), and how many outliers it has (OWL)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from zlib import crc32
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from pruning.static.blocks import Block, Call, blocks, walk
+from pruning.static.blocks import BlockInput, blocks, linears, sequential
 from pruning.static.data import Sample
 
 EPSILON = 1e-3
 """ECoFLaP's step along the random direction."""
 OUTLIER = 5.0
-"""OWL's threshold: an outlier is this many times the mean of its matrix."""
+"""OWL's M: an outlier is this many times the mean of its matrix."""
 
 
 def answer_loss(model: LlavaForConditionalGeneration, sample: Sample) -> Tensor:
@@ -27,13 +27,11 @@ def answer_loss(model: LlavaForConditionalGeneration, sample: Sample) -> Tensor:
     return _cross_entropy(logits, sample)
 
 
-def _answer_loss_from(model: LlavaForConditionalGeneration, block: Block, call: Call, sample: Sample) -> Tensor:
-    """`answer_loss`, going on from what `block` is called with: what comes before a changed matrix need not run again."""
-    if block.tower != "language":
-        return answer_loss(model, sample)
-    hidden = call.hidden
-    for later in blocks(model, block.tower)[block.index :]:
-        hidden = replace(call, hidden=hidden).run(later)
+def _answer_loss_from(model: LlavaForConditionalGeneration, index: int, block_input: BlockInput, sample: Sample) -> Tensor:
+    """`answer_loss`, going on from the input of block `index`: what comes before a changed matrix need not run again."""
+    hidden = block_input.hidden_states
+    for block in blocks(model)[index:]:
+        hidden = replace(block_input, hidden_states=hidden).run(block)
     rows = hidden[0, sample.before_answers.to(hidden.device)]
     return _cross_entropy(model.lm_head(model.model.language_model.norm(rows)), sample)
 
@@ -44,7 +42,7 @@ def _cross_entropy(logits: Tensor, sample: Sample) -> Tensor:
 
 @torch.no_grad()
 def zeroth_order(
-    model: LlavaForConditionalGeneration, towers: Sequence[str], samples: Sequence[Sample], seed: int, known: Collection[str] = ()
+    model: LlavaForConditionalGeneration, samples: Sequence[Sample], seed: int, known: Collection[str] = ()
 ) -> Iterator[tuple[str, float]]:
     """(matrix, score) of each not in `known`: the sum over samples of |L(W + εz) - L(W - εz)| / 2ε for a normal z.
 
@@ -52,36 +50,36 @@ def zeroth_order(
     leave rounding behind. A matrix's noise depends on seed and name alone, so that a run that goes on scores as one that never
     stopped.
     """
-    for tower in towers:
-        for block, calls in walk(model, tower, samples):
-            losses = [partial(_answer_loss_from, model, block, call, s) for call, s in zip(calls, samples, strict=True)]
-            for name, linear in block.linears().items():
-                if name not in known:
-                    generator = torch.Generator().manual_seed(crc32(f"{seed}/{name}".encode()))
-                    yield name, _zeroth_order(linear.weight, losses, generator)
+    for block, inputs in sequential(model, samples):
+        losses = [partial(_answer_loss_from, model, block.index, one, s) for one, s in zip(inputs, samples, strict=True)]
+        for name, linear in block.linears().items():
+            if name not in known:
+                generator = torch.Generator().manual_seed(crc32(f"{seed}/{name}".encode()))
+                yield name, _zeroth_order(linear.weight, losses, generator)
 
 
 def _zeroth_order(weight: Tensor, losses: Sequence[Callable[[], Tensor]], generator: torch.Generator) -> float:
-    before = weight.clone()
+    dense = weight.clone()
     score = 0.0
     for loss in losses:
         noise = EPSILON * torch.randn(weight.shape, generator=generator).to(weight)
-        sides = []
-        for direction in (1, -1):
-            weight.copy_(before).add_(noise, alpha=direction)
-            sides.append(float(loss()))
-        score += abs(sides[0] - sides[1]) / (2 * EPSILON)
-    weight.copy_(before)
+        plus, minus = (_loss_at(weight, dense, noise, sign, loss) for sign in (1, -1))
+        score += abs(plus - minus) / (2 * EPSILON)
+    weight.copy_(dense)
     return score
 
 
+def _loss_at(weight: Tensor, dense: Tensor, noise: Tensor, sign: int, loss: Callable[[], Tensor]) -> float:
+    weight.copy_(dense).add_(noise, alpha=sign)
+    return float(loss())
+
+
 def first_order(
-    model: LlavaForConditionalGeneration, linears: dict[str, nn.Linear], samples: Sequence[Sample],
-    progress: Callable[[], None],
-) -> dict[str, float]:  # fmt: skip
+    model: LlavaForConditionalGeneration, samples: Sequence[Sample], progress: Callable[[], None]
+) -> dict[str, float]:
     """The sum over samples of each matrix's gradient norm, which the zeroth order estimates: one backward pass a sample."""
     model.requires_grad_(False)
-    weights = {name: linear.weight.requires_grad_(True) for name, linear in linears.items()}
+    weights = {name: linear.weight.requires_grad_(True) for name, linear in linears(model).items()}
     scores = dict.fromkeys(weights, 0.0)
     for sample in samples:
         gradients = torch.autograd.grad(answer_loss(model, sample), list(weights.values()))
@@ -92,7 +90,10 @@ def first_order(
     return scores
 
 
-def outliers(weight: Tensor, squares: Tensor) -> float:
-    """OWL's layer-wise outlier distribution: the share of weights whose Wanda score is over OUTLIER times the mean."""
+def outlier_ratio(weight: Tensor, squares: Tensor) -> float:
+    """OWL's layer-wise outlier distribution: the share of weights whose Wanda score is over OUTLIER times the mean.
+
+    squares: [in], the mean of each input's square.
+    """
     scores = weight.float().abs() * squares.sqrt()
     return float((scores > OUTLIER * scores.mean()).float().mean())

@@ -1,9 +1,9 @@
-"""The search carried out: database, evolution and projector in turns, each part kept on disk as it is finished."""
+"""The search as a whole: database, then evolution and projector tuning in turns; each part is kept on disk when it is finished."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,103 +11,102 @@ import torch
 from rich.progress import Progress
 
 from models.run_state import RunState
-from pruning.static.allocation import Kept, uniform
+from pruning.static.allocation import Allocation, uniform
 from pruning.static.blocks import blocks, linears
-from pruning.static.criteria import Criterion
-from pruning.static.data import Sample
-from pruning.static.database import Database, Installed, build, plan
-from pruning.static.evaluate import Cluster, Evaluator, Local
-from pruning.static.evolution import Plan, Search, State
-from pruning.static.fitness import Proxy, Risk
-from pruning.static.projector import Tuning, tune
+from pruning.static.criteria import CRITERIA
+from pruning.static.database import Database, Policy, PolicyLoader, build, level_grid
+from pruning.static.evaluate import Evaluator, LocalEvaluator, RayEvaluator
+from pruning.static.evolution import Evolution, EvolutionConfig, EvolutionState
+from pruning.static.fitness import Divergence, StructuralRisk
+from pruning.static.projector import TuningConfig, tune
 from pruning.static.recipe import Recipe
 
-TOWER = "language"
+LEVELS = 4
+"""On either side of the target."""
+ROUNDS = 2
+"""Turns of evolution and projector tuning, evenly spread over the generations."""
+EVOLUTION, TUNING = EvolutionConfig(), TuningConfig()
 
 
-@dataclass
-class Found:
-    """The best policy. The model is dense again but for its projector.
+@dataclass(frozen=True)
+class SearchResult:
+    """The best policy and its nonzeros by matrix, the entry of each generation, each tuning of the projector, and the dampings that
+    the database needed."""
 
-    Once its blocks are pruned anew to `kept`, each on what the pruned ones before it put out, `finish` puts the database's entries
-    back if those are closer to dense on the proxy samples.
-    """
-
-    kept: Kept
+    policy: Policy
+    allocation: Allocation
     history: list[dict[str, float]]
     projector: list[dict[str, Any]]
-    finish: Callable[[], Choice]
-
-
-@dataclass
-class Choice:
-    """The divergence of both, and the dampings of the database where its entries were put back."""
-
-    divergence: dict[str, float]
-    damping: dict[str, float] | None
+    database: Database
+    damping: dict[str, float]
 
 
 def search(
-    recipe: Recipe, proxy: Proxy, samples: Sequence[Sample], work: RunState, progress: Progress, method: Criterion,
-    checkpoint: Path, ray: str | None,
-) -> Found:  # fmt: skip
-    """Find how many weights each matrix of the language model keeps; `checkpoint` is where a cluster's workers find the model."""
-    model = proxy.model
-    matrices = linears(model, [TOWER])
+    recipe: Recipe, divergence: Divergence, run_state: RunState, progress: Progress, checkpoint: Path, ray: str | None
+) -> SearchResult:
+    """Find how many weights each matrix keeps. The model is dense again at the end, but for its projector.
+
+    `checkpoint` is where a cluster's workers find the model.
+    """
+    model, samples = divergence.model, [reference.sample for reference in divergence.references]
+    matrices = linears(model)
     sizes = {name: linear.weight.numel() for name, linear in matrices.items()}
-    middle = uniform(sizes, recipe.sparsity)
-    database = Database(work.directory / "database", middle, *plan(sizes, middle, recipe.levels))
-    task = progress.add_task("database", total=len(blocks(model, TOWER)))
-    damping = build(database, model, TOWER, samples, recipe.visual_weight, method, recipe.parsed, lambda: progress.advance(task))
+    level_0 = uniform(sizes, recipe.sparsity)
+    database = Database(run_state.directory / "database", level_0, *level_grid(sizes, level_0, LEVELS))
+    task = progress.add_task("database", total=len(blocks(model)))
+    damping = build(database, model, samples, CRITERIA[recipe.criterion], lambda: progress.advance(task))
 
-    installed = Installed(matrices, database)
-    local = Local(proxy, installed)
-    evaluate: Evaluator = Cluster(ray, str(checkpoint.resolve()), proxy.references, database) if ray else local
+    loader = PolicyLoader(matrices, database)
+    local = LocalEvaluator(divergence, loader)
+    evaluate: Evaluator = RayEvaluator(ray, str(checkpoint.resolve()), divergence.references, database) if ray else local
     limits = [database.limits[name] for name in database.names]
-    schedule = Plan(generations=recipe.generations, offspring=recipe.offspring, eta=recipe.eta)
-    engine = Search(limits, len(samples), schedule, recipe.seed, evaluate, Risk(database))
-    state, tuned = _restore(work, [local, evaluate]) or (engine.start(), [])
-    task = progress.add_task("generations", total=recipe.generations, completed=state.generation)
-    for turn in range(recipe.rounds):
-        while state.generation < recipe.generations * (turn + 1) // recipe.rounds:
-            state = engine.advance(state)
-            work.write("search", {"state": state.document(), "tuned": len(tuned)})
+    config = replace(EVOLUTION, eta=recipe.eta)
+    evolution = Evolution(limits, len(samples), config, recipe.seed, evaluate, StructuralRisk(database))
+    state, tunings = _restore(run_state, [local, evaluate]) or (evolution.start(), [])
+    task = progress.add_task("generations", total=config.generations, completed=state.generation)
+    for turn in range(ROUNDS):
+        while state.generation < config.generations * (turn + 1) // ROUNDS:
+            state = evolution.step(state)
+            run_state.write("search", {"state": state.document(), "tunings": len(tunings)})
             progress.update(task, advance=1, description=f"generations, divergence {state.history[-1]['divergence']:.4f}")
-        if recipe.projector and len(tuned) <= turn:
-            outcome = tune(proxy, installed, [policy for _, policy in state.best], Tuning(), recipe.seed, turn)
-            tuned = [*tuned, {"generation": state.generation, **asdict(outcome), "accepted": outcome.accepted}]
+        if recipe.projector and len(tunings) <= turn:
+            tuning = tune(divergence, loader, [policy for _, policy in state.best], TUNING, recipe.seed, turn)
+            tunings = [*tunings, {"generation": state.generation, **asdict(tuning), "accepted": tuning.accepted}]
             projector = model.model.multi_modal_projector.state_dict()
-            work.write_tensors("projector", projector, {"tuned": tuned})
-            evaluate.use(projector)
-            state.best = []  # what policies are worth has changed
-
+            run_state.write_tensors("projector", projector, {"tunings": tunings})
+            evaluate.set_projector(projector)
+            state.best = []  # their fitness was measured with the projector before
     evaluate.close()
-
-    def finish() -> Choice:
-        remade = {name: linear.weight.clone() for name, linear in matrices.items()}
-        everything = range(len(samples))
-        with torch.no_grad():
-            anew = float(proxy.divergences(everything).mean())
-            (stitched,) = Local(proxy, Installed(matrices, database))([state.parent], everything)
-            if anew <= stitched:
-                for name, linear in matrices.items():
-                    linear.weight.copy_(remade[name])
-        divergence = {"made anew": anew, "from the database": stitched}
-        return Choice(divergence, None if anew <= stitched else damping)
-
-    installed.install(None)
-    return Found(database.kept(state.parent), state.history, tuned, finish)
+    loader.load(None)
+    return SearchResult(state.parent, database.allocation(state.parent), state.history, tunings, database, damping)
 
 
-def _restore(work: RunState, evaluators: Sequence[Evaluator]) -> tuple[State, list[dict[str, Any]]] | None:
+def _restore(run_state: RunState, evaluators: Sequence[Evaluator]) -> tuple[EvolutionState, list[dict[str, Any]]] | None:
     """Where a stopped search was, with its projector in use; None if it had not begun."""
-    if not (stored := work.read("search")):
+    if not (stored := run_state.read("search")):
         return None
-    state, tuned = State.of(stored["state"]), []
-    if latest := work.read_tensors("projector"):
+    state, tunings = EvolutionState.of(stored["state"]), []
+    if latest := run_state.read_tensors("projector"):
         for evaluator in evaluators:
-            evaluator.use(latest[0])
-        tuned = latest[1]["tuned"]
-        if len(tuned) > stored["tuned"]:
+            evaluator.set_projector(latest[0])
+        tunings = latest[1]["tunings"]
+        if len(tunings) > stored["tunings"]:
             state.best = []
-    return state, tuned
+    return state, tunings
+
+
+@torch.no_grad()
+def keep_closer(found: SearchResult, divergence: Divergence) -> tuple[dict[str, float], bool]:
+    """Choose between the weights that the model has now, pruned in sequence to `found.allocation`, and the policy's from the
+    database: the model keeps those that are closer to dense on the samples. Returns the divergence of both, and whether the latter
+    are kept."""
+    matrices = linears(divergence.model)
+    weights = {name: linear.weight.clone() for name, linear in matrices.items()}
+    everything = range(len(divergence.references))
+    sequential = float(divergence(everything).mean())
+    PolicyLoader(matrices, found.database).load(found.policy)
+    database = float(divergence(everything).mean())
+    if sequential <= database:
+        for name, linear in matrices.items():
+            linear.weight.copy_(weights[name])
+    return {"sequential": sequential, "database": database}, not sequential <= database

@@ -97,7 +97,7 @@ def test_pruned_weights_run_beside_dense_ones(tiny, capsys, sparsity, pattern):
         assert sparse["matrix_bytes_ratio"] < 0.85  # rows this short carry much beside their weights
 
 
-def test_random_pruning_is_repeatable_and_leaves_the_dense_model_alone():
+def test_random_pruning_repeats_and_leaves_the_dense_model_alone():
     model = share_weights(random_model(tiny_config(), dtype=torch.float32))
     before = model.decoder_layers[0].qkv.weight.clone()
     one, two = prune(model, 0.5, "2:4"), prune(model, 0.5, "2:4")

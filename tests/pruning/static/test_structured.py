@@ -17,13 +17,13 @@ from models.checkpoint import load
 from models.flops import prefill_flops
 from models.forward import decode_input, forward, prefill_input
 from models.kv_cache import RequestCache
-from models.layer_shapes import LayerShape, layer_shapes, shape_of, transformers_can_build, unit_indices
+from models.layer_shapes import LayerShape, coupled_units, layer_shapes, shape_of, slice_to_shape, unit_indices
 from models.llava import Llava, UnsupportedCheckpoint, from_transformers
 from models.manifest import CheckpointError
-from models.random_llava import geometry_config, random_model, tiny_config
+from models.random_llava import random_model, tiny_config
 from models.route import Route
 from pruning.static import obs, structured, wanda
-from pruning.static.blocks import blocks, walk
+from pruning.static.blocks import blocks, sequential
 from pruning.static.data import Sample
 from tests.server.tiny import processor, write
 
@@ -66,7 +66,7 @@ def test_removing_any_units_is_made_up_for_as_by_least_squares(units, size):
 @pytest.mark.parametrize(("units", "size"), [(9, 1), (4, 4), (200, 1)])  # of 200, three go in the first round
 def test_losses_are_those_of_least_squares_and_optimal(units, size):
     weight, metric = problem(units, size)
-    order, losses = structured.eliminate(weight, metric.inverse(), size)
+    order, losses = structured.removal_order(weight, metric.inverse(), size)
     assert sorted(order.tolist()) == list(range(units))
     assert len(losses) == units
     assert losses[0] == 0
@@ -81,7 +81,7 @@ def test_losses_are_those_of_least_squares_and_optimal(units, size):
 @pytest.mark.parametrize("size", [1, 3])
 def test_what_goes_first_costs_least_of_all(size):
     weight, metric = problem(6, size)
-    order, losses = structured.eliminate(weight, metric.inverse(), size)
+    order, losses = structured.removal_order(weight, metric.inverse(), size)
     single = [least_squares(weight, metric, unit_indices(torch.tensor([unit]), size))[1] for unit in range(6)]
     assert single.index(min(single)) == order[0]
     assert float(losses[1]) == pytest.approx(min(single))
@@ -91,7 +91,7 @@ def test_without_correlation_the_order_is_by_weight_times_norm():
     weight, _ = problem(12)
     norms = torch.rand(12, dtype=torch.float64) + 0.1
     inverse, dead = structured.inverse_metric(norms, weight)
-    order, losses = structured.eliminate(weight, inverse, 1)
+    order, losses = structured.removal_order(weight, inverse, 1)
     scores = (weight * norms).square().sum(0)
     assert order.tolist() == scores.argsort().tolist()
     torch.testing.assert_close(losses[1:], scores.sort().values[:11].cumsum(0))
@@ -107,9 +107,9 @@ def test_two_copies_of_a_neuron_are_one():
     rows[:, 4] = 2 * rows[:, 1]
     weight = torch.randn(5, 6, generator=generator).double() + 1
     statistics = obs.empty(6)
-    obs.accumulate(statistics, rows, torch.ones(64))
+    obs.accumulate(statistics, rows)
     inverse, _ = structured.inverse_metric(obs.prepare(statistics, 1e-6), weight)
-    order, losses = structured.eliminate(weight, inverse, 1)
+    order, losses = structured.removal_order(weight, inverse, 1)
     assert order[0] in (1, 4)
     assert losses[1] < 1e-3 * losses[2]
     after = structured.compensate(weight, inverse, order[:1])
@@ -121,7 +121,7 @@ def test_dead_inputs_are_known(module):
     rows = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     rows[:, [2, 5]] = 0
     statistics = module.empty(8)
-    module.accumulate(statistics, rows, torch.ones(64))
+    module.accumulate(statistics, rows)
     _, dead = structured.inverse_metric(module.prepare(statistics), torch.ones(3, 8).double())
     assert dead.nonzero()[:, 0].tolist() == [2, 5]
 
@@ -145,13 +145,15 @@ def samples(count: int = 6) -> list[Sample]:
     return found
 
 
-def prune(model: LlavaForConditionalGeneration, name: str, wanted: Any, tower: str = "language") -> list[structured.Pruned]:
-    """Every block of a tower, to a share of its weights or to widths."""
-    found = []
-    for block, calls in walk(model, tower, samples()):
-        target = wanted if isinstance(wanted, LayerShape) else round(wanted * structured.weights(block))
-        found.append(structured.prune_block(block, calls, name, target))
-    return found
+def prune(model: LlavaForConditionalGeneration, name: str, wanted: Any) -> list[LayerShape]:
+    """Every block, to a share of its weights or to a shape."""
+    shapes = []
+    for block, inputs in sequential(model, samples()):
+        removals = structured.removals(block, inputs, name)
+        shape = wanted if isinstance(wanted, LayerShape) else removals.cheapest(round(wanted * structured.weight_count(block)))
+        removals.apply(shape)
+        shapes.append(shape)
+    return shapes
 
 
 def outputs(model: LlavaForConditionalGeneration) -> Tensor:
@@ -159,17 +161,16 @@ def outputs(model: LlavaForConditionalGeneration) -> Tensor:
         return torch.stack([model(**sample.inputs(model)).logits[0] for sample in samples(2)])
 
 
-@pytest.mark.parametrize("tower", ["language", "vision"])
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "obs"])
 @pytest.mark.parametrize("share", [0.75, 0.5])
-def test_a_block_keeps_what_was_asked_to_the_nearest_neurons(tower, name, share):
+def test_a_block_keeps_what_was_asked_to_the_nearest_neurons(name, share):
     model = random_model(tiny_config(), seed=1)
-    for found, block in zip(prune(model, name, share, tower), blocks(model, tower), strict=True):
-        neuron = structured.coupled_units(block.module)[1].weights_per_unit
-        assert abs(found.kept - share * found.before) <= structured.ALIGN / 2 * neuron
-        assert found.kept == structured.weights(block)
-        assert found.widths == shape_of(block.module)
-        assert found.widths.ffn % structured.ALIGN == 0
+    dense = [structured.weight_count(block) for block in blocks(model)]
+    for shape, before, block in zip(prune(model, name, share), dense, blocks(model), strict=True):
+        neuron = coupled_units(block.layer)[1].weights_per_unit
+        assert abs(structured.weight_count(block) - share * before) <= structured.ALIGN / 2 * neuron
+        assert shape == shape_of(block.layer)
+        assert shape.ffn % structured.ALIGN == 0
     assert outputs(model).isfinite().all()
 
 
@@ -178,14 +179,13 @@ def test_a_block_keeps_what_was_asked_to_the_nearest_neurons(tower, name, share)
 def test_cutting_equals_zeroing(kind, options, name):
     """Columns that are read no more are at zero in the dense block; cut out, they leave the output as it is. Groups go whole."""
     cut, zeroed = (random_model(tiny_config(kind, **options), seed=1) for _ in range(2))
-    widths = LayerShape(1, 40)
-    for (block, calls), (other, _) in zip(walk(cut, "language", samples()), walk(zeroed, "language", samples()), strict=True):
-        plan = structured.plan(block, calls, name)
+    for (block, inputs), (other, _) in zip(sequential(cut, samples()), sequential(zeroed, samples()), strict=True):
+        removals = structured.removals(block, inputs, name)
         with torch.no_grad():
-            other.linear("self_attn.o_proj").weight.copy_(plan.heads.weight(1))
-            other.linear("mlp.down_proj").weight.copy_(plan.neurons.weight(40))
-        plan.apply(widths)
-        heads = tiny_config(kind, **options).text_config.num_attention_heads // structured.coupled_units(other.module)[0].units
+            other.linear("self_attn.o_proj").weight.copy_(removals.heads.weight(1))
+            other.linear("mlp.down_proj").weight.copy_(removals.neurons.weight(40))
+        removals.apply(LayerShape(1, 40))
+        heads = tiny_config(kind, **options).text_config.num_attention_heads // coupled_units(other.layer)[0].units
         assert block.linear("self_attn.q_proj").weight.shape[0] == 12 * heads
         assert block.linear("self_attn.v_proj").weight.shape[0] == 12
     torch.testing.assert_close(outputs(cut), outputs(zeroed), rtol=1e-4, atol=1e-4)
@@ -193,16 +193,16 @@ def test_cutting_equals_zeroing(kind, options, name):
 
 def test_compensation_brings_the_block_closer_to_dense():
     model = random_model(tiny_config(), seed=1)
-    block, calls = next(walk(model, "language", samples()))
+    block, inputs = next(sequential(model, samples()))
     with torch.no_grad():
-        dense = [call.run(block) for call in calls]
+        dense = [one.run(block) for one in inputs]
     errors = {}
     for name in ("wanda", "obs"):
         other = random_model(tiny_config(), seed=1)
-        block, calls = next(walk(other, "language", samples()))
-        structured.prune_block(block, calls, name, LayerShape(1, 48))
+        block, inputs = next(sequential(other, samples()))
+        structured.removals(block, inputs, name).apply(LayerShape(1, 48))
         with torch.no_grad():
-            errors[name] = sum(float((call.run(block) - out).square().mean()) for call, out in zip(calls, dense, strict=True))
+            errors[name] = sum(float((one.run(block) - out).square().mean()) for one, out in zip(inputs, dense, strict=True))
     assert errors["obs"] < 0.8 * errors["wanda"]
 
 
@@ -214,57 +214,57 @@ def test_dead_neurons_go_first_and_cost_nothing(name):
     with torch.no_grad():
         layer.mlp.up_proj.weight[dead] = 0
     before = outputs(model)
-    block, calls = next(walk(model, "language", samples()))
-    plan = structured.plan(block, calls, name)
-    assert sorted(plan.neurons.order[:48].tolist()) == dead
-    assert plan.neurons.loss(48) == 0 < plan.neurons.loss(47)
-    plan.apply(LayerShape(2, 48))
+    block, inputs = next(sequential(model, samples()))
+    removals = structured.removals(block, inputs, name)
+    assert sorted(removals.neurons.order[:48].tolist()) == dead
+    assert removals.neurons.loss(48) == 0 < removals.neurons.loss(47)
+    removals.apply(LayerShape(2, 48))
     torch.testing.assert_close(outputs(model), before)
 
 
-def test_the_cheapest_half_gives():
+def test_what_costs_least_goes():
     """With heads that say nothing, the heads go; with neurons that say little, all heads stay."""
-    for silent, widths in (("self_attn.o_proj", (1, 2)), ("mlp.down_proj", (4, 4))):
+    for silent, (low, high) in (("self_attn.o_proj", (1, 2)), ("mlp.down_proj", (4, 4))):
         model = random_model(tiny_config(kv_heads=4), seed=1)
-        block, calls = next(walk(model, "language", samples()))
+        block, inputs = next(sequential(model, samples()))
         with torch.no_grad():
             block.linear(silent).weight.mul_(1e-3)
-        found = structured.plan(block, calls, "obs").widths(round(0.7 * structured.weights(block)))
-        assert widths[0] <= found.kv_heads <= widths[1]
+        found = structured.removals(block, inputs, "obs").cheapest(round(0.7 * structured.weight_count(block)))
+        assert low <= found.kv_heads <= high
 
 
 def test_the_last_head_and_the_last_neurons_stay():
     model = random_model(tiny_config(), seed=1)
-    block, calls = next(walk(model, "language", samples()))
-    plan = structured.plan(block, calls, "obs")
-    heads, neurons = (half.weights_per_unit for half in structured.coupled_units(block.module))
-    assert plan.widths(heads + 8 * neurons) == LayerShape(1, 8)
-    with pytest.raises(ValueError, match="no widths leave a block 100 weights"):
-        plan.widths(100)
-    assert plan.widths(structured.weights(block)) == LayerShape(2, 96)
-    plan.apply(LayerShape(1, 1))
+    block, inputs = next(sequential(model, samples()))
+    removals = structured.removals(block, inputs, "obs")
+    heads, neurons = (coupled.weights_per_unit for coupled in coupled_units(block.layer))
+    assert removals.cheapest(heads + 8 * neurons) == LayerShape(1, 8)
+    with pytest.raises(ValueError, match="no shape leaves a block 100 weights"):
+        removals.cheapest(100)
+    assert removals.cheapest(structured.weight_count(block)) == LayerShape(2, 96)
+    removals.apply(LayerShape(1, 1))
     assert outputs(model).isfinite().all()
 
 
 def test_what_cannot_be_used_is_named():
     model = random_model(tiny_config(), seed=1)
-    block, calls = next(walk(model, "language", samples()))
+    block, inputs = next(sequential(model, samples()))
     with torch.no_grad():
         block.linear("mlp.down_proj").weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"language\.0\.mlp\.down_proj: the weights are not finite"):
-        structured.plan(block, calls, "obs")
+        structured.removals(block, inputs, "obs")
     with torch.no_grad():
         block.linear("self_attn.v_proj").weight[0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"language\.0\.self_attn\.o_proj: .*not finite"):
-        structured.plan(block, calls, "obs")
+        structured.removals(block, inputs, "obs")
 
 
 def test_a_pruned_block_comes_back_as_it_was_saved():
     config = tiny_config("qwen2")
     model, again = random_model(config, seed=1), random_model(config, seed=1)
-    found = prune(model, "obs", 0.5)
-    for one, block, other in zip(found, blocks(model, "language"), blocks(again, "language"), strict=True):
-        structured.restore(other, one.widths, structured.tensors(block))
+    shapes = prune(model, "obs", 0.5)
+    for shape, block, other in zip(shapes, blocks(model), blocks(again), strict=True):
+        structured.restore(other, shape, structured.tensors(block))
     torch.testing.assert_close(outputs(again), outputs(model), rtol=0, atol=0)
 
 
@@ -284,17 +284,15 @@ def answers(model: Llava, ids: list[int], pixels: Tensor, steps: int) -> list[Te
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
-def test_layers_of_different_widths_answer_as_the_sliced_modules(kind, options, tmp_path):
+def test_layers_of_different_shapes_answer_as_sliced_modules(kind, options, tmp_path):
     model = random_model(tiny_config(kind, **options), seed=1)
-    for (block, calls), widths in zip(
-        walk(model, "language", samples()), [LayerShape(1, 40), LayerShape(2, 24), LayerShape(1, 96)], strict=True
-    ):
-        structured.prune_block(block, calls, "obs", widths)
-    prune(model, "obs", LayerShape(1, 24), "vision")
-    changed, unread = structured.settle(model)
-    assert set(changed) == {"text_config", "vision_config"}
-    assert [widths.kv_heads for widths in layer_shapes(model.config.text_config)] == [1, 2, 1]
-    assert {name.rsplit(".", 2)[0] for name in unread} >= {"vision.2.mlp"}
+    shapes = [LayerShape(1, 40), LayerShape(2, 24), LayerShape(1, 96)]
+    for (block, inputs), shape in zip(sequential(model, samples()), shapes, strict=True):
+        structured.removals(block, inputs, "obs").apply(shape)
+    for layer in model.model.vision_tower.encoder.layers:
+        slice_to_shape(layer, LayerShape(1, 24))
+    assert set(structured.update_config(model)) == {"text_config", "vision_config"}
+    assert layer_shapes(model.config.text_config) == shapes
     sample = samples(1)[0]
     with torch.no_grad():
         expected = model(**sample.inputs(model)).logits[0, -1]
@@ -306,8 +304,8 @@ def test_layers_of_different_widths_answer_as_the_sliced_modules(kind, options, 
         LlavaForConditionalGeneration.from_pretrained(tmp_path)
 
 
-def pruned_checkpoint(directory: Path, wanted: Any, towers: tuple[str, ...] = ("language",)) -> LlavaForConditionalGeneration:
-    """A checkpoint on disk whose language model, or both towers, were pruned; and the modules that were saved."""
+def pruned_checkpoint(directory: Path, shapes: list[LayerShape]) -> LlavaForConditionalGeneration:
+    """A checkpoint on disk whose language model was pruned to these shapes; and the modules that were saved."""
     write(directory)
     model = LlavaForConditionalGeneration.from_pretrained(directory)
     tokenizer = processor().tokenizer
@@ -317,19 +315,17 @@ def pruned_checkpoint(directory: Path, wanted: Any, towers: tuple[str, ...] = ("
         words = torch.tensor(tokenizer(f"What color is star {seed}?").input_ids)
         ids = torch.cat([torch.full((144,), model.config.image_token_id), words])
         found.append(asked(ids, torch.randn(1, 3, 96, 96, generator=generator)))
-    for tower in towers:
-        for i, (block, calls) in enumerate(walk(model, tower, found)):
-            structured.prune_block(block, calls, "obs", wanted(tower, i))
-    structured.settle(model)
+    for (block, inputs), shape in zip(sequential(model, found), shapes, strict=True):
+        structured.removals(block, inputs, "obs").apply(shape)
+    structured.update_config(model)
     model.save_pretrained(directory)
     return model
 
 
-def test_a_checkpoint_with_widths_by_layer_loads_here(tmp_path):
-    language, vision = [LayerShape(2, 56), LayerShape(1, 96), LayerShape(1, 8)], [LayerShape(1, 24), LayerShape(2, 40)]
-    widths = {"language": language, "vision": vision}
-    reference = pruned_checkpoint(tmp_path / "narrow", lambda tower, i: widths[tower][i], ("vision", "language"))
-    checkpoint = load(tmp_path / "narrow")
+def test_a_checkpoint_with_shapes_by_layer_loads_here(tmp_path):
+    shapes = [LayerShape(2, 56), LayerShape(1, 96), LayerShape(1, 8)]
+    reference = pruned_checkpoint(tmp_path / "sliced", shapes)
+    checkpoint = load(tmp_path / "sliced")
     ids = checkpoint.preprocessor.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}])
     pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     made: list[int] = []
@@ -338,34 +334,13 @@ def test_a_checkpoint_with_widths_by_layer_loads_here(tmp_path):
             expected = reference(input_ids=torch.tensor([[*ids, *made]]), pixel_values=pixels).logits[0, -1]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         made.append(int(got.argmax()))
-    assert layer_shapes(checkpoint.model.config.text_config) == widths["language"]
-    keys = load_file(tmp_path / "narrow" / "model.safetensors")
+    assert layer_shapes(checkpoint.model.config.text_config) == shapes
+    keys = load_file(tmp_path / "sliced" / "model.safetensors")
     assert keys["language_model.model.layers.1.self_attn.k_proj.weight"].shape == (12, 48)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
-def test_uniform_widths_load_in_transformers(kind, tmp_path):
-    config = tiny_config(kind, kv_heads=4)
-    model = random_model(config, seed=1)
-    for tower, part in (("vision", config.vision_config), ("language", config.text_config)):
-        sparsity = 0.5 if tower == "language" else 0.25
-        widths = structured.uniform_widths(part, walk(model, tower, samples()), "obs", sparsity)
-        for found in prune(model, "obs", widths, tower):
-            assert found.kept == pytest.approx((1 - sparsity) * found.before, rel=0.05)
-    changed, _ = structured.settle(model)
-    assert "layer_shapes" not in json.dumps(changed)
-    model.save_pretrained(tmp_path)
-    again = LlavaForConditionalGeneration.from_pretrained(tmp_path)
-    torch.testing.assert_close(outputs(again), outputs(model))
-    sample = samples(1)[0]
-    ours = answers(from_transformers(model), sample.ids.tolist(), sample.pixels, 8)
-    asked = {"input_ids": sample.ids[None], "pixel_values": sample.pixels}
-    made = again.generate(**asked, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, len(sample.ids) :]
-    assert [int(logits.argmax()) for logits in ours[:8]] == made.tolist()
-
-
 def test_a_uniform_checkpoint_loads_here_and_there(tmp_path):
-    reference = pruned_checkpoint(tmp_path / "uniform", lambda tower, i: LayerShape(1, 48))
+    reference = pruned_checkpoint(tmp_path / "uniform", [LayerShape(1, 48)] * 3)
     assert "layer_shapes" not in (tmp_path / "uniform" / "config.json").read_text()
     checkpoint = load(tmp_path / "uniform")
     assert checkpoint.model.kv_heads == [1, 1, 1]
@@ -379,39 +354,7 @@ def test_a_uniform_checkpoint_loads_here_and_there(tmp_path):
     assert [int(logits.argmax()) for logits in answers(checkpoint.model, ids, pixels, 7)] == made.tolist()
 
 
-def losses(units: int, slope: float) -> Tensor:
-    """Growing with the square of the share that is gone."""
-    return slope * torch.linspace(0, 1, units + 1, dtype=torch.float64)[:units].square()
-
-
-@pytest.mark.parametrize(
-    ("geometry", "slopes", "widths"),  # at half of the weights
-    [
-        ("tinyllava-1.1b", (1.0, 0.0), LayerShape(4, 2048)),  # neurons cost nothing
-        ("tinyllava-1.1b", (0.0, 1.0), LayerShape(1, 3200)),  # heads cost nothing
-        ("llava-1.5-7b", (1.0, 1.0), LayerShape(16, 5504)),  # all cost the same
-    ],
-)
-def test_widths_are_the_cheapest_that_transformers_can_say(geometry, slopes, widths):
-    config = geometry_config(geometry).text_config
-    per_head = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads // config.num_key_value_heads + 1)
-    units = (per_head, 3 * config.hidden_size)
-    total = units[0] * config.num_key_value_heads + units[1] * config.intermediate_size
-    counts = [n for n in range(1, config.num_key_value_heads + 1) if transformers_can_build(config, LayerShape(n, 1))]
-    assert counts == [2**i for i in range(len(counts))]  # the divisors of the hidden size
-    both = losses(config.num_key_value_heads, slopes[0]), losses(config.intermediate_size, slopes[1])
-    assert structured.cheapest(units, both, total // 2, counts, 128) == widths
-
-
-def test_a_vision_tower_of_uniform_width_keeps_its_heads():
-    model = random_model(tiny_config(), seed=1)
-    config = model.config.vision_config
-    assert structured.uniform_widths(config, walk(model, "vision", samples()), "obs", 0.25) == LayerShape(2, 32)
-    with pytest.raises(ValueError, match="no widths leave a block 2458 weights"):
-        structured.uniform_widths(config, walk(model, "vision", samples()), "obs", 0.7)
-
-
-def test_flops_and_memory_are_those_of_the_widths():
+def test_flops_and_memory_are_those_of_the_shapes():
     config = tiny_config()
     route = Route.full(VISUAL, 3)
     dense = prefill_flops(config, route, 30)
@@ -442,7 +385,7 @@ def test_a_malformed_key_is_named(value, tmp_path):
         load(path.parent)
 
 
-def test_widths_that_are_not_the_files_are_named(tmp_path):
+def test_shapes_that_are_not_the_files_are_named(tmp_path):
     path = write(tmp_path / "broken") / "config.json"
     document = json.loads(path.read_text())
     document["text_config"]["layer_shapes"] = [{"kv_heads": 2, "ffn": n} for n in (96, 88, 96)]

@@ -9,11 +9,10 @@ from models.checkpoint import open_transformers
 from pruning.static import data
 from pruning.static.allocation import uniform
 from pruning.static.blocks import linears
-from pruning.static.criteria import criterion
-from pruning.static.database import Database, Installed, build, plan
-from pruning.static.evaluate import Local
-from pruning.static.fitness import Proxy
-from pruning.static.patterns import Unstructured
+from pruning.static.criteria import CRITERIA
+from pruning.static.database import Database, PolicyLoader, build, level_grid
+from pruning.static.evaluate import LocalEvaluator
+from pruning.static.fitness import Divergence
 from tests.server.tiny import write
 
 
@@ -21,8 +20,8 @@ from tests.server.tiny import write
 class Setting:
     checkpoint: Path
     database: Database
-    proxy: Proxy
-    local: Local
+    divergence: Divergence
+    local: LocalEvaluator
 
 
 def prepare(directory: Path, count: int) -> Setting:
@@ -30,10 +29,10 @@ def prepare(directory: Path, count: int) -> Setting:
     checkpoint = write(directory / "dense")
     source = open_transformers(checkpoint)
     samples = data.embedded_world(source.preprocessor, count, seed=0)
-    matrices = linears(source.model, ["language"])
+    matrices = linears(source.model)
     sizes = {name: linear.weight.numel() for name, linear in matrices.items()}
-    middle = uniform(sizes, 0.5)
-    database = Database(directory / "database", middle, *plan(sizes, middle, 2))
-    proxy = Proxy.of(source.model, samples)
-    build(database, source.model, "language", samples, 1.0, criterion("magnitude"), Unstructured(), lambda: None)
-    return Setting(checkpoint, database, proxy, Local(proxy, Installed(matrices, database)))
+    level_0 = uniform(sizes, 0.5)
+    database = Database(directory / "database", level_0, *level_grid(sizes, level_0, 2))
+    divergence = Divergence.from_dense(source.model, samples)
+    build(database, source.model, samples, CRITERIA["magnitude"], lambda: None)
+    return Setting(checkpoint, database, divergence, LocalEvaluator(divergence, PolicyLoader(matrices, database)))
