@@ -19,6 +19,7 @@ from models.linear import Linear
 from models.llava import Llava, from_transformers
 from models.route import Route
 from models.sparse import AnyLinear
+from models.vision.clip import ClipTower, feature_layers
 from models.weight_format import choose_format
 from pruning.dynamic.router import Router, read_request, words
 from pruning.dynamic.training.teacher import Asked
@@ -84,7 +85,9 @@ def share_weights(reference: LlavaForConditionalGeneration) -> Llava:
     layers = list(encoder.layers)
     model = from_transformers(reference)
     encoder.layers = nn.ModuleList(layers)
-    for layer, vision in zip(layers, model.vision.layers, strict=False):
+    tower = model.vision.tower
+    assert isinstance(tower, ClipTower)
+    for layer, vision in zip(layers, tower.layers, strict=False):
         lend(vision.qkv, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
         lend(vision.out, layer.self_attn.out_proj)
         lend(vision.up, layer.mlp.fc1)
@@ -139,7 +142,7 @@ def prune(model: Llava, sparsity: float, pattern: str) -> Llava:
 
 
 def transformers_only_bytes(reference: LlavaForConditionalGeneration, model: Llava) -> int:
-    unused = reference.model.vision_tower.encoder.layers[len(model.vision.layers) :]
+    unused = reference.model.vision_tower.encoder.layers[max(feature_layers(model.config)) :]
     return sum(parameter.nbytes for parameter in unused.parameters())
 
 

@@ -31,7 +31,7 @@ from models.forward import forward, prefill_input
 from models.llava import Llava
 from models.ops import apply_rope, rms_norm
 from models.route import Route
-from models.vision.clip import ImageFeatures
+from models.vision.features import ImageFeatures
 from pruning.dynamic.levels import Level, layers_to_run, make_route, rungs_of
 from pruning.dynamic.router import Reading, Router, read_request, words
 from pruning.dynamic.router_file import RouterRecord, load_router

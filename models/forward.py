@@ -143,7 +143,7 @@ def _attention(model: Llava, block: DecoderLayer, layer: int, qkv: Tensor, cos: 
     mixed = []
     for own, (keys, values), bias, (_, _, asked) in zip(query.split(rows), seen, biases, parts, strict=True):
         own = own if asked is None else own[asked]
-        mixed.append(attend(own, keys, values, scale=scale, at=asked, bias=bias).reshape(-1, heads * dim))
+        mixed.append(attend(own, keys, values, scale=scale, query_positions=asked, bias=bias).reshape(-1, heads * dim))
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 

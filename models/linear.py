@@ -1,4 +1,4 @@
-"""y = x W with a dense weight; for the others see `sparse`."""
+"""y = x W^T + b with a dense weight; `sparse` has the other formats."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Linear:
 
 
 def fuse(*modules: nn.Linear) -> Linear:
-    """Fuse linears that read the same rows into one, output after output, and empty the modules they came from.
+    """Fuse linears that read the same rows into one, output after output, and empty their modules.
 
-    Emptying as we go keeps one copy of the weights: at no time is more than one fused matrix held twice.
+    So the weights are held once, but for the matrix that is being fused.
     """
     biases = [m.bias for m in modules]
     if len(modules) == 1:

@@ -18,7 +18,8 @@ from models.layer_shapes import head_dim, layer_shapes, query_heads
 from models.linear import Linear, fuse
 from models.ops import rms_norm
 from models.sparse import AnyLinear
-from models.vision.clip import EncoderLayer, VisionTower, feature_layers
+from models.vision import TOWERS
+from models.vision.features import VisionEncoder
 from models.weight_format import choose_format
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
@@ -48,7 +49,7 @@ class DecoderLayer:
 @dataclass
 class Llava:
     config: LlavaConfig
-    vision: VisionTower
+    vision: VisionEncoder
     embedding: Tensor  # [vocab, width]
     decoder_layers: list[DecoderLayer]
     norm: Tensor
@@ -109,10 +110,10 @@ class Llava:
 
     def linears(self) -> dict[str, AnyLinear]:
         """Every matrix by name, `language.3.qkv` and the like."""
-        named = {f"language.{i}.{name}": m for i, b in enumerate(self.decoder_layers) for name, m in b.linears().items()}
-        for i, b in enumerate(self.vision.layers):
-            named |= {f"vision.{i}.{name}": getattr(b, name) for name in ("qkv", "out", "up", "down")}
-        named |= {f"projector.{i}": m for i, m in enumerate(self.vision.projector)}
+        layers = enumerate(self.decoder_layers)
+        named = {f"language.{i}.{name}": matrix for i, layer in layers for name, matrix in layer.linears().items()}
+        named |= {f"vision.{name}": matrix for name, matrix in self.vision.tower.linears().items()}
+        named |= {f"projector.{i}": matrix for i, matrix in enumerate(self.vision.projector)}
         return named | {"head": self.head}
 
     @property
@@ -136,15 +137,14 @@ class Llava:
 
 
 def visual_tokens_per_image(config: LlavaConfig) -> int:
-    clip = config.vision_config
-    return int((clip.image_size // clip.patch_size) ** 2) + (config.vision_feature_select_strategy == "full")
+    return int(TOWERS[config.vision_config.model_type].visual_tokens(config))
 
 
 def check_supported(config: LlavaConfig) -> None:
     """Raise UnsupportedCheckpoint, naming what is missing, for a configuration that the forward does not compute."""
     text, vision = config.text_config, config.vision_config
-    if vision.model_type != "clip_vision_model":
-        raise UnsupportedCheckpoint(f"vision tower {vision.model_type!r} is not supported; CLIP towers are")
+    if vision.model_type not in TOWERS:
+        raise UnsupportedCheckpoint(f"vision tower {vision.model_type!r} is not supported; {', '.join(TOWERS)} is")
     if text.model_type not in TEXT_MODELS:
         raise UnsupportedCheckpoint(f"text model {text.model_type!r} is not supported; {', '.join(TEXT_MODELS)} are")
     if text.hidden_act not in ("silu", "swish"):
@@ -152,16 +152,9 @@ def check_supported(config: LlavaConfig) -> None:
     rope = text.rope_parameters["rope_type"]
     if rope in ("dynamic", "longrope"):
         raise UnsupportedCheckpoint(f"RoPE type {rope!r} changes with the prompt's length and is not supported")
-    if config.vision_feature_select_strategy not in ("default", "full"):
-        raise UnsupportedCheckpoint(f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} is not known")
-    total = vision.num_hidden_layers + 1
-    chosen = config.vision_feature_layer
-    for layer in [chosen] if isinstance(chosen, int) else chosen:
-        if not -total < layer < total or layer == 0:
-            raise UnsupportedCheckpoint(f"vision_feature_layer {layer} names no layer of a tower of {total - 1}")
     try:
-        for part in (text, vision):
-            layer_shapes(part)
+        TOWERS[vision.model_type].check_supported(config)
+        layer_shapes(text)
     except ValueError as error:
         raise UnsupportedCheckpoint(f"config.json: {error}") from error
 
@@ -176,14 +169,18 @@ def from_transformers(model: LlavaForConditionalGeneration) -> Llava:
     config = model.config
     check_supported(config)
     text = model.model.language_model
-    # The vision tower goes first and its unused layers are let go.
-    vision = _take_vision(model)
+    projector = model.model.multi_modal_projector
+    vision = VisionEncoder(
+        tower=TOWERS[config.vision_config.model_type].from_transformers(model),  # first: its unused layers are freed
+        projector=(fuse(projector.linear_1), fuse(projector.linear_2)),
+        activation=config.projector_hidden_act,
+    )
     layers = []
-    for layer, widths in zip(text.layers, layer_shapes(config.text_config), strict=True):
+    for layer, shape in zip(text.layers, layer_shapes(config.text_config), strict=True):
         layers.append(
             DecoderLayer(
-                heads=widths.kv_heads * query_heads(config.text_config),
-                kv_heads=widths.kv_heads,
+                heads=shape.kv_heads * query_heads(config.text_config),
+                kv_heads=shape.kv_heads,
                 input_norm=layer.input_layernorm.weight.detach(),
                 qkv=choose_format(fuse(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
                 out=choose_format(fuse(layer.self_attn.o_proj)),
@@ -209,30 +206,3 @@ def _return_freed_memory() -> None:
     """Give back what the unfused matrices held: glibc keeps freed blocks of up to 32 MB, in sum nearly a second copy."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
-
-
-def _take_vision(model: LlavaForConditionalGeneration) -> VisionTower:
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    used = max(feature_layers(model.config))
-    layers = [
-        EncoderLayer(
-            norm1=(layer.layer_norm1.weight.detach(), layer.layer_norm1.bias.detach()),
-            qkv=fuse(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-            out=fuse(layer.self_attn.out_proj),
-            norm2=(layer.layer_norm2.weight.detach(), layer.layer_norm2.bias.detach()),
-            up=fuse(layer.mlp.fc1),
-            down=fuse(layer.mlp.fc2),
-        )
-        for layer in tower.encoder.layers[:used]
-    ]
-    del tower.encoder.layers[used:]
-    embeddings = tower.embeddings
-    return VisionTower(
-        config=model.config,
-        patch_embedding=embeddings.patch_embedding.weight.detach(),
-        class_embedding=embeddings.class_embedding.detach(),
-        position_embedding=embeddings.position_embedding.weight.detach(),
-        pre_norm=(tower.pre_layrnorm.weight.detach(), tower.pre_layrnorm.bias.detach()),
-        layers=layers,
-        projector=(fuse(projector.linear_1), fuse(projector.linear_2)),
-    )

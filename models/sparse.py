@@ -1,4 +1,4 @@
-"""y = x W in the forms that a sparse weight can take."""
+"""y = x W^T + b with a sparse weight, in three formats: bitmask, 2:4 and packed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from models import kernels
 from models.kernels import thresholds
 from models.linear import Linear, kernels_take
 
-BOTH, CODES = 64, 16
-"""Weights, and non-zeros, that the CPU kernels take at a time; and upper bytes that have a code."""
+GROUP, CODES = 64, 16
+"""Weights that the CPU kernels read at a time; high bytes that have a code."""
 
 
 @dataclass
 class SparseLinear:
-    """The same product with a 16-bit weight held as its non-zeros and one bit per weight, for inference.
+    """A 16-bit weight held as its non-zeros and one bit per weight, for inference.
 
-    values [non-zeros] row by row; masks [out, ceil(in / 32)] int32, bit i of word j for weight 32 j + i; offsets
-    [out + 1] int64, where each row's values start. A few rows are multiplied from this form on a GPU; more of them, and
-    any number on a CPU, from a dense part at a time, so that no second copy is ever held.
+    values [non-zeros] row by row; masks [out, ceil(in / 32)] int32, bit i of word j for weight 32 j + i; offsets [out + 1] int64,
+    where each row's values start. A GPU multiplies a few rows from this format. More rows, and any number on a CPU, meet one
+    decompressed part of the weight after another, so that no second copy is held.
     """
 
     values: Tensor
@@ -54,7 +54,7 @@ class SparseLinear:
             from models.kernels import bitmask_triton
 
             return bitmask_triton.multiply(x, self.values, self.masks, self.offsets, self.bias)
-        return by_parts(x, self)
+        return multiply_by_parts(x, self)
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """The weight [rows, in], or some of its rows, as it was."""
@@ -83,7 +83,7 @@ class SparseLinear:
 
 @dataclass
 class SemiStructuredLinear:
-    """The same product with two of every four weights held, in torch's form for the 2:4 units of a GPU, for inference."""
+    """A weight with two of every four values held, in torch's format for the 2:4 units of a GPU, for inference."""
 
     weight: Tensor
     nonzeros: int
@@ -112,21 +112,21 @@ class SemiStructuredLinear:
 
 @dataclass
 class PackedLinear:
-    """The same product on a CPU with a bfloat16 weight held as a bit per weight and 12 bits per non-zero, without loss (ours).
+    """A bfloat16 weight on a CPU, held as a bit per weight and 12 bits per non-zero, without loss (ours).
 
-    Trained weights are of few magnitudes: of the upper bytes of all non-zeros, which are their signs and most of their exponents,
-    the 16 commonest are nearly all. So one is held as a code of 4 bits, and the rare others are put right by a list.
+    Trained weights have few magnitudes: nearly all high bytes (sign and most of the exponent) of the non-zeros are among the 16
+    commonest. So a high byte is held as a code of 4 bits, and the few others in a list of exceptions.
 
     masks [out, ceil(in / 64)] int64, bits 2 i and 2 i + 1 of word j for weights 64 j + i and 64 j + 32 + i. In that order and row
-    by row: lower [non-zeros + 64] uint8, the lower bytes, and codes [ceil(non-zeros / 64), 32] uint8, of 64 the first 32 in the
-    lower halves. upper [16] uint8: what codes stand for. rare [.. + 1] int64: place << 8 | upper byte where no code does, and one
-    that is behind all. starts [out + 1, 2] int64: where a row's non-zeros start, and its rare ones.
+    by row: low_bytes [non-zeros + 64] uint8, and codes [ceil(non-zeros / 64), 32] uint8, of 64 the first 32 in the lower halves.
+    codebook [16] uint8: the high byte of each code. exceptions [.. + 1] int64: index << 8 | high byte of non-zeros without a code;
+    the last is an end mark. starts [out + 1, 2] int64: where a row's non-zeros start, and its exceptions.
     """
 
-    lower: Tensor
+    low_bytes: Tensor
     codes: Tensor
-    upper: Tensor
-    rare: Tensor
+    codebook: Tensor
+    exceptions: Tensor
     masks: Tensor
     starts: Tensor
     inputs: int
@@ -140,31 +140,31 @@ class PackedLinear:
         if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
             raise ValueError(f"only bfloat16 weights on the CPU are held packed, not {weight.dtype} on {weight.device}")
         values = weight.contiguous().view(torch.int16).numpy().view(np.uint16)
-        values = np.pad(values, ((0, 0), (0, -values.shape[1] % BOTH)))
-        values = values.reshape(len(values), -1, 2, BOTH // 2).swapaxes(2, 3).reshape(len(values), -1)
+        values = np.pad(values, ((0, 0), (0, -values.shape[1] % GROUP)))
+        values = values.reshape(len(values), -1, 2, GROUP // 2).swapaxes(2, 3).reshape(len(values), -1)
         kept = values << 1 != 0  # but for the sign
         bits = np.packbits(kept, axis=1, bitorder="little")
         starts = np.append(0, np.bitwise_count(bits).sum(1, dtype=np.int64).cumsum())
-        found = values[kept]
-        upper = (found >> 8).astype(np.uint8)
-        common = np.bincount(upper, minlength=256).argsort(kind="stable")[: -CODES - 1 : -1].astype(np.uint8)
+        nonzeros = values[kept]
+        high = (nonzeros >> 8).astype(np.uint8)
+        codebook = np.bincount(high, minlength=256).argsort(kind="stable")[: -CODES - 1 : -1].astype(np.uint8)
         code_of = np.full(256, CODES, np.uint8)
-        code_of[common] = np.arange(CODES)
-        codes = code_of[upper]
-        rare = (codes == CODES).nonzero()[0]
-        codes[rare] = 0
-        first, second = np.pad(codes, (0, -len(codes) % BOTH)).reshape(-1, 2, BOTH // 2).swapaxes(0, 1)
+        code_of[codebook] = np.arange(CODES)
+        codes = code_of[high]
+        without_code = (codes == CODES).nonzero()[0]
+        codes[without_code] = 0
+        first, second = np.pad(codes, (0, -len(codes) % GROUP)).reshape(-1, 2, GROUP // 2).swapaxes(0, 1)
         tensor = torch.from_numpy
         return cls(
-            tensor(np.pad(found.astype(np.uint8), (0, BOTH))), tensor(first | second << 4), tensor(common),
-            tensor(np.append(rare << 8 | upper[rare], np.iinfo(np.int64).max)), tensor(bits.view(np.int64)),
-            tensor(np.stack([starts, rare.searchsorted(starts)], 1)), weight.shape[1], linear.bias,
+            tensor(np.pad(nonzeros.astype(np.uint8), (0, GROUP))), tensor(first | second << 4), tensor(codebook),
+            tensor(np.append(without_code << 8 | high[without_code], np.iinfo(np.int64).max)), tensor(bits.view(np.int64)),
+            tensor(np.stack([starts, without_code.searchsorted(starts)], 1)), weight.shape[1], linear.bias,
         )  # fmt: skip
 
     def __call__(self, x: Tensor) -> Tensor:
         if kernels_take(x, len(x) if kernels.has_amx() else thresholds.PACKED_AVX512) and (native := kernels.library()):
             return kernels.packed_linear(native, x, self._parts, self.bias)
-        return by_parts(x, self)
+        return multiply_by_parts(x, self)
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """The weight [rows, in], or some of its rows, as it was. Raises RuntimeError where the kernels were not built."""
@@ -177,7 +177,7 @@ class PackedLinear:
     @property
     def _parts(self) -> tuple[Tensor, ...]:
         """In the order in which the kernels take them."""
-        return self.lower, self.codes, self.upper, self.rare, self.masks, self.starts
+        return self.low_bytes, self.codes, self.codebook, self.exceptions, self.masks, self.starts
 
     @property
     def bytes(self) -> int:
@@ -189,14 +189,14 @@ class PackedLinear:
 
     @property
     def nonzeros(self) -> int:
-        return len(self.lower) - BOTH
+        return len(self.low_bytes) - GROUP
 
 
 AnyLinear = Linear | SparseLinear | SemiStructuredLinear | PackedLinear
 
 
-def by_parts(x: Tensor, matrix: SparseLinear | PackedLinear) -> Tensor:
-    """The product with one dense part of the weight after another."""
+def multiply_by_parts(x: Tensor, matrix: SparseLinear | PackedLinear) -> Tensor:
+    """The product with one decompressed part of the weight after another."""
     outputs = len(matrix.masks)
     out = x.new_empty(*x.shape[:-1], outputs)
     for first in range(0, outputs, thresholds.DENSE_PART):

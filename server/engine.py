@@ -21,7 +21,7 @@ from models.flops import flops_ratio
 from models.forward import SequenceInput, decode_input, forward, prefill_input
 from models.kv_cache import KVCache, RequestCache
 from models.route import Route
-from models.vision.clip import ImageFeatures
+from models.vision.features import ImageFeatures
 from pruning.dynamic.levels import AUTO, Level, expected_rows, make_route, menu_of, worthwhile_level
 from pruning.dynamic.router import Reading, RouterFailed, read_request, words
 from pruning.dynamic.router_file import load_router

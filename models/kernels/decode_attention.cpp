@@ -1,7 +1,7 @@
-// Attention of one new row of each request over its keys and values, in bfloat16 with float32 sums.
+// Decode attention: one new row of each request over its keys and values, in bfloat16 with float32 sums.
 //
-// torch takes several calls a request for this, each of which wakes threads for microseconds of work: at 16 requests of 200 rows
-// they took half of a decoding step. Here a layer is one call; a request's heads that share keys are one piece of work.
+// One call a layer; the heads of a request that share keys are one task. torch takes several calls a request, each of which wakes
+// threads for microseconds of work: half of a decoding step at 16 requests of 200 rows.
 
 #include <cstdint>
 
@@ -13,28 +13,29 @@
 
 #include "floats.h"
 
-// One request's rows in a layer; the wrapper lays these out as six 64-bit words.
-struct Seen {
+// One request's keys and values in a layer, as __init__.py lays them out: six 64-bit words.
+struct RequestKV {
   const bf16* keys;    // [kv_heads, length, dim], rows without gaps
   const bf16* values;  // the same
   const bf16* bias;    // [length], added to the scores, or null
   int64_t length;
-  int64_t key_heads;   // values from one head's keys to the next one's
-  int64_t value_heads;
+  int64_t key_stride;  // from one head to the next
+  int64_t value_stride;
 };
 
 namespace {
 
-// Eight dot products, whose last additions are shared: G queries by 8 / G keys, query after query for each key.
+// Eight dot products that share their last additions: of G queries and 8 / G keys, [key, query].
 template <int G>
-WIDE_INLINE __m256 dots(const bf16* query, const bf16* const (&keys)[8 / G], int64_t dim) {
+AVX512_INLINE __m256 dots(const bf16* query, const bf16* const (&keys)[8 / G], int64_t dim) {
   __m512 s[8];
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) s[j] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < dim; i += 2 * FLOATS)
+  for (int64_t i = 0; i < dim; i += 2 * FLOAT_LANES)
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j)
-      s[j] = _mm512_dpbf16_ps(s[j], (__m512bh)_mm512_loadu_si512(query + j % G * dim + i), (__m512bh)_mm512_loadu_si512(keys[j / G] + i));
+      s[j] = _mm512_dpbf16_ps(s[j], (__m512bh)_mm512_loadu_si512(query + j % G * dim + i),
+                              (__m512bh)_mm512_loadu_si512(keys[j / G] + i));
 #pragma GCC unroll 4
   for (int j = 0; j < 8; j += 2) s[j] = _mm512_add_ps(_mm512_unpacklo_ps(s[j], s[j + 1]), _mm512_unpackhi_ps(s[j], s[j + 1]));
 #pragma GCC unroll 2
@@ -47,25 +48,25 @@ WIDE_INLINE __m256 dots(const bf16* query, const bf16* const (&keys)[8 / G], int
   return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
-// Scores [length], padded to whole registers with minus infinity, to their exponentials; returns what these add up to.
-WIDE_INLINE float exponentials(float* scores, int64_t length) {
-  __m512 most = _mm512_loadu_ps(scores), sum = _mm512_setzero_ps();
-  for (int64_t t = 0; t < length; t += FLOATS) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + t));
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-  for (int64_t t = 0; t < length; t += FLOATS) {
+// Replaces scores [length], padded to whole registers with -inf, by the exponentials of softmax; returns their sum.
+AVX512_INLINE float exponentiate(float* scores, int64_t length) {
+  __m512 largest = _mm512_loadu_ps(scores), sum = _mm512_setzero_ps();
+  for (int64_t t = 0; t < length; t += FLOAT_LANES) largest = _mm512_max_ps(largest, _mm512_loadu_ps(scores + t));
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  for (int64_t t = 0; t < length; t += FLOAT_LANES) {
     const __m512 x = _mm512_loadu_ps(scores + t);
     const __mmask16 there = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
-    const __m512 e = _mm512_maskz_mov_ps(there, exponential(_mm512_sub_ps(x, top)));
+    const __m512 e = _mm512_maskz_mov_ps(there, exp_nonpositive(_mm512_sub_ps(x, top)));
     sum = _mm512_add_ps(sum, e);
     _mm512_storeu_ps(scores + t, e);
   }
   return _mm512_reduce_add_ps(sum);
 }
 
-// D registers of each row of values, weighed by the scores of G queries.
+// Weighted sums of D registers of each row of values, for G queries.
 template <int G, int D>
-WIDE_INLINE void mix(const bf16* values, const float* scores, int64_t length, int64_t padded, int64_t dim, const __m512 (&share)[G],
-                     bf16* out) {
+AVX512_INLINE void weighted_sum(const bf16* values, const float* scores, int64_t length, int64_t padded, int64_t dim,
+                                const __m512 (&inverse_sum)[G], bf16* out) {
   __m512 sums[G][D];
 #pragma GCC unroll 8
   for (int g = 0; g < G; ++g)
@@ -74,7 +75,7 @@ WIDE_INLINE void mix(const bf16* values, const float* scores, int64_t length, in
   for (int64_t t = 0; t < length; ++t) {
     __m512 row[D];
 #pragma GCC unroll 8
-    for (int d = 0; d < D; ++d) row[d] = widen_all(values + t * dim + d * FLOATS, WHOLE);
+    for (int d = 0; d < D; ++d) row[d] = load_floats(values + t * dim + d * FLOAT_LANES, ALL_LANES);
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g)
 #pragma GCC unroll 8
@@ -83,48 +84,49 @@ WIDE_INLINE void mix(const bf16* values, const float* scores, int64_t length, in
 #pragma GCC unroll 8
   for (int g = 0; g < G; ++g)
 #pragma GCC unroll 8
-    for (int d = 0; d < D; ++d) narrow_all(out + g * dim + d * FLOATS, _mm512_mul_ps(sums[g][d], share[g]), WHOLE);
+    for (int d = 0; d < D; ++d) store_floats(out + g * dim + d * FLOAT_LANES, _mm512_mul_ps(sums[g][d], inverse_sum[g]), ALL_LANES);
 }
 
-// A head's keys and values, for G of the queries that share them; `scores` has room for [G, padded length].
+// Attention of G queries that share a head's keys and values; `scores` has room for [G, padded length].
 template <int G>
-WIDE void attend(const Seen& seen, const bf16* keys, const bf16* values, const bf16* query, int64_t dim, float scale, float* scores,
-                 bf16* out) {
+AVX512 void attend(const RequestKV& kv, const bf16* keys, const bf16* values, const bf16* query, int64_t dim, float scale,
+                   float* scores, bf16* out) {
   constexpr int T = 8 / G;
-  const int64_t length = seen.length, padded = (length + FLOATS - 1) / FLOATS * FLOATS;
+  const int64_t length = kv.length, padded = (length + FLOAT_LANES - 1) / FLOAT_LANES * FLOAT_LANES;
   for (int64_t t = 0; t < length; t += T) {
     const bf16* some[T];
     for (int i = 0; i < T; ++i) some[i] = keys + std::min(t + i, length - 1) * dim;
     alignas(32) float found[8];
     _mm256_store_ps(found, dots<G>(query, some, dim));
     for (int i = 0; i < std::min<int64_t>(T, length - t); ++i) {
-      const float bias = seen.bias ? widen(seen.bias[t + i]) : 0.0f;
+      const float bias = kv.bias ? to_float(kv.bias[t + i]) : 0.0f;
       for (int g = 0; g < G; ++g) scores[g * padded + t + i] = scale * found[i * G + g] + bias;
     }
   }
-  __m512 share[G];
+  __m512 inverse_sum[G];
   for (int g = 0; g < G; ++g) {
     std::fill(scores + g * padded + length, scores + (g + 1) * padded, -INFINITY);
-    share[g] = _mm512_set1_ps(1.0f / exponentials(scores + g * padded, length));
+    inverse_sum[g] = _mm512_set1_ps(1.0f / exponentiate(scores + g * padded, length));
   }
-  constexpr int MOST = G == 1 ? 8 : 16 / G;  // registers of values: their sums for all queries take 8 or 16
+  constexpr int MOST = G == 1 ? 8 : 16 / G;  // registers of values at once: the sums of all queries then take 8 or 16
   int64_t i = 0;
-  for (; i + MOST * FLOATS <= dim; i += MOST * FLOATS) mix<G, MOST>(values + i, scores, length, padded, dim, share, out + i);
-  for (; i < dim; i += 2 * FLOATS) mix<G, 2>(values + i, scores, length, padded, dim, share, out + i);
+  for (; i + MOST * FLOAT_LANES <= dim; i += MOST * FLOAT_LANES)
+    weighted_sum<G, MOST>(values + i, scores, length, padded, dim, inverse_sum, out + i);
+  for (; i < dim; i += 2 * FLOAT_LANES) weighted_sum<G, 2>(values + i, scores, length, padded, dim, inverse_sum, out + i);
 }
 
-using Attend = void (*)(const Seen&, const bf16*, const bf16*, const bf16*, int64_t, float, float*, bf16*);
+using Attend = void (*)(const RequestKV&, const bf16*, const bf16*, const bf16*, int64_t, float, float*, bf16*);
 
-// Queries that are taken together: as many as divide a group, up to eight.
-int together(int64_t group) { return group % 8 == 0 ? 8 : group % 4 == 0 ? 4 : group % 2 == 0 ? 2 : 1; }
+// Queries of a group that are computed together: 8, 4, 2 or 1.
+int queries_at_once(int64_t group) { return group % 8 == 0 ? 8 : group % 4 == 0 ? 4 : group % 2 == 0 ? 2 : 1; }
 
 }  // namespace
 
-// query [requests, heads, dim], rows `apart` values apart, to out [requests, heads, dim]; dim a multiple of 32.
-extern "C" void decode_attention(const bf16* query, int64_t apart, const Seen* seen, bf16* out, int64_t requests, int64_t heads,
-                       int64_t kv_heads, int64_t dim, float scale, int threads) {
+// query and out [requests, heads, dim], queries query_stride values apart; dim is a multiple of 32.
+extern "C" void decode_attention(const bf16* query, int64_t query_stride, const RequestKV* kv, bf16* out, int64_t requests,
+                                 int64_t heads, int64_t kv_heads, int64_t dim, float scale, int threads) {
   const int64_t group = heads / kv_heads;
-  const int some = together(group);
+  const int some = queries_at_once(group);
   const Attend attend_some = some == 8 ? attend<8> : some == 4 ? attend<4> : some == 2 ? attend<2> : attend<1>;
 #pragma omp parallel num_threads(threads)
   {
@@ -132,10 +134,10 @@ extern "C" void decode_attention(const bf16* query, int64_t apart, const Seen* s
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t r = 0; r < requests; ++r)
       for (int64_t h = 0; h < kv_heads; ++h) {
-        const Seen& own = seen[r];
-        scratch.resize(std::max<size_t>(scratch.size(), some * (own.length + FLOATS)));
+        const RequestKV& own = kv[r];
+        scratch.resize(std::max<size_t>(scratch.size(), some * (own.length + FLOAT_LANES)));
         for (int64_t at = h * group * dim; at < (h + 1) * group * dim; at += some * dim)
-          attend_some(own, own.keys + h * own.key_heads, own.values + h * own.value_heads, query + r * apart + at, dim, scale,
+          attend_some(own, own.keys + h * own.key_stride, own.values + h * own.value_stride, query + r * query_stride + at, dim, scale,
                       scratch.data(), out + r * heads * dim + at);
       }
   }

@@ -1,5 +1,5 @@
 // bfloat16 to float32 and back, one value or sixteen at a time.
-// Only what is marked uses the wide instructions, so the library loads and answers `supported` on any x86-64.
+// Only functions marked AVX512 use its instructions, so the library loads on any x86-64 and says there whether it is supported.
 
 #pragma once
 
@@ -8,28 +8,28 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics
 #include <immintrin.h>
 
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2,popcnt")))
-#define WIDE_INLINE WIDE __attribute__((always_inline)) inline
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2,popcnt")))
+#define AVX512_INLINE AVX512 __attribute__((always_inline)) inline
 
 using bf16 = uint16_t;
 
-constexpr int64_t FLOATS = 16;  // in a register
-constexpr __mmask16 WHOLE = 0xffff;
+constexpr int64_t FLOAT_LANES = 16;  // in a register
+constexpr __mmask16 ALL_LANES = 0xffff;
 
-WIDE_INLINE float widen(bf16 value) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(uint32_t(value) << 16))); }
+AVX512_INLINE float to_float(bf16 value) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(uint32_t(value) << 16))); }
 
-WIDE_INLINE bf16 narrow(float value) { return bf16(_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)))); }
+AVX512_INLINE bf16 to_bf16(float value) { return bf16(_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)))); }
 
-WIDE_INLINE __m512 widen_all(const bf16* at, __mmask16 lanes) {
+AVX512_INLINE __m512 load_floats(const bf16* at, __mmask16 lanes) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, at)), 16));
 }
 
-WIDE_INLINE void narrow_all(bf16* at, __m512 values, __mmask16 lanes) {
+AVX512_INLINE void store_floats(bf16* at, __m512 values, __mmask16 lanes) {
   _mm256_mask_storeu_epi16(at, lanes, (__m256i)_mm512_cvtneps_pbh(values));
 }
 
-// e^x for x <= 0, and not a number for one that is none: 2^n times a polynomial (Taylor's, of ln 2 times what is left of n), good to 2e-6.
-WIDE_INLINE __m512 exponential(__m512 x) {
+// e^x for x <= 0, NaN for NaN; relative error 2e-6. 2^n times the Taylor polynomial of the remainder.
+AVX512_INLINE __m512 exp_nonpositive(__m512 x) {
   const __m512 scaled = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-87.0f), x), _mm512_set1_ps(1.44269504f));
   const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT);
   const __m512 t = _mm512_mul_ps(_mm512_sub_ps(scaled, whole), _mm512_set1_ps(0.69314718f));

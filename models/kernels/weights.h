@@ -1,4 +1,4 @@
-// What is multiplied, and how a weight is read: 64 values of a row at a time, dense as torch holds them or packed.
+// The operands of a product, and readers of a dense or a packed weight: 64 values of a row at a time.
 
 #pragma once
 
@@ -8,10 +8,11 @@
 
 #include "floats.h"
 
-constexpr int64_t LANES = 32;         // weights a register holds
-constexpr int64_t BOTH = 2 * LANES;   // weights that are read at a time
-constexpr int64_t SERIAL = 64 << 10;  // weights below which waking other threads costs more than they save
+constexpr int64_t BF16_LANES = 32;               // in a register
+constexpr int64_t PAIR_LANES = 2 * BF16_LANES;   // in the two registers that are read at a time
+constexpr int64_t MIN_PARALLEL_WORK = 64 << 10;  // weights below which more threads cost more than they save
 
+// y = x W^T + bias.
 struct Product {
   const bf16* x;     // [rows, k]
   const bf16* bias;  // [n], or null
@@ -19,69 +20,70 @@ struct Product {
   int64_t rows, k, n;
 };
 
-// The next 64 values of a row.
-struct Two {
+// 64 consecutive values of a row of W.
+struct Pair {
   __m512i first, second;
 };
 
-// Each load asks for what lies `ahead` bytes behind it, which will be read soon; what else will be read is asked for by `Ask`.
+// Dense and Packed have the same members, so that the kernels are templates over them. RowReader::next reads 64 values and prefetches
+// `prefetch_bytes` further on; Prefetcher fetches what a packed weight keeps beside them.
 
 struct Dense {
   const bf16* weights;  // [n, k]
   int64_t k;
 
-  struct Row {
+  struct RowReader {
     const bf16* at;
 
-    WIDE_INLINE Two next(__mmask64 lanes, int64_t, int64_t ahead) {
-      const Two w{_mm512_maskz_loadu_epi16(__mmask32(lanes), at), _mm512_maskz_loadu_epi16(__mmask32(lanes >> LANES), at + LANES)};
-      _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(at + LANES) + ahead, _MM_HINT_T1);
-      at += BOTH;
+    AVX512_INLINE Pair next(__mmask64 lanes, int64_t, int64_t prefetch_bytes) {
+      const Pair w{_mm512_maskz_loadu_epi16(__mmask32(lanes), at),
+                   _mm512_maskz_loadu_epi16(__mmask32(lanes >> BF16_LANES), at + BF16_LANES)};
+      _mm_prefetch(reinterpret_cast<const char*>(at) + prefetch_bytes, _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(at + BF16_LANES) + prefetch_bytes, _MM_HINT_T1);
+      at += PAIR_LANES;
       return w;
     }
   };
 
-  struct Ask {
+  struct Prefetcher {
     void step() {}
   };
 
-  // Rows that are worked on at once with so many rows of x: no more than sums find registers for, nor than pay.
-  static constexpr int together(int rows) { return rows <= 3 ? 1 : rows == 4 ? 4 : 3; }
-  Row open(int64_t o) const { return {weights + o * k}; }
-  Ask ask(int64_t, int64_t, int64_t) const { return {}; }
+  // Rows of W that a block takes together for so many rows of x. Their sums must fit the registers.
+  static constexpr int rows_at_once(int rows) { return rows <= 3 ? 1 : rows == 4 ? 4 : 3; }
+  RowReader reader(int64_t o) const { return {weights + o * k}; }
+  Prefetcher prefetcher(int64_t, int64_t, int64_t) const { return {}; }
   int64_t start(int64_t) const { return 0; }
-  int64_t end(const Row&, int64_t) const { return 0; }
-  WIDE_INLINE int64_t unpack(const Row&, int64_t, int64_t, uint8_t*) const { return 0; }
+  int64_t end(const RowReader&, int64_t) const { return 0; }
+  AVX512_INLINE int64_t decode_high_bytes(const RowReader&, int64_t, int64_t, uint8_t*) const { return 0; }
   int64_t bytes(int64_t first, int64_t last) const { return (last - first) * k * 2; }
 };
 
-// The non-zeros of W in 12 bits each, without loss. The lower byte of a value is held as it is. The upper one, its sign and all but
-// the last bit of its exponent, is one of the 16 commonest but for a few in a hundred thousand, so that a code of 4 bits says which,
-// and those few are put right when the codes of some rows are unpacked, before these are read.
+// The non-zeros of W in 12 bits each, without loss: a low byte, and a 4-bit code for the high byte (sign and most of the exponent),
+// which is nearly always one of 16. The others, a few in a hundred thousand, are exceptions: patched when a row's codes are decoded.
 //
-// Bytes are expanded to their places and not values: of 64 lower and 64 upper bytes the even ones belong to the first 32 values and
-// the odd ones to the others, so that shifts put them together, which run beside the shuffles that expanding needs. (Unpacking
-// values and expanding those took 1.2 times as long at one row.)
+// Low and high bytes are expanded to their places separately, then merged by shifts. Of 64 bytes the even ones belong to the first 32
+// values and the odd ones to the others, so the shifts run beside the shuffles of the expansion. (Merging first and expanding values
+// took 1.2 times as long at one row.)
 struct Packed {
-  const uint8_t* lower;    // of the non-zeros, row after row, and BOTH more that may be read
-  const uint8_t* codes;    // of 64 non-zeros 32 bytes: the lower halves are of the first 32
-  const uint8_t* upper;    // [16], what the codes stand for
-  const int64_t* rare;     // ascending, place << 8 | upper byte of non-zeros that no code stands for; behind the last, INT64_MAX
-  const uint64_t* masks;   // [n, pairs], bit 2 i (+ 1) of pair j for weight 64 j + i (+ 32); none set beyond k
-  const int64_t* starts;   // [n + 1, 2], where each row's non-zeros start and its rare ones
+  const uint8_t* low_bytes;   // of the non-zeros, row after row, and PAIR_LANES more that may be read
+  const uint8_t* codes;       // 32 bytes for 64 non-zeros: lower halves for the first 32, upper halves for the others
+  const uint8_t* codebook;    // [16], the high byte of each code
+  const int64_t* exceptions;  // ascending, index << 8 | high byte of non-zeros without a code; INT64_MAX ends them
+  const uint64_t* masks;      // [n, pairs], bit 2 i (+ 1) of pair j for weight 64 j + i (+ 32); none set beyond k
+  const int64_t* starts;      // [n + 1, 2], where each row's non-zeros start, and its exceptions
   int64_t pairs;
 
-  struct Row {
-    const uint8_t* at;  // of `lower`
+  struct RowReader {
+    const uint8_t* at;  // in low_bytes
     const uint64_t* mask;
-    const int64_t* rare;
+    const int64_t* exceptions;
 
-    // `apart`: how far the unpacked upper bytes lie behind the lower ones.
-    WIDE_INLINE Two next(__mmask64, int64_t apart, int64_t ahead) {
+    // high_offset: bytes from a low byte to its decoded high byte.
+    AVX512_INLINE Pair next(__mmask64, int64_t high_offset, int64_t prefetch_bytes) {
       const __m512i low = _mm512_maskz_expand_epi8(*mask, _mm512_loadu_si512(at));
-      const __m512i up = _mm512_maskz_expand_epi8(*mask, _mm512_loadu_si512(at + apart));
-      _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T1);
+      const __m512i up = _mm512_maskz_expand_epi8(*mask, _mm512_loadu_si512(at + high_offset));
+      _mm_prefetch(reinterpret_cast<const char*>(at) + prefetch_bytes, _MM_HINT_T1);
       at += __builtin_popcountll(*mask++);
       const __m512i even = _mm512_set1_epi16(0xff);
       constexpr int SELECT = 0xca;  // where the first has ones the second, else the third
@@ -90,66 +92,66 @@ struct Packed {
     }
   };
 
-  // Asks for as many codes and masks as are behind those of some rows, evenly over `steps`.
-  struct Ask {
+  // Fetches the codes and masks of the next rows, evenly over the steps of these.
+  struct Prefetcher {
     const char *code, *mask;
     int64_t codes, masks;  // bytes a step
 
-    WIDE_INLINE void step() {
+    AVX512_INLINE void step() {
       _mm_prefetch(code, _MM_HINT_T1);
       _mm_prefetch(mask, _MM_HINT_T1);
       code += codes, mask += masks;
     }
   };
 
-  Ask ask(int64_t first, int64_t last, int64_t steps) const {
+  Prefetcher prefetcher(int64_t first, int64_t last, int64_t steps) const {
     const int64_t held = (last - first) * pairs * int64_t(sizeof(uint64_t));
     return {reinterpret_cast<const char*>(codes + start(last) / 2), reinterpret_cast<const char*>(masks + last * pairs),
             bytes(first, last) / 2 / steps + 1, held / steps + 1};
   }
 
-  // As in `Dense`; what unpacking costs is shared by the rows of a block.
-  static constexpr int together(int rows) { return rows <= 4 ? 4 : 3; }
-  Row open(int64_t o) const { return {lower + starts[2 * o], masks + o * pairs, rare + starts[2 * o + 1]}; }
+  // As in Dense; the rows of a block share the cost of decoding.
+  static constexpr int rows_at_once(int rows) { return rows <= 4 ? 4 : 3; }
+  RowReader reader(int64_t o) const { return {low_bytes + starts[2 * o], masks + o * pairs, exceptions + starts[2 * o + 1]}; }
   int64_t start(int64_t o) const { return starts[2 * o]; }
 
-  // Where the row's next `count` pairs end.
-  int64_t end(const Row& row, int64_t count) const {
-    int64_t place = row.at - lower;
+  // Index of the first non-zero after the row's next `count` pairs.
+  int64_t end(const RowReader& row, int64_t count) const {
+    int64_t place = row.at - low_bytes;
     for (int64_t pair = 0; pair < count; ++pair) place += __builtin_popcountll(row.mask[pair]);
     return place;
   }
 
-  // Unpacks upper bytes from where the row is to `end`, to `scratch`, and asks for codes that many bytes ahead, unless that is 0.
-  // Returns how far they lie behind the lower ones.
-  WIDE_INLINE int64_t unpack(const Row& row, int64_t end, int64_t ahead, uint8_t* scratch) const {
-    // The table stands in its register four times, so that of a code's byte only the lowest four bits count.
-    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(upper)));
+  // Decodes the high bytes of the non-zeros from the reader's to `end` into `scratch`. Prefetches codes unless prefetch_bytes is 0.
+  // Returns high_offset.
+  AVX512_INLINE int64_t decode_high_bytes(const RowReader& row, int64_t end, int64_t prefetch_bytes, uint8_t* scratch) const {
+    // The codebook is repeated four times in its register, so only the lowest four bits of an index count.
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
     const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
-    const int64_t first = (row.at - lower) / BOTH * BOTH;
+    const int64_t first = (row.at - low_bytes) / PAIR_LANES * PAIR_LANES;
     const uint8_t* code = codes + first / 2;
-    for (int64_t place = 0; place < end - first; place += BOTH, code += LANES) {
+    for (int64_t place = 0; place < end - first; place += PAIR_LANES, code += BF16_LANES) {
       const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(code)));
       _mm512_storeu_si512(scratch + place, _mm512_permutexvar_epi8(_mm512_srlv_epi16(both, shifts), table));
-      if (ahead) _mm_prefetch(reinterpret_cast<const char*>(code) + ahead, _MM_HINT_T1);
+      if (prefetch_bytes) _mm_prefetch(reinterpret_cast<const char*>(code) + prefetch_bytes, _MM_HINT_T1);
     }
-    for (const int64_t* one = row.rare; *one >> 8 < end; ++one)
+    for (const int64_t* one = row.exceptions; *one >> 8 < end; ++one)
       if (*one >> 8 >= first) scratch[(*one >> 8) - first] = uint8_t(*one);
-    return scratch - (lower + first);
+    return scratch - (low_bytes + first);
   }
 
-  int64_t bytes(int64_t first, int64_t last) const { return starts[2 * last] - starts[2 * first]; }  // the lower ones
+  int64_t bytes(int64_t first, int64_t last) const { return starts[2 * last] - starts[2 * first]; }  // low ones
 };
 
-// Bytes that are enough to unpack a row of k.
-inline int64_t unpacked(int64_t k) { return (k + 3 * BOTH - 1) / BOTH * BOTH; }
+// Scratch bytes for the high bytes of a row of k.
+inline int64_t decoded_bytes(int64_t k) { return (k + 3 * PAIR_LANES - 1) / PAIR_LANES * PAIR_LANES; }
 
-// Grows and never shrinks: what one product needed the next one like it finds.
+// Memory that a thread keeps between products; it only grows.
 struct Buffer {
   char* at = nullptr;
   int64_t size = 0;
 
-  char* of(int64_t wanted) {
+  char* reserve(int64_t wanted) {
     if (wanted > size) {
       std::free(at);
       size = (wanted + 4095) / 4096 * 4096;
@@ -160,12 +162,10 @@ struct Buffer {
   ~Buffer() { std::free(at); }
 };
 
-// Of two words of which `left` inputs are still there.
-inline __mmask64 both_of(int64_t left) { return left >= BOTH ? ~0ull : left > 0 ? (1ull << left) - 1 : 0; }
+// Mask of a pair, and of a word of 32, when `left` inputs remain.
+inline __mmask64 pair_mask(int64_t left) { return left >= PAIR_LANES ? ~0ull : left > 0 ? (1ull << left) - 1 : 0; }
 
-inline int64_t pairs_for(int64_t k) { return (k + BOTH - 1) / BOTH; }
+inline __mmask32 lane_mask(int64_t left) { return left >= BF16_LANES ? ~0u : left > 0 ? (1u << left) - 1 : 0; }
 
-// Of a word of which `left` inputs are still there.
-inline __mmask32 lanes_of(int64_t left) { return left >= LANES ? ~0u : left > 0 ? (1u << left) - 1 : 0; }
-
-inline int64_t words_for(int64_t k) { return (k + LANES - 1) / LANES; }
+inline int64_t pair_count(int64_t k) { return (k + PAIR_LANES - 1) / PAIR_LANES; }
+inline int64_t word_count(int64_t k) { return (k + BF16_LANES - 1) / BF16_LANES; }

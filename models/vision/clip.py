@@ -1,28 +1,25 @@
-"""The CLIP vision tower and the projector: pixels to visual tokens, and how much the class token looks at each.
+"""The CLIP vision tower: its features, and the class token's attention to each patch.
 
-Only the layers below the feature layer run: LLaVA-1.5 reads the output of the last layer but one, and its last layer,
-the final norm and the pooling are never computed.
+Only the layers up to the feature layer run. LLaVA-1.5 reads the output of the last layer but one, so the last layer, the final
+norm and the pooling are never computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaConfig
-from transformers.activations import ACT2FN
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from models.attention import attend
-from models.linear import Linear
-from models.ops import quick_gelu
+from models.layer_shapes import layer_shapes
+from models.linear import Linear, fuse
+from models.vision.features import ImageFeatures, activate
 
-ALIGN = 8
-"""Rows of the vision tower are a multiple of this."""
-TOGETHER = 2
-"""Images that a CPU encodes at once: four to sixteen of them took up to 1.25 times as long each, one 1.05 times."""
+ROW_MULTIPLE = 8
+"""Rows are padded to a multiple of this: CPU products lose a fifth of their rate at row counts like 577."""
 
 
 @dataclass
@@ -36,70 +33,62 @@ class EncoderLayer:
 
 
 @dataclass
-class ImageFeatures:
-    """`tokens` [images, visual_tokens, width of the text model]; `attention` [images, visual_tokens], rows sum to at most 1."""
-
-    tokens: Tensor
-    attention: Tensor
-
-
-@dataclass
-class VisionTower:
+class ClipTower:
     config: LlavaConfig
     patch_embedding: Tensor  # [width, 3, patch, patch]
     class_embedding: Tensor  # [width]
     position_embedding: Tensor  # [1 + patches, width]
     pre_norm: tuple[Tensor, Tensor]
     layers: list[EncoderLayer]
-    projector: tuple[Linear, Linear]
 
     def __call__(self, pixels: Tensor) -> ImageFeatures:
-        """Encode `pixels` [images, 3, height, width], normalised, in the model's dtype."""
-        if pixels.device.type == "cpu" and len(pixels) > TOGETHER:
-            found = [self(part) for part in pixels.split(TOGETHER)]
-            return ImageFeatures(torch.cat([one.tokens for one in found]), torch.cat([one.attention for one in found]))
         config, clip = self.config, self.config.vision_config
         images, width = len(pixels), clip.hidden_size
         patches = F.conv2d(pixels, self.patch_embedding, stride=clip.patch_size).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_embedding.expand(images, 1, -1), patches], dim=1).add_(self.position_embedding)
         rows = tokens.shape[1]
-        # CPU matrix products lose a fifth of their rate at row counts like 577; up to seven spare rows win it back.
-        x = F.pad(tokens.view(-1, width), (0, 0, 0, -images * rows % ALIGN))
+        x = F.pad(tokens.view(-1, width), (0, 0, 0, -images * rows % ROW_MULTIPLE))
         x = F.layer_norm(x, (width,), *self.pre_norm, clip.layer_norm_eps)
-        wanted = feature_layers(config)
-        taken: dict[int, Tensor] = {}
+        wanted, outputs = feature_layers(config), {}
         attention = torch.empty(0)
         for index, layer in enumerate(self.layers, 1):
             x, attention = self._layer(x, layer, images, rows, last=index == len(self.layers))
             if index in wanted:
-                taken[index] = x[: images * rows].view(images, rows, width)
-        features = torch.cat([taken[i] for i in wanted], dim=-1) if len(wanted) > 1 else taken[wanted[0]]
+                outputs[index] = x[: images * rows].view(images, rows, width)
+        features = torch.cat([outputs[i] for i in wanted], dim=-1) if len(wanted) > 1 else outputs[wanted[0]]
         if config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
-        else:  # "full" keeps the class token as a visual token; it must never be dropped
-            attention = F.pad(attention, (1, 0), value=1.0)
-        first, second = self.projector
-        return ImageFeatures(second(activate(first(features), config.projector_hidden_act)), attention)
+            return ImageFeatures(features[:, 1:], attention)
+        # "full" keeps the class token as a visual token, which must never be dropped.
+        return ImageFeatures(features, F.pad(attention, (1, 0), value=1.0))
 
     def _layer(self, x: Tensor, layer: EncoderLayer, images: int, rows: int, *, last: bool) -> tuple[Tensor, Tensor]:
-        """One layer on packed rows [images * rows + spare, width]; with the class token's attention [images, patches] if `last`."""
+        """One layer on packed rows [images * rows + padding, width]; of the `last` one also the class token's attention."""
         clip = self.config.vision_config
         width = x.shape[-1]
         dim = width // clip.num_attention_heads
         qkv = layer.qkv(F.layer_norm(x, (width,), *layer.norm1, clip.layer_norm_eps))
         heads = qkv.shape[1] // (3 * dim)  # structured pruning may leave a layer fewer of them
         mixed = x.new_zeros(len(x), heads * dim)
-        looks = []
+        attention = []
         for image in range(images):
             here = slice(image * rows, (image + 1) * rows)
             query, key, value = qkv[here].view(rows, 3, heads, dim).unbind(1)
             keys, values = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
             mixed[here] = attend(query, keys, values, scale=dim**-0.5, causal=False).reshape(rows, -1)
             if last:
-                looks.append(class_attention(query[0], keys))
+                attention.append(class_attention(query[0], keys))
         x = layer.out(mixed).add_(x)
         hidden = activate(layer.up(F.layer_norm(x, (width,), *layer.norm2, clip.layer_norm_eps)), clip.hidden_act)
-        return layer.down(hidden).add_(x), torch.stack(looks) if last else torch.empty(0)
+        return layer.down(hidden).add_(x), torch.stack(attention) if last else torch.empty(0)
+
+    def linears(self) -> dict[str, Linear]:
+        return {f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(self.layers) for name in ("qkv", "out", "up", "down")}
+
+
+def visual_tokens(config: LlavaConfig) -> int:
+    """Of one image."""
+    clip = config.vision_config
+    return int((clip.image_size // clip.patch_size) ** 2) + (config.vision_feature_select_strategy == "full")
 
 
 def feature_layers(config: LlavaConfig) -> list[int]:
@@ -115,8 +104,40 @@ def class_attention(query: Tensor, keys: Tensor) -> Tensor:
     return logits.softmax(-1).mean(0)[1:]
 
 
-def activate(x: Tensor, name: str) -> Tensor:
-    if name == "quick_gelu":
-        return quick_gelu(x)
-    activation: Callable[[Tensor], Tensor] = ACT2FN[name]
-    return activation(x)
+def check_supported(config: LlavaConfig) -> None:
+    """Raise ValueError for layers or features that the tower does not have."""
+    layer_shapes(config.vision_config)
+    if config.vision_feature_select_strategy not in ("default", "full"):
+        raise ValueError(f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} is not known")
+    layers = config.vision_config.num_hidden_layers
+    chosen = config.vision_feature_layer
+    for layer in [chosen] if isinstance(chosen, int) else chosen:
+        if layer == 0 or not -layers <= layer <= layers:
+            raise ValueError(f"vision_feature_layer {layer} names no layer of a tower of {layers}")
+
+
+def from_transformers(model: LlavaForConditionalGeneration) -> ClipTower:
+    """Take the tower's weights out of a transformers model; layers above the feature layer are freed."""
+    tower = model.model.vision_tower
+    used = max(feature_layers(model.config))
+    layers = [
+        EncoderLayer(
+            norm1=(layer.layer_norm1.weight.detach(), layer.layer_norm1.bias.detach()),
+            qkv=fuse(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+            out=fuse(layer.self_attn.out_proj),
+            norm2=(layer.layer_norm2.weight.detach(), layer.layer_norm2.bias.detach()),
+            up=fuse(layer.mlp.fc1),
+            down=fuse(layer.mlp.fc2),
+        )
+        for layer in tower.encoder.layers[:used]
+    ]
+    del tower.encoder.layers[used:]
+    embeddings = tower.embeddings
+    return ClipTower(
+        config=model.config,
+        patch_embedding=embeddings.patch_embedding.weight.detach(),
+        class_embedding=embeddings.class_embedding.detach(),
+        position_embedding=embeddings.position_embedding.weight.detach(),
+        pre_norm=(tower.pre_layrnorm.weight.detach(), tower.pre_layrnorm.bias.detach()),
+        layers=layers,
+    )

@@ -10,7 +10,7 @@ import torch
 
 from models.manifest import Manifest
 from models.route import Route
-from models.vision.clip import ImageFeatures
+from models.vision.features import ImageFeatures
 from pruning.dynamic.router import Reading
 from pruning.dynamic.router_file import RouterRecord
 from pruning.dynamic.token_merging import TokenPolicy, keep_tokens

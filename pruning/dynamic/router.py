@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.llava import Llava
-from models.vision.clip import ImageFeatures
+from models.vision.features import ImageFeatures
 from pruning.dynamic.token_merging import Kept, euclidean, farthest_first, means, members, replaced
 
 PERIOD = 100.0

@@ -173,7 +173,7 @@ def test_shared_weights_are_held_once():
     model = share_weights(reference)
     assert sum(parameter.nbytes for parameter in reference.parameters()) == before
     fused = {matrix.weight.untyped_storage().data_ptr() for matrix in model.linears().values()}
-    unused = reference.model.vision_tower.encoder.layers[len(model.vision.layers) :]
+    unused = reference.model.vision_tower.encoder.layers[len(model.vision.tower.layers) :]
     own = {id(parameter) for parameter in unused.parameters()}
     matrices = [module.weight for module in reference.modules() if isinstance(module, torch.nn.Linear)]
     assert all(weight.untyped_storage().data_ptr() in fused for weight in matrices if id(weight) not in own)

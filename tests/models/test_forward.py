@@ -97,7 +97,7 @@ def test_image_features_match_transformers(layer, strategy):
 
 def test_unused_vision_layers_are_not_computed():
     _, model = pair()
-    assert len(model.vision.layers) == 2  # of three; the feature layer is -2
+    assert len(model.vision.tower.layers) == 2  # of three; the feature layer is -2
 
 
 def routes() -> dict[str, Route]:
@@ -113,7 +113,7 @@ def routes() -> dict[str, Route]:
     }
 
 
-def test_mixed_routes_and_lengths_in_one_batch_answer_as_each_alone():
+def test_a_mixed_batch_answers_as_each_request_alone():
     _, model = pair()
     asked = [(prompt(1, 3 + i, seed=i), pixels(1, seed=i), route) for i, route in enumerate(routes().values())]
     asked += [(prompt(0, 9, seed=9), None, None), (prompt(1, 1, seed=8), pixels(1, seed=8), None)]
@@ -167,7 +167,7 @@ def test_dropping_equals_a_reference_that_masks(name):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_is_computed_for_dropped_tokens_or_skipped_layers(monkeypatch):
+def test_dropped_tokens_and_skipped_layers_cost_nothing(monkeypatch):
     _, model = pair()
     names = {id(matrix): name for name, matrix in model.linears().items()}
     rows: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Every form of a weight against torch in float32, with the native kernels where they run and without them."""
+"""Every weight format against torch in float32, with the native kernels where they run and without them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def reference(x: torch.Tensor, linear: Linear) -> torch.Tensor:
 
 
 native = pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
-on_tiles = pytest.mark.skipif(not kernels.has_amx(), reason="needs a CPU with AMX")
+with_amx = pytest.mark.skipif(not kernels.has_amx(), reason="needs a CPU with AMX")
 
 
-@pytest.fixture(params=[pytest.param("native", marks=native), pytest.param("without tiles", marks=native), "torch"])
+@pytest.fixture(params=[pytest.param("native", marks=native), pytest.param("without AMX", marks=native), "torch"])
 def path(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(kernels, "library", lambda: None)
@@ -42,16 +42,16 @@ def path(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("form", [lambda linear: linear, SparseLinear.of, PackedLinear.of], ids=["dense", "sparse", "packed"])
-def test_each_form_equals_float32(path, form):
-    if form == PackedLinear.of and path == "torch":
+@pytest.mark.parametrize("make", [lambda linear: linear, SparseLinear.of, PackedLinear.of], ids=["dense", "bitmask", "packed"])
+def test_each_format_equals_float32(path, make):
+    if make == PackedLinear.of and path == "torch":
         pytest.skip("only the kernels read it")
 
     @settings(max_examples=60)
     @given(SHAPES, st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.integers(0, 99))
     def check(shape, kept, seed):
         x, linear = problem(shape, kept, seed)
-        torch.testing.assert_close(form(linear)(x).float(), reference(x, linear), rtol=0.02, atol=0.02 * shape[1] ** 0.5)
+        torch.testing.assert_close(make(linear)(x).float(), reference(x, linear), rtol=0.02, atol=0.02 * shape[1] ** 0.5)
 
     check()
 
@@ -65,11 +65,11 @@ def test_a_sparse_weight_comes_back_as_it_was():
 @given(
     st.integers(1, 300), st.integers(1, 40), st.sampled_from([1, 3, 40, 256]), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 99)
 )
-def test_a_packed_weight_comes_back_bit_for_bit(inputs, outputs, uppers, kept, seed):
-    """Of whatever magnitudes: with more than 16 upper bytes some have no code, and of 256 nearly all."""
+def test_a_packed_weight_comes_back_bit_for_bit(inputs, outputs, high_bytes, kept, seed):
+    """With more than 16 high bytes some have no code, with 256 nearly all."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(256, (outputs, inputs), generator=generator) + 256 * torch.randint(
-        uppers, (outputs, inputs), generator=generator
+        high_bytes, (outputs, inputs), generator=generator
     )
     bits[torch.rand(outputs, inputs, generator=generator) >= kept] = 0
     bits[bits == 1 << 15] = 0
@@ -82,20 +82,20 @@ def test_a_packed_weight_comes_back_bit_for_bit(inputs, outputs, uppers, kept, s
 
 @native
 @given(SHAPES, st.integers(0, 99))
-def test_what_has_no_code_is_multiplied_too(shape, seed):
+def test_exceptions_without_a_code_are_multiplied(shape, seed):
     x, linear = problem(shape, 0.5, seed)
     linear.weight *= 2.0 ** torch.randint(-30, 1, linear.weight.shape)
     torch.testing.assert_close(PackedLinear.of(linear)(x).float(), reference(x, linear), rtol=0.02, atol=0.02 * shape[1] ** 0.5)
 
 
-@pytest.mark.parametrize(("form", "share"), [(SparseLinear, 0.60), (PackedLinear, 0.46)])
-def test_half_the_weights_take_so_much_of_the_bytes(form, share):
+@pytest.mark.parametrize(("kind", "share"), [(SparseLinear, 0.60), (PackedLinear, 0.46)])
+def test_half_the_weights_take_about_half_the_bytes(kind, share):
     _, linear = problem((1, 1024, 512), 0.5, 0)
-    assert form.of(linear).bytes <= share * linear.bytes
+    assert kind.of(linear).bytes <= share * linear.bytes
 
 
 @pytest.mark.parametrize("rows", [2, 4, 9])
-def test_not_a_number_is_not_hidden_and_harms_no_other_row(path, rows):
+def test_nan_is_not_hidden_and_harms_no_other_row(path, rows):
     x, linear = problem((rows, 64, 8), 1.0, 0)
     x[1, 3] = torch.nan
     out = linear(x)
@@ -105,24 +105,24 @@ def test_not_a_number_is_not_hidden_and_harms_no_other_row(path, rows):
 
 @native
 @pytest.mark.parametrize("inputs", [2048, 2500])
-def test_a_row_is_the_same_in_any_company_and_form_without_tiles(inputs, monkeypatch):
+def test_a_row_is_the_same_in_any_batch_and_format_without_amx(inputs, monkeypatch):
     monkeypatch.setattr(kernels, "has_amx", lambda: False)
     x, linear = problem((32, inputs, 50), 0.5, 1)
-    together = PackedLinear.of(linear)(x)
+    whole_batch = PackedLinear.of(linear)(x)
     for rows in (1, 2, 5, 8):
-        assert torch.equal(linear(x[:rows]), together[:rows])
+        assert torch.equal(linear(x[:rows]), whole_batch[:rows])
 
 
-@on_tiles
+@with_amx
 @pytest.mark.parametrize("inputs", [2048, 2500])
-def test_a_row_is_the_same_in_any_company_and_form_on_tiles(inputs):
+def test_a_row_is_the_same_in_any_batch_and_format_with_amx(inputs):
     x, linear = problem((700, inputs, 50), 0.5, 1)
     packed = PackedLinear.of(linear)
-    together = packed(x)
+    whole_batch = packed(x)
     for rows in (thresholds.AMX_SMALL_SPLIT + 1, thresholds.AMX_SMALL, 17, 250):
-        assert torch.equal(packed(x[-rows:]), together[-rows:])
+        assert torch.equal(packed(x[-rows:]), whole_batch[-rows:])
     for rows in (thresholds.AMX_SMALL_SPLIT + 1, thresholds.AMX_SMALL, thresholds.DENSE_AMX):
-        assert torch.equal(linear(x[-rows:]), together[-rows:])
+        assert torch.equal(linear(x[-rows:]), whole_batch[-rows:])
     few = packed(x[-thresholds.AMX_SMALL_SPLIT :])
     for rows in range(2, thresholds.AMX_SMALL_SPLIT):
         assert torch.equal(packed(x[-rows:]), few[-rows:])
@@ -131,9 +131,9 @@ def test_a_row_is_the_same_in_any_company_and_form_on_tiles(inputs):
     assert torch.equal(packed(x[-1:]), linear(x[-1:]))
 
 
-@on_tiles
-def test_torch_multiplies_on_tiles_before_and_after_us():
-    """Both set tiles up for themselves, each in threads that the other uses too."""
+@with_amx
+def test_torch_uses_amx_before_and_after_our_kernels():
+    """Both configure the tiles of threads that the other uses too."""
     x, linear = problem((thresholds.DENSE_AMX, 512, 512), 0.5, 1)
     first = torch.nn.functional.linear(x, linear.weight, linear.bias)
     ours = linear(x)
@@ -141,13 +141,13 @@ def test_torch_multiplies_on_tiles_before_and_after_us():
     assert torch.equal(linear(x), ours)
 
 
-@pytest.mark.parametrize("form", [SparseLinear, pytest.param(PackedLinear, marks=native)])
-def test_many_rows_meet_one_part_after_another(form, monkeypatch):
+@pytest.mark.parametrize("kind", [SparseLinear, pytest.param(PackedLinear, marks=native)])
+def test_many_rows_are_multiplied_part_by_part(kind, monkeypatch):
     monkeypatch.setattr(kernels, "has_amx", lambda: False)
     x, linear = problem((100, 130, 60), 0.5, 1)
-    whole = form.of(linear)(x)
+    whole = kind.of(linear)(x)
     monkeypatch.setattr("models.kernels.thresholds.DENSE_PART", 7)
-    torch.testing.assert_close(form.of(linear)(x), whole)
+    torch.testing.assert_close(kind.of(linear)(x), whole)
 
 
 def test_only_weights_of_16_bits_are_held_sparse():
@@ -160,7 +160,7 @@ def test_only_weights_of_16_bits_are_held_sparse():
         PackedLinear.of(half)
 
 
-def test_a_packed_weight_says_that_it_needs_the_kernels(monkeypatch):
+def test_a_packed_weight_needs_the_kernels(monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: None)
     x, linear = problem((3, 64, 8), 0.5, 0)
     with pytest.raises(RuntimeError, match="native CPU kernels"):
@@ -169,11 +169,11 @@ def test_a_packed_weight_says_that_it_needs_the_kernels(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 16, 100])
-@pytest.mark.parametrize("form", [SparseLinear, SemiStructuredLinear])
-def test_forms_on_a_gpu_equal_float32(rows, form):
+@pytest.mark.parametrize("kind", [SparseLinear, SemiStructuredLinear])
+def test_formats_on_a_gpu_equal_float32(rows, kind):
     x, linear = problem((rows, 256, 128), 1.0, 1)
     linear.weight *= torch.tensor([1, 0, 1, 0]).repeat(64)
-    on_gpu = form.of(Linear(linear.weight.cuda(), linear.bias.cuda()))
+    on_gpu = kind.of(Linear(linear.weight.cuda(), linear.bias.cuda()))
     torch.testing.assert_close(on_gpu(x.cuda()).float().cpu(), reference(x, linear), rtol=0.02, atol=0.3)
     assert on_gpu.nonzeros == on_gpu.size // 2
     assert on_gpu.bytes <= 0.60 * linear.bytes

@@ -1,4 +1,4 @@
-"""What happens between products: our one-pass kernels beside torch in float32, and torch's way beside them."""
+"""Elementwise operations: our kernels, and torch in their place, against torch in float32."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def draw(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [16, 24, 1000, 2048])
 @pytest.mark.parametrize("rows", [1, 3, 70])
-def test_norms_and_gates_as_float32_says(rows, width, tolerance):
+def test_norm_swiglu_and_gelu_equal_float32(rows, width, tolerance):
     x, weight, pair = draw(rows, width), draw(width), draw(rows, 2 * width)
     wanted = F.rms_norm(x.float(), (width,), weight.float(), 1e-5)
     torch.testing.assert_close(rms_norm(x, weight, 1e-5).float(), wanted, **tolerance)
@@ -40,7 +40,7 @@ def test_norms_and_gates_as_float32_says(rows, width, tolerance):
 
 
 @pytest.mark.parametrize("dim", [8, 64, 72])
-def test_rotation_of_heads_that_lie_among_others(dim, tolerance):
+def test_rope_of_heads_that_lie_among_others(dim, tolerance):
     rows, heads = 70, 3
     x, angles = draw(rows, heads + 2, dim)[:, 1:-1], draw(rows, 1, dim // 2).float()
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
@@ -53,12 +53,12 @@ def test_rotation_of_heads_that_lie_among_others(dim, tolerance):
 
 @pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
 @given(st.floats(width=16, allow_nan=False, allow_infinity=False))
-def test_a_gate_is_right_far_from_zero_too(value):
+def test_swiglu_is_right_far_from_zero(value):
     x = torch.full((1, 17), value).bfloat16()
     torch.testing.assert_close(swiglu(torch.cat([x, torch.ones_like(x)], 1)).float(), F.silu(x.float()), rtol=2**-8, atol=1e-30)
 
 
-def test_no_value_that_is_not_a_number_is_hidden(tolerance):
+def test_nan_is_not_hidden(tolerance):
     x = draw(2, 64)
     x[1, 40] = torch.nan
     assert rms_norm(x, torch.ones(64).bfloat16(), 1e-5)[1].isnan().all()
@@ -67,7 +67,7 @@ def test_no_value_that_is_not_a_number_is_hidden(tolerance):
     assert not swiglu(x)[0].isnan().any()
 
 
-def test_a_gradient_goes_through_torch():
+def test_gradients_run_through_torch():
     x = torch.ones(1, 8, dtype=torch.bfloat16, requires_grad=True)
     swiglu(x).sum().backward()
     assert x.grad is not None

@@ -95,7 +95,7 @@ def test_special_tokens_are_text_in_every_role_and_form(role, special):
         )
 
 
-def test_a_special_token_that_the_tokenizer_does_not_name_is_text_too():
+def test_a_special_token_without_a_name_is_text():
     """Checkpoints may add `<image>` as a mere added token; whatever becomes one id is guarded."""
     backend = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.backend_tokenizer, bos_token="<s>")
     assert "<image>" not in backend.all_special_tokens
@@ -117,7 +117,7 @@ def test_each_image_is_its_visual_tokens_in_place():
     assert ids.count(BOS) == 1
 
 
-def test_a_template_that_writes_the_first_token_itself_does_not_double_it():
+def test_a_template_with_a_first_token_does_not_double_it():
     own = LlavaProcessor(
         image_processor=processor().image_processor, tokenizer=TOKENIZER, patch_size=8, image_token="<image>",
         vision_feature_select_strategy="default", num_additional_image_tokens=1,

@@ -1,4 +1,4 @@
-"""The form of each matrix at load, and that the whole model answers the same in any."""
+"""The format of each matrix at load; the model answers the same in any."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def matrix(zeros: float, dtype: torch.dtype = torch.bfloat16) -> Linear:
 
 @native
 @pytest.mark.parametrize(
-    ("zeros", "form"), [(0.0, Linear), (SPARSE_FROM - 0.01, Linear), (SPARSE_FROM, PackedLinear), (1.0, PackedLinear)]
+    ("zeros", "kind"), [(0.0, Linear), (SPARSE_FROM - 0.01, Linear), (SPARSE_FROM, PackedLinear), (1.0, PackedLinear)]
 )
-def test_zeros_decide_on_a_cpu(zeros, form):
-    assert type(choose_format(matrix(zeros))) is form
+def test_zeros_decide_on_a_cpu(zeros, kind):
+    assert type(choose_format(matrix(zeros))) is kind
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_the_kernels_do_not_multiply_stays_dense(dtype):
+def test_dtypes_without_a_kernel_stay_dense(dtype):
     assert type(choose_format(matrix(0.5, dtype))) is Linear
 
 
@@ -49,7 +49,7 @@ def test_without_kernels_all_stays_dense(monkeypatch):
     assert type(choose_format(matrix(0.5))) is Linear
 
 
-def test_two_of_four_is_told_from_half():
+def test_is_2_4():
     generator = torch.Generator().manual_seed(0)
     random = torch.rand(8, 64, generator=generator)
     assert is_2_4(random * torch.tensor([0, 1, 1, 0]).repeat(16))
@@ -58,7 +58,7 @@ def test_two_of_four_is_told_from_half():
     assert not is_2_4(torch.zeros(8, 63))
 
 
-def test_the_clock_decides_on_a_gpu(monkeypatch, caplog):
+def test_timing_decides_on_a_gpu(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="espalier")
     linear, times = matrix(0.5), {"bitmask": 1.0, "dense": 2.0}
     monkeypatch.setattr(weight_format, "seconds", lambda matrix, rows: times[matrix.format])
@@ -69,18 +69,18 @@ def test_the_clock_decides_on_a_gpu(monkeypatch, caplog):
     assert "bitmask of (20, 100) stays dense, which was measured to be faster at 1 rows" in caplog.messages[0]
 
 
-def test_a_form_that_cannot_be_had_leaves_the_dense_one(caplog):
+def test_a_format_that_does_not_work_stays_dense(caplog):
     caplog.set_level(logging.INFO, logger="espalier")
     linear = matrix(0.5)
     assert faster(linear, SemiStructuredLinear) is linear  # not on a CPU
     assert faster(linear, SemiStructuredLinear) is linear
     assert len(caplog.messages) == 1
-    assert "2:4 of (20, 100) cannot be had here" in caplog.messages[0]
+    assert "2:4 of (20, 100) does not work here" in caplog.messages[0]
 
 
-@pytest.mark.parametrize("form", [lambda linear: linear, SparseLinear.of])
-def test_a_product_is_timed(form):
-    assert 0 < weight_format.seconds(form(matrix(0.5)), 1) < 1
+@pytest.mark.parametrize("make", [lambda linear: linear, SparseLinear.of])
+def test_a_product_is_timed(make):
+    assert 0 < weight_format.seconds(make(matrix(0.5)), 1) < 1
 
 
 def zeroed(seed: int = 1) -> torch.nn.Module:
@@ -103,7 +103,7 @@ def logits(model: Llava) -> torch.Tensor:
 
 
 @native
-def test_zeros_at_load_give_sparse_forms_and_the_same_answers(monkeypatch):
+def test_pruned_weights_are_packed_and_answer_the_same(monkeypatch):
     sparse = from_transformers(zeroed())
     monkeypatch.setattr(llava, "choose_format", lambda linear: linear)
     dense = from_transformers(zeroed())
@@ -119,8 +119,8 @@ def test_zeros_at_load_give_sparse_forms_and_the_same_answers(monkeypatch):
 
 
 @native
-@pytest.mark.parametrize(("dtype", "form"), [("bfloat16", "packed"), ("float32", "dense")])
-def test_a_checkpoint_with_zeros_takes_its_form_from_its_dtype(tmp_path: Path, dtype: str, form: str):
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", "packed"), ("float32", "dense")])
+def test_the_dtype_decides_the_format_of_a_pruned_checkpoint(tmp_path: Path, dtype: str, expected: str):
     directory = write(tmp_path / "pruned")
     tensors = load_file(directory / "model.safetensors")
     for name, tensor in tensors.items():
@@ -128,5 +128,5 @@ def test_a_checkpoint_with_zeros_takes_its_form_from_its_dtype(tmp_path: Path, d
             tensor[:, ::2] = 0
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     model = load(directory, dtype=dtype).model
-    assert {matrix.format for name, matrix in model.linears().items() if name.startswith("language.")} == {form}
+    assert {matrix.format for name, matrix in model.linears().items() if name.startswith("language.")} == {expected}
     assert {matrix.format for name, matrix in model.linears().items() if not name.startswith("language.")} == {"dense"}

@@ -17,7 +17,7 @@ from models.kv_cache import RequestCache
 from models.llava import Llava
 from models.ops import apply_rope, rms_norm
 from models.route import Route
-from models.vision.clip import ImageFeatures
+from models.vision.features import ImageFeatures
 
 
 @dataclass(frozen=True)

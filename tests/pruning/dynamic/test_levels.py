@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.vision.clip import ImageFeatures
+from models.vision.features import ImageFeatures
 from pruning.dynamic.levels import Level, build_menu, expected_rows, layers_to_run, make_route
 from pruning.dynamic.token_merging import TOKEN_POLICIES
 

@@ -17,7 +17,7 @@ from espalier import app
 from models.checkpoint import load, sha256
 from models.flops import flops_ratio
 from models.manifest import CheckpointError, read_manifest
-from models.vision.clip import ImageFeatures
+from models.vision.features import ImageFeatures
 from pruning.dynamic.levels import AUTO, PRUNED, choose, layers_passed, make_route, menu_of, worthwhile_level
 from pruning.dynamic.router import WORDS, Reading, Router, RouterFailed, Shape, read_request, words
 from pruning.dynamic.router_file import FILE, RouterRecord, load_router

@@ -36,5 +36,5 @@ for rows, inputs, outputs, biased in [(1, 128, 16, False), (16, 300, 37, True), 
 def test_the_kernels_equal_torch():
     pytest.importorskip("triton")
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", CHECK], env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", CHECK], env=env, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
