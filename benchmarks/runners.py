@@ -154,8 +154,7 @@ def answer(model: Llava, questions: Questions, route: Route, new_tokens: int, ro
     """
     start = time.perf_counter()
     prompt = questions.ids.shape[1]
-    rows = [n + new_tokens - 1 if n else 0 for n in route.rows(prompt)]
-    caches = [model.new_cache(rows) for _ in questions.ids]
+    caches = [model.new_cache(route.rows(prompt, new_tokens - 1)) for _ in questions.ids]
     visual = model.vision(questions.pixels).tokens
     encoded = _finished(model)
     chosen = [(route, seen) for seen in visual]

@@ -23,13 +23,13 @@ from rich.progress import track
 from torch import Tensor
 
 from checkpoints.world import FAMILIES, Scene, draw
+from evals import baselines
 from evals.exact_match import summary
 from evals.pruning_sweep import stored
 from models.checkpoint import Checkpoint, load
 from models.flops import flops_ratio
 from models.forward import forward, prefill_input
 from models.llava import Llava
-from models.ops import apply_rope, rms_norm
 from models.route import Route
 from models.vision.features import ImageFeatures
 from pruning.dynamic.levels import Level, layers_to_run, make_route, rungs_of
@@ -53,7 +53,6 @@ SHARES = (1 / 3, 2 / 9, 1 / 9)
 """Of the visual tokens."""
 TYPICAL_TEXT = 16
 """Text tokens of a typical prompt, by which a budget becomes a number of tokens."""
-FASTV_LAYER = 2
 
 
 @dataclass(frozen=True)
@@ -110,28 +109,12 @@ def _elastic(checkpoint: Checkpoint, policy: str) -> Iterator[Setting]:
 def _typical_ratio(model: Llava, router: Router | None, setting: Setting) -> float:
     """FLOPs ratio of a setting for a prompt of typical length."""
     total, keep = model.visual_tokens_per_image, setting.keep
-    drop = FASTV_LAYER if setting.policy == "fastv" else 0
+    if setting.policy == "fastv":
+        return baselines.fastv_ratio(model, total + TYPICAL_TEXT, keep)
     runs = tuple(layer >= setting.skip for layer in range(model.num_layers))
-    route = Route(total, tuple(range(keep)), runs, drop)
+    route = Route(total, tuple(range(keep)), runs)
     own = router.shape.flops(total, TYPICAL_TEXT, keep) if router and setting.policy in ROUTED else 0
     return flops_ratio(model.config, route, total + TYPICAL_TEXT, own)
-
-
-def fastv(model: Llava, prompt: Prompt, visual: Tensor, keep: int) -> Route:
-    """FastV (arXiv 2403.06764): from layer 2 on, the tokens that the question's last row looked at most in the layer before."""
-    ids = torch.tensor(prompt.ids)
-    full = Route.full(len(visual), model.num_layers)
-    cache = model.new_cache(full.rows(len(ids)))
-    inputs: list[Tensor] = []
-    forward(model, [prefill_input(model, ids, visual, full, cache)], layer_hook=lambda _, hidden: inputs.append(hidden))
-    block = model.decoder_layers[FASTV_LAYER - 1]
-    last = inputs[FASTV_LAYER - 1][-1:]
-    qkv = block.qkv(rms_norm(last, block.input_norm, model.eps)).view(1, -1, model.head_dim)
-    query = apply_rope(qkv[:, : block.heads], *model.rope(torch.tensor([len(ids) - 1]))).view(block.kv_heads, -1, model.head_dim)
-    scores = (query @ cache.keys(FASTV_LAYER - 1).transpose(1, 2)).float() * model.head_dim**-0.5
-    looks = scores.softmax(-1).mean((0, 1))[ids == model.config.image_token_id]
-    kept = tuple(looks.topk(keep).indices.sort().values.tolist())
-    return Route(len(visual), kept, full.layers, FASTV_LAYER)
 
 
 @dataclass
@@ -171,8 +154,6 @@ def route_of(setting: Setting, shown: Shown, question: int, seed: int) -> tuple[
     if setting.policy == "layers":
         runs = layers_to_run(model.num_layers, setting.skip, shown.checkpoint.manifest.layer_change)
         return Route(len(visual), tuple(range(len(visual))), runs), visual, 0
-    if setting.policy == "fastv":
-        return fastv(model, shown.prompts[question], visual, setting.keep), visual, 0
     level = Level(setting.budget, "", setting.keep / len(visual))
     reading = shown.reading(question, shuffled=setting.policy == SHUFFLED) if setting.policy in ROUTED else None
     if setting.policy in ELASTIC and reading:
@@ -198,14 +179,20 @@ def _settled(setting: Setting, checkpoint: Checkpoint, reading: Reading) -> Leve
 @torch.inference_mode()
 def ask(setting: Setting, shown: Shown, seed: int) -> tuple[list[bool], list[tuple[float, float]]]:
     """Whether each question about a picture is answered right; its FLOPs ratio, and the share of the visual tokens that it kept."""
-    model, works, ratios = shown.checkpoint.model, [], []
+    model, inputs, ratios, logits = shown.checkpoint.model, [], [], []
     for question, prompt in enumerate(shown.prompts):
+        ids = torch.tensor([*prompt.ids, *prompt.answer[:-1]], device=model.device)
+        if setting.policy == "fastv":
+            visual = shown.image.tokens[0]
+            logits.append(baselines.fastv(model, ids, visual, setting.keep, len(prompt.answer))[0])
+            ratios.append((baselines.fastv_ratio(model, len(prompt.ids), setting.keep), setting.keep / len(visual)))
+            continue
         route, visual, flops = route_of(setting, shown, question, seed)
         ratios.append((flops_ratio(model.config, route, len(prompt.ids), flops), len(route.kept_tokens) / route.visual_tokens))
-        ids = torch.tensor([*prompt.ids, *prompt.answer[:-1]], device=model.device)
         cache = model.new_cache(route.rows(len(ids)))
-        works.append(prefill_input(model, ids, visual, route, cache, logits_to_keep=len(prompt.answer)))
-    said = forward(model, works).argmax(-1).cpu().split([len(prompt.answer) for prompt in shown.prompts])
+        inputs.append(prefill_input(model, ids, visual, route, cache, logits_to_keep=len(prompt.answer)))
+    found = torch.cat(logits) if logits else forward(model, inputs)
+    said = found.argmax(-1).cpu().split([len(prompt.answer) for prompt in shown.prompts])
     return [tokens.tolist() == prompt.answer for tokens, prompt in zip(said, shown.prompts, strict=True)], ratios
 
 

@@ -1,4 +1,4 @@
-"""Keys and values: for each request, exactly the rows and layers that its route keeps."""
+"""The KV cache: for each request exactly the rows and layers that its route keeps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor
 class RequestCache:
     """One request's keys and values in one allocation: a slab [2, kv_heads, rows, head_dim] for each layer that runs.
 
-    `rows` and `kv_heads` are given by layer.
-    Sized once, at admission; nothing is allocated or copied while tokens are made.
+    `rows` and `kv_heads` are given by layer. Allocated once, at admission.
     """
 
     def __init__(
@@ -36,13 +35,13 @@ class RequestCache:
             raise ValueError(f"layer {layer} does not run for this request")
         return slab[0, :, : self.lengths[layer]]
 
-    def weigh(self, bias: Tensor) -> None:
+    def set_bias(self, bias: Tensor) -> None:
         """Add `bias` [n] to the attention scores of the first n rows, in every layer."""
         self._bias = bias.new_zeros(max(self.capacity))
         self._bias[: len(bias)] = bias
 
     def bias(self, layer: int) -> Tensor | None:
-        """What a layer's rows add to their attention scores: [length], or None."""
+        """What is added to the attention scores of a layer's rows: [length], or None."""
         return None if self._bias is None else self._bias[: self.lengths[layer]]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,9 +57,9 @@ class RequestCache:
 
 
 class KVCache:
-    """All requests' caches under one budget of rows (one row is one token in one layer).
+    """All requests' caches under one budget of rows, each one token in one layer.
 
-    The budget is memory that is never over-committed: a request's rows are taken whole when it is admitted and given back whole.
+    A request's rows are taken whole when it is admitted and given back whole, so memory is never over-committed.
     """
 
     def __init__(self, budget: int, new_cache: Callable[[Sequence[int]], RequestCache]) -> None:
@@ -84,7 +83,7 @@ class KVCache:
             self.used -= sum(cache.capacity)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless what is used is exactly what live requests hold, within the budget."""
+        """Raise AssertionError unless live requests hold exactly what is counted, within the budget."""
         held = sum(sum(cache.capacity) for cache in self._live.values())
         assert held == self.used <= self.budget, f"{held} rows held, {self.used} counted, budget {self.budget}"
         for cache in self._live.values():

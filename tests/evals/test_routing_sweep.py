@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from checkpoints.world import draw
@@ -45,22 +44,6 @@ def test_a_router_spends_less_where_less_is_to_be_spent(routed):
         found = [one for one in routing_sweep.settings(checkpoint, router) if one.policy == policy and one.budget.endswith("FLOPs")]
         spent = [max(routing_sweep.ask(setting, shown, seed=0)[1]) for setting in found]
         assert spent == sorted(spent, reverse=True)
-
-
-def test_fastv_keeps_what_the_last_row_looks_at(directory):
-    checkpoint = load(directory)
-    reference = LlavaForConditionalGeneration.from_pretrained(directory, attn_implementation="eager")
-    scene = draw("test", 0)
-    prompt = routing_sweep.prompts_of(checkpoint, scene)[0]
-    pixels = checkpoint.preprocessor.pixels(scene.image)[None]
-    visual = checkpoint.model.vision(pixels).tokens[0]
-    ids = torch.tensor([prompt.ids])
-    with torch.no_grad():
-        maps = reference(input_ids=ids, pixel_values=pixels, output_attentions=True).attentions
-    looks = maps[routing_sweep.FASTV_LAYER - 1][0, :, -1].mean(0)[ids[0] == reference.config.image_token_id]
-    route = routing_sweep.fastv(checkpoint.model, prompt, visual, 20)
-    assert set(route.kept_tokens) == set(looks.topk(20).indices.tolist())
-    assert route.drop_layer == routing_sweep.FASTV_LAYER
 
 
 def test_what_is_stored_is_not_run_again(directory, tmp_path):

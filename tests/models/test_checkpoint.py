@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from checkpoints.embedded import SHIPPED
-from models.checkpoint import load, resolve, sha256
+from models.checkpoint import load, resolve
 from models.forward import forward, prefill_input
 from models.llava import UnsupportedCheckpoint
-from models.manifest import Calibration, CheckpointError, Manifest, read_manifest, write_manifest
+from models.manifest import CheckpointError
 from models.route import Route
+from tests.models.saved import copy_to_break, edit, edit_tensors, fails, put, saved_checkpoint  # noqa: F401
 from tests.server.tiny import LAYERS, VISUAL, processor, write
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("saved") / "one-file")
 
 
 @pytest.fixture(scope="session")
@@ -32,36 +26,6 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = write(tmp_path_factory.mktemp("saved") / "sharded", max_shard_size="100KB")
     assert len(list(directory.glob("*.safetensors"))) > 2
     return directory
-
-
-@pytest.fixture
-def broken(saved: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
-    return Path(shutil.copytree(saved, tmp_path / "broken"))
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))
-
-
-def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def fails(directory: Path, *words: str, error: type[Exception] = CheckpointError) -> None:
-    with pytest.raises(error) as caught:
-        load(directory)
-    for word in words:
-        assert word in str(caught.value)
-    assert len(str(caught.value)) < 400
-    assert "\n" not in str(caught.value)
-
-
-# ---- what is whole
 
 
 @pytest.mark.parametrize("layout", ["saved", "sharded"])
@@ -73,10 +37,10 @@ def test_what_transformers_saved_answers_as_transformers_does(layout, request):
     ids = checkpoint.preprocessor.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}])
     model, route = checkpoint.model, Route.full(VISUAL, LAYERS)
     cache = model.new_cache(route.rows(len(ids)))
-    work = prefill_input(model, torch.tensor(ids), model.vision(pixels).tokens[0], route, cache)
+    prompt = prefill_input(model, torch.tensor(ids), model.vision(pixels).tokens[0], route, cache)
     with torch.no_grad():
         expected = reference(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1]
-    torch.testing.assert_close(forward(model, [work])[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(forward(model, [prompt])[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_checkpoint_knows_its_name_its_end_and_its_manifest(saved):
@@ -126,7 +90,6 @@ def test_tensors_that_nobody_needs_are_left_alone(broken):
     assert load(broken).model.num_layers == LAYERS
 
 
-# ---- what is not
 
 
 @pytest.mark.parametrize(
@@ -202,15 +165,6 @@ def test_a_tensor_of_another_shape_is_named(broken):
     fails(broken, "another shape", "layers.1.mlp.down_proj.weight")
 
 
-def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    def change(document: dict[str, Any]) -> None:
-        for key in path[:-1]:
-            document = document[key]
-        document[path[-1]] = value
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -232,76 +186,3 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 def test_what_the_forward_cannot_run_is_named(broken, change, error, words):
     edit(broken / "config.json", change)
     fails(broken, words, error=error)
-
-
-# ---- the manifest
-
-
-def test_a_manifest_comes_back_as_it_was_written(tmp_path):
-    manifest = Manifest(
-        base_model="somebody/llava", calibration=Calibration(layer_change=[0.1, 1.0], data="pictures", samples=3, seed=1),
-        cards={"strong": {"accuracy": 0.9, "interval": [0.8, 0.95]}}, files={"model.safetensors": "ab"},
-    )  # fmt: skip
-    write_manifest(tmp_path, manifest)
-    assert read_manifest(tmp_path) == manifest
-    assert [path.name for path in tmp_path.iterdir()] == ["espalier.json"]
-
-
-def test_a_checkpoint_without_a_manifest_loads(broken):
-    (broken / "espalier.json").unlink()
-    assert load(broken).manifest == Manifest()
-
-
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        (put("cheese", value=1), "cheese"),
-        (put("version", value=3), "version"),
-        (put("version", value="two"), "version"),
-        (put("name", value=["two"]), "name"),
-        (put("base_model", value=7), "base_model"),
-        (put("calibration", "samples", value="many"), "calibration.samples"),
-        (put("calibration", "layer_change", value=[0.1, "x", 1.0]), "calibration.layer_change.1"),
-        (put("calibration", "mood", value="good"), "calibration.mood"),
-        (put("calibration", "layer_change", value=[0.1]), "calibration.layer_change"),
-        (put("cards", value={"strong": 3}), "cards.strong"),
-        (put("router", value=[]), "router"),
-        (put("files", value=["model.safetensors"]), "files"),
-    ],
-)
-def test_what_is_wrong_in_a_manifest_is_named_by_its_key(broken, change, key):
-    edit(broken / "espalier.json", change)
-    fails(broken, f"espalier.json: {key}")
-
-
-@pytest.mark.parametrize(
-    ("sections", "words"),
-    [
-        ({}, "remove it and run `espalier calibrate`"),
-        ({"pruning": {}}, "make the checkpoint anew with `espalier prune`"),
-        ({"pruning": {}, "router": {}}, "anew with `espalier prune`, then `espalier route`"),
-    ],
-)
-def test_an_older_manifest_names_the_command_that_makes_it_anew(broken, sections, words):
-    (broken / "espalier.json").write_text(json.dumps({"version": 1} | sections))
-    fails(broken, "espalier.json: version 1 is older than 2", words)
-
-
-def test_a_checkpoint_is_called_as_its_manifest_says(broken):
-    edit(broken / "espalier.json", put("name", value="my-llava"))
-    assert load(broken).name == "my-llava"
-
-
-def test_a_name_and_cards_hold_for_one_checkpoint_alone():
-    manifest = Manifest(name="mine", base_model="llava", cards={"off": {}}, router={"shape": {}})
-    assert manifest.derive(files={"a": "b"}) == Manifest(base_model="llava", files={"a": "b"})
-
-
-def test_files_are_checked_against_the_manifest(broken):
-    weights = broken / "model.safetensors"
-    edit(broken / "espalier.json", put("files", value={weights.name: sha256(weights)}))
-    assert load(broken).manifest.files
-    edit_tensors(broken, lambda tensors: next(iter(tensors.values())).add_(1))
-    fails(broken, "model.safetensors", "espalier.json")
-    edit(broken / "espalier.json", put("files", value={"router.safetensors": "00"}))
-    fails(broken, "router.safetensors")

@@ -3,61 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from models.forward import decode_input, forward, prefill_input
-from models.kv_cache import KVCache
+from models.forward import forward
 from models.linear import Linear
-from models.llava import Llava, from_transformers
+from models.llava import from_transformers
 from models.random_llava import random_model, tiny_config
 from models.route import Route
-
-IMAGE, VISUAL = 127, 16
-
-
-def pair(kind: str = "llama", **options: object):
-    """The same random weights twice: transformers' model, and ours."""
-    config = tiny_config(kind, **options)
-    return random_model(config, seed=1), from_transformers(random_model(config, seed=1))
-
-
-def prompt(images: int, text: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(3, 120, (text,), generator=generator).tolist()
-    return [1, *([*[IMAGE] * VISUAL, 5] * images), *words]
-
-
-def pixels(images: int, seed: int) -> torch.Tensor | None:
-    return torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) if images else None
-
-
-class Session:
-    """One request driven by hand through the model."""
-
-    def __init__(self, model: Llava, ids: list[int], images: torch.Tensor | None, route: Route | None = None) -> None:
-        visual = None if images is None else model.vision(images).tokens.flatten(0, 1)
-        count = 0 if visual is None else len(visual)
-        self.model, self.ids = model, list(ids)
-        self.route = route or Route.full(count, model.num_layers)
-        rows = [n + 32 if n else 0 for n in self.route.rows(len(ids))]
-        self.cache = model.new_cache(rows)
-        self.work = prefill_input(model, torch.tensor(ids, device=model.device), visual, self.route, self.cache)
-
-    def push(self, token: int) -> None:
-        self.work = decode_input(self.model, torch.tensor([token]), len(self.ids), self.route, self.cache)
-        self.ids.append(token)
-
-
-def greedy(sessions: list[Session], steps: int) -> list[list[int]]:
-    made: list[list[int]] = [[] for _ in sessions]
-    for _ in range(steps):
-        logits = forward(sessions[0].model, [s.work for s in sessions])
-        for session, out, token in zip(sessions, made, logits.argmax(-1).tolist(), strict=True):
-            out.append(token)
-            session.push(token)
-    return made
+from tests.models.tiny_llava import IMAGE, VISUAL, Session, greedy, pair, pixels, prompt
 
 
 @pytest.mark.parametrize(
@@ -72,43 +28,19 @@ def test_matches_transformers_in_prefill_and_16_decode_steps(kind, options, imag
     for _ in range(17):
         with torch.no_grad():
             expected = reference(input_ids=torch.tensor([session.ids]), pixel_values=pics).logits[0, -1]
-        got = forward(model, [session.work])[0]
+        got = forward(model, [session.input])[0]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         session.push(int(expected[:IMAGE].argmax()))  # an image token would ask for pixels
-
-
-@pytest.mark.parametrize(
-    ("layer", "strategy"),
-    [(-1, "default"), (-2, "default"), (1, "default"), ([-1, -2], "default"), ([1, 3], "default"), (-1, "full"), (2, "full")],
-)
-def test_image_features_match_transformers(layer, strategy):
-    config = tiny_config()
-    config.vision_feature_layer, config.vision_feature_select_strategy = layer, strategy
-    reference, model = random_model(config, seed=1), from_transformers(random_model(config, seed=1))
-    pics = pixels(3, seed=4)  # more than a CPU encodes at once
-    expected = reference.model.get_image_features(
-        pics, vision_feature_layer=layer, vision_feature_select_strategy=strategy
-    ).pooler_output
-    features = model.vision(pics)
-    torch.testing.assert_close(features.tokens, torch.stack(list(expected)), rtol=1e-4, atol=1e-5)
-    assert features.attention.shape == features.tokens.shape[:2]
-    assert model.visual_tokens_per_image == features.tokens.shape[1]
-
-
-def test_unused_vision_layers_are_not_computed():
-    _, model = pair()
-    assert len(model.vision.tower.layers) == 2  # of three; the feature layer is -2
 
 
 def routes() -> dict[str, Route]:
     return {
         "full": Route.full(VISUAL, 3),
         "few": Route(VISUAL, (0, 3, 7, 15), (True, True, True)),
-        "late": Route(VISUAL, (1, 2), (True, True, True), drop_layer=2),
         "skip": Route(VISUAL, tuple(range(VISUAL)), (True, False, True)),
-        "both": Route(VISUAL, (5,), (False, True, True), drop_layer=1),
+        "both": Route(VISUAL, (5,), (False, True, True)),
         "blind": Route(VISUAL, (), (True, True, False)),
-        "stays": Route(VISUAL, (0, 3, 7, 8, 15), (True, True, True), drop_layer=1, frozen_layers=frozenset({0, 1})),
+        "frozen": Route(VISUAL, (0, 3, 7, 8, 15), (True, True, True), frozen_layers=frozenset({0, 1})),
         "merged": Route(VISUAL, (0, 5, 10), (True, True, True), token_sizes=(3, 12, 1)),
     }
 
@@ -132,14 +64,12 @@ def test_requests_may_join_while_others_decode():
     assert both[1] == alone[1][:5]
 
 
-@pytest.mark.parametrize("name", ["few", "late", "blind", "stays", "merged"])
+@pytest.mark.parametrize("name", ["few", "both", "blind", "frozen", "merged"])
 def test_dropping_equals_a_reference_that_masks(name):
-    """transformers' layers run on all rows: from the drop layer on, dropped ones are masked as keys; those that stay are reset."""
+    """transformers' layers run on all rows: dropped ones are masked as keys, and frozen ones are reset."""
     reference, model = pair()
     route, ids, pics = routes()[name], prompt(1, 5, seed=6), pixels(1, seed=6)
-    work = Session(model, ids, pics, route).work
-    work.logits_to_keep = 3
-    got = forward(model, [work])
+    got = forward(model, [replace(Session(model, ids, pics, route).input, logits_to_keep=3)])
     text = reference.model.language_model
     with torch.no_grad():
         features = torch.cat(list(reference.model.get_image_features(pics, vision_feature_layer=-2,
@@ -149,14 +79,13 @@ def test_dropping_equals_a_reference_that_masks(name):
         hidden[0, places] = features
         positions = torch.arange(len(ids))[None]
         dropped = [int(places[i]) for i in range(VISUAL) if i not in route.kept_tokens]
-        causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-        masked = causal.clone()
+        masked = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
         masked[:, dropped] = False
         masked[dropped, dropped] = True  # a dropped row's own output is read by nobody
         for index, layer in enumerate(text.layers):
             if not route.layers[index]:
                 continue
-            mask = torch.zeros(masked.shape).masked_fill(~(masked if index >= route.drop_layer else causal), -torch.inf)
+            mask = torch.zeros(masked.shape).masked_fill(~masked, -torch.inf)
             mask[:, places[list(route.kept_tokens)]] += torch.tensor(route.token_sizes or [1.0]).log()
             mask = mask[None, None]
             out = layer(hidden, attention_mask=mask, position_embeddings=text.rotary_emb(hidden, positions))
@@ -182,9 +111,9 @@ def test_dropped_tokens_and_skipped_layers_cost_nothing(monkeypatch):
         session = Session(model, ids, pixels(1, seed=5), route)
         rows.clear()
         monkeypatch.setattr(Linear, "__call__", counting)
-        forward(model, [session.work])
+        forward(model, [session.input])
         session.push(9)
-        forward(model, [session.work])
+        forward(model, [session.input])
         monkeypatch.undo()
         expected = route.rows(len(ids))
         last = max(i for i, runs in enumerate(route.layers) if runs)
@@ -208,23 +137,6 @@ def test_kv_memory_is_rows_times_layers_that_run():
         assert cache.nbytes == row * sum(route.rows(30))
 
 
-def test_kv_budget_is_never_over_committed_and_all_comes_back():
-    _, model = pair()
-    cache = KVCache(100, model.new_cache)
-    cache.allocate("a", [30, 0, 30])
-    with pytest.raises(MemoryError, match="40 of 100 are free"):
-        cache.allocate("b", [41, 0, 0])
-    with pytest.raises(ValueError, match="already holds"):
-        cache.allocate("a", [1, 0, 0])
-    cache.allocate("b", [0, 40, 0])
-    cache.check_integrity()
-    cache.free("a")
-    cache.free("a")
-    cache.free("b")
-    cache.check_integrity()
-    assert cache.used == 0
-
-
 def test_weights_are_held_once():
     """Fusing empties the modules as it goes; only the fused matrices remain."""
     source = random_model(tiny_config(), seed=1)
@@ -241,7 +153,7 @@ def test_the_gpu_answers_as_the_cpu_does(kind):
     for device in ("cpu", "cuda"):
         model = from_transformers(random_model(config, seed=1).to(device))
         sessions = [Session(model, ids, pics.to(device), route) for ids, pics, route in asked]
-        logits.append(forward(model, [s.work for s in sessions]).cpu())
+        logits.append(forward(model, [s.input for s in sessions]).cpu())
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
 
 
