@@ -8,10 +8,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from models.images import MAX_PIXELS, PILLOW_MAX_PIXELS
 from pruning.dynamic.token_merging import TokenPolicy
 
 PREFIX = "ESPALIER_"
-PILLOW_MAX_PIXELS = 89_478_485  # above it Pillow warns of a decompression bomb by itself
 
 
 class Settings(BaseSettings):
@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     max_images: int = Field(16, ge=1, description="Pictures that one request may hold.")
     max_image_bytes: int = Field(10 * 2**20, ge=1, description="Size limit of one picture's file.")
     max_image_pixels: int = Field(
-        7680 * 4320, ge=1, le=PILLOW_MAX_PIXELS, description="Pixels one picture may have; its header is checked first."
+        MAX_PIXELS, ge=1, le=PILLOW_MAX_PIXELS, description="Pixels one picture may have; its header is checked first."
     )
 
     @model_validator(mode="before")
