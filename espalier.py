@@ -32,6 +32,9 @@ TOKEN_POLICY = Annotated[
     str | None,
     typer.Option(help="router (default where there is one), merging, divprune, cls_diversity, random, uniform or pooling."),
 ]
+DATA = Annotated[
+    str | None, typer.Option(help="A JSONL file (docs/pruning.md), or world; what the checkpoint was trained on by default.")
+]
 DTYPE = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 
 
@@ -95,6 +98,7 @@ def evaluate(
     cards: Annotated[bool, typer.Option("--cards", help="Ask at every level and write what each does into the manifest.")] = False,
 ) -> None:
     """Ask held-out questions and count exact matches, with 95 % intervals."""
+    from checkpoints.shipped import resolve
     from evals import cards as every_level
     from evals.scenes import run
 
@@ -102,24 +106,32 @@ def evaluate(
         raise typer.BadParameter(f"task {task!r} is not known; scenes is", param_hint="--task")
     with _plain_errors():
         if cards:
-            every_level.run(checkpoint, limit, split, device, dtype, quiet=json)
+            every_level.run(resolve(checkpoint, write=True), limit, split, device, dtype, quiet=json)
         else:
-            run(checkpoint, level, limit, split, token_policy, device, dtype, quiet=json)
+            run(resolve(checkpoint), level, limit, split, token_policy, device, dtype, quiet=json)
 
 
 @app.command()
 def calibrate(
     checkpoint: CHECKPOINT,
-    samples: Annotated[int, typer.Option(min=1, help="Pictures with one question each.")] = 128,
-    seed: Annotated[int, typer.Option(help="Which pictures.")] = 0,
+    data: DATA = None,
+    samples: Annotated[int, typer.Option(min=1, help="Pictures, each with one of its questions.")] = 128,
+    seed: Annotated[int, typer.Option(help="Which pictures and questions.")] = 0,
     device: DEVICE = "cpu",
     dtype: DTYPE = "auto",
 ) -> None:
     """Measure how much each layer changes the hidden state and store it in the manifest: levels then know what to skip."""
-    from evals.calibration import run
+    from checkpoints.shipped import resolve
+    from pruning.layer_importance import calibrate as measure
+    from pruning.samples import choose
 
+    console = Console(highlight=False)
     with _plain_errors():
-        run(checkpoint, samples, seed, device, dtype)
+        directory = resolve(checkpoint, write=True)
+        found = measure(directory, choose(data, directory), samples, seed, device, dtype)
+        for layer, change in enumerate(found.layer_change):
+            console.print(f"layer {layer:2d}  {change:.4f}  {'#' * round(change * 60)}")
+        console.print(f"stored in the manifest of {directory}")
 
 
 @app.command()
@@ -134,12 +146,12 @@ def prune(
     dtype: DTYPE = "auto",
 ) -> None:
     """Prune a checkpoint's weights. A run that was stopped goes on when it is started again with the same recipe."""
-    from evals.calibration import store
+    from checkpoints.shipped import resolve
     from pruning.static.pipeline import run
     from pruning.static.recipe import read
 
     with _plain_errors():
-        run(read(recipe, given), checkpoint, out, device, dtype, ray, finish=lambda made: store(made, 128, 0, device, "auto"))
+        run(read(recipe, given), resolve(checkpoint), out, device, dtype, ray)
         Console().print(f"pruned into {out}; look at it with `espalier inspect {out}`", highlight=False)
 
 
@@ -153,10 +165,11 @@ def route(
     dtype: DTYPE = "auto",
 ) -> None:
     """Train a router, from pictures and questions alone. A run that was stopped goes on when it is started again."""
+    from checkpoints.shipped import resolve
     from pruning.dynamic.training.train import run
 
     with _plain_errors():
-        run(Lesson(**given), checkpoint, out, device, dtype)
+        run(Lesson(**given), resolve(checkpoint), out, device, dtype)
         Console().print(f"router in {out}; look at it with `espalier inspect {out}`", highlight=False)
 
 
@@ -168,10 +181,11 @@ def inspect(
     dtype: DTYPE = "auto",
 ) -> None:
     """Show what a checkpoint holds, and in which form: sizes, what was pruned and how, calibration, levels."""
+    from checkpoints.shipped import resolve
     from evals.inspect import run
 
     with _plain_errors():
-        run(checkpoint, picture, device, dtype)
+        run(resolve(checkpoint), picture, device, dtype)
 
 
 @bench.command("engine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -21,7 +22,7 @@ ALONE = 20
 Results = list[tuple[Scene, Question, Answer]]
 
 
-def run(checkpoint: str, limit: int, split: str, device: str, dtype: str, quiet: bool = False) -> dict[str, dict[str, Any]]:
+def run(checkpoint: Path, limit: int, split: str, device: str, dtype: str, quiet: bool = False) -> dict[str, dict[str, Any]]:
     """Ask the same questions at every level, and store the cards."""
     console = Console(stderr=True, quiet=quiet)
     loaded = load(checkpoint, device, dtype)

@@ -16,7 +16,8 @@ from transformers import LlavaForConditionalGeneration
 
 from checkpoints.world import FAMILIES, draw
 from models.preprocess import Preprocessor
-from pruning.static.data import Sample, of_scene
+from pruning.samples import of_scene
+from pruning.static.packing import PackedSample, pack
 
 RESAMPLES = 1000
 
@@ -28,16 +29,16 @@ def exam(
     found: dict[str, list[list[bool]]] = {family: [] for family in FAMILIES}
     for index in range(pictures):
         scene = draw(split, index)
-        found[scene.family].append(_answers(model, of_scene(preprocessor, scene)))
+        found[scene.family].append(_answers(model, pack(preprocessor, of_scene(scene))))
     return found
 
 
 @torch.inference_mode()
-def _answers(model: LlavaForConditionalGeneration, sample: Sample) -> list[bool]:
+def _answers(model: LlavaForConditionalGeneration, sample: PackedSample) -> list[bool]:
     wanted = sample.before_answers.to(model.device)
     said = model(**sample.inputs(model), logits_to_keep=wanted, use_cache=False).logits[0].argmax(-1).cpu()
-    right, talks = said == sample.ids[sample.answers], sample.talks[sample.answers]
-    return [bool(right[talks == talk].all()) for talk in range(1, int(sample.talks.max()) + 1)]
+    right, segments = said == sample.ids[sample.answers], sample.segments[sample.answers]
+    return [bool(right[segments == segment].all()) for segment in range(1, int(sample.segments.max()) + 1)]
 
 
 def summary(found: dict[str, list[list[bool]]], seed: int = 0) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from pruning.dynamic.router_file import RouterRecord
 console = Console(highlight=False)
 
 
-def run(name: str, picture: Path | None = None, device: str = "cpu", dtype: str = "auto") -> None:
+def run(directory: Path, picture: Path | None = None, device: str = "cpu", dtype: str = "auto") -> None:
     """Print tables; write a picture of what was pruned to `picture`. Raises ValueError if nothing was."""
-    checkpoint = load(name, device, dtype)
+    checkpoint = load(directory, device, dtype)
     model, manifest = checkpoint.model, checkpoint.manifest
     console.print(
         f"[b]{checkpoint.name}[/b] ({checkpoint.fingerprint}): {model.num_layers} layers, "

@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from checkpoints.shipped import resolve
 from checkpoints.world import Scene, draw
 from evals.exact_match import RESAMPLES
 from evals.pruning_sweep import stored
@@ -203,7 +204,7 @@ def main(
     split: Annotated[str, typer.Option(help="test to report, validation to tune.")] = "test",
     seed: Annotated[int, typer.Option(help="Of the router.")] = 0,
 ) -> None:
-    source = load(checkpoint)
+    source = load(resolve(checkpoint))
     router = load_router(source)
     if router is None:
         raise typer.BadParameter(f"{checkpoint} has no router; train one with `espalier route`")

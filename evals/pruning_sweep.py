@@ -18,6 +18,7 @@ import torch
 import typer
 from rich.console import Console
 
+from checkpoints.shipped import resolve
 from checkpoints.world import FAMILIES
 from evals.exact_match import exam, summary
 from models.checkpoint import open_transformers
@@ -96,14 +97,15 @@ def main(
 
 
 def _run(entry: dict[str, Any], checkpoint: str, pictures: int) -> dict[str, Any]:
+    dense = resolve(checkpoint)
     with TemporaryDirectory() as directory:
         out = Path(directory) / "pruned"
         found: dict[str, Any] = {}
         if entry["recipe"]:
-            manifest = run(read(None, {**entry["recipe"], "seed": entry["seed"]}), checkpoint, out, quiet=True)
+            manifest = run(read(None, {**entry["recipe"], "seed": entry["seed"]}), dense, out, quiet=True)
             assert manifest.pruning is not None
             found = {"projector": manifest.pruning.projector, "notes": manifest.pruning.notes}
-        source = open_transformers(out if entry["recipe"] else checkpoint)
+        source = open_transformers(out if entry["recipe"] else dense)
         answers = exam(source.model, source.preprocessor, pictures)
         shutil.rmtree(out, ignore_errors=True)
     return summary(answers) | found | {"threads": torch.get_num_threads()}

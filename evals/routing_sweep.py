@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from checkpoints.shipped import resolve
 from checkpoints.world import FAMILIES, Scene, draw
 from evals import baselines
 from evals.exact_match import summary
@@ -238,7 +239,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the router, and of the random policy.")] = 0,
     only: Annotated[str, typer.Option(help="Only settings whose policy and budget contain this text.")] = "",
 ) -> None:
-    source = load(checkpoint)
+    source = load(resolve(checkpoint))
     router = load_router(source)
     runs.parent.mkdir(parents=True, exist_ok=True)
     done = {key(entry) for entry in stored(runs)}

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from hashlib import sha256
+from pathlib import Path
 from random import Random
 from typing import Any, get_args
 
@@ -65,7 +66,7 @@ def make_request(preprocessor: Preprocessor, number: int, scene: Scene, question
 
 
 def run(
-    checkpoint: str, level: str, limit: int, split: str, token_policy: str | None, device: str, dtype: str, quiet: bool
+    checkpoint: Path, level: str, limit: int, split: str, token_policy: str | None, device: str, dtype: str, quiet: bool
 ) -> dict[str, Any]:
     """Evaluate and print; the last line is one JSON document, which is also returned."""
     console = Console(stderr=True, quiet=quiet)

@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
-from checkpoints.embedded import SHIPPED
 from models.layer_shapes import SlicedLlava
 from models.llava import Llava, check_supported, from_transformers, visual_tokens_per_image
 from models.manifest import MANIFEST, CheckpointError, Manifest, read_manifest
@@ -34,23 +33,13 @@ class Checkpoint:
     fingerprint: str
 
 
-def resolve(checkpoint: str | Path) -> Path:
-    """A directory, or one of the names `embedded` and `embedded-dense` of the checkpoints that ship with Espalier."""
-    if str(checkpoint) in SHIPPED:
-        return SHIPPED[str(checkpoint)]
-    path = Path(checkpoint)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory; name one that holds a LLaVA checkpoint, or one of {', '.join(SHIPPED)}")
-    return path
-
-
-def load(checkpoint: str | Path, device: str = "cpu", dtype: str = "auto") -> Checkpoint:
+def load(directory: Path, device: str = "cpu", dtype: str = "auto") -> Checkpoint:
     """Load a LLaVA checkpoint for our forward. `auto` is the dtype it was saved in.
 
     Raises CheckpointError for a missing or truncated file and UnsupportedCheckpoint for what the forward does not compute.
     """
-    source = open_transformers(checkpoint, device, dtype)
-    directory, manifest = source.directory, source.manifest
+    source = open_transformers(directory, device, dtype)
+    manifest = source.manifest
     eos = source.model.generation_config.eos_token_id
     if eos is None:
         eos = source.model.config.text_config.eos_token_id
@@ -83,11 +72,10 @@ class Source:
     fingerprint: str
 
 
-def open_transformers(checkpoint: str | Path, device: str = "cpu", dtype: str = "auto") -> Source:
+def open_transformers(directory: Path, device: str = "cpu", dtype: str = "auto") -> Source:
     """Check a checkpoint and open it with transformers. Raises what `load` raises."""
     if dtype not in ("auto", *DTYPES):
         raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    directory = resolve(checkpoint)
     shards = check_files(directory)
     config = _config(directory)
     check_supported(config)

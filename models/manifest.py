@@ -49,6 +49,7 @@ class Manifest(BaseModel):
     version: Literal[2] = VERSION
     name: str | None = Field(default=None, description="The model name shown to clients; the directory's name if there is none.")
     base_model: str | None = None
+    trained_on: str | None = Field(default=None, description="The data that it was trained on, if that ships with Espalier.")
     calibration: Calibration | None = None
     pruning: Pruning | None = None
     router: dict[str, Any] | None = Field(default=None, description="The router beside the weights, as `pruning.dynamic` reads it.")

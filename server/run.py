@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 
+from checkpoints.shipped import resolve
 from models.checkpoint import load
 from server.app import create_app
 from server.engine import Engine, Limits
@@ -51,7 +52,7 @@ def run(given: dict[str, Any]) -> None:
 
 
 def build_engine(settings: Settings) -> Engine:
-    checkpoint = load(settings.checkpoint, settings.device, settings.dtype)
+    checkpoint = load(resolve(settings.checkpoint), settings.device, settings.dtype)
     limits = Limits(
         max_running=settings.max_batch, max_waiting=settings.max_queue,
         kv_rows=settings.kv_tokens * checkpoint.model.num_layers,

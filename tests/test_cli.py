@@ -1,9 +1,10 @@
-"""`espalier prune` and `espalier inspect` as a person runs them."""
+"""The commands as a person runs them."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from espalier import _plain_errors, app
-from models.manifest import read_manifest
+from models.manifest import Manifest, read_manifest, write_manifest
 from pruning.dynamic.training.config import Lesson
 from pruning.static.recipe import Recipe
 from tests.server.tiny import write
@@ -63,6 +64,35 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(
     assert result.exit_code == code
     assert message in result.output and "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_calibrate_shows_and_stores_each_layers_change(dense: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "copy"))
+    result = CliRunner().invoke(app, ["calibrate", str(directory), "--samples", "2", "--seed", "5"])
+    assert result.exit_code == 0, result.output
+    assert "layer  0" in result.output and "copy" in result.output
+    calibration = read_manifest(directory).calibration
+    assert calibration is not None and (calibration.samples, calibration.seed) == (2, 5)
+
+
+@pytest.mark.parametrize("command", [["calibrate", "embedded"], ["eval", "embedded", "--cards"]])
+def test_shipped_checkpoints_are_not_written_to(command: list[str]) -> None:
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "embedded ships with Espalier and stays as it is" in result.output
+
+
+@pytest.mark.parametrize("command", [["calibrate"], ["prune", "--out", "out"], ["route", "--out", "out"]])
+def test_other_checkpoints_are_told_to_bring_their_data(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    directory = Path(shutil.copytree(dense, tmp_path / "other"))
+    write_manifest(directory, Manifest())
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [command[0], str(directory), *command[1:]])
+    assert result.exit_code == 1
+    assert "needs --data FILE" in result.output and "Traceback" not in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"other"}
 
 
 def test_a_checkpoint_that_is_not_pruned_has_nothing_to_draw(dense: Path, tmp_path: Path) -> None:

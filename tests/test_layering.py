@@ -1,4 +1,11 @@
-"""The arrows of the house: server → pruning.dynamic → models ← pruning.static; evals and benchmarks stand outside."""
+"""Imports go one way.
+
+    server → pruning.dynamic → models ← pruning.static
+
+`models` imports nothing of ours. `pruning.samples` alone reads a world that ships with Espalier, and `pruning.layer_importance` is
+measured by both halves; neither is part of serving. `checkpoints` knows the shipped names and turns them into directories: only
+front doors (the server's, evals, benchmarks, espalier.py) ask it, all else takes a directory. evals and benchmarks stand outside.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +21,20 @@ SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 # Which of our own units each unit may import. A new one must be entered here before it can be imported at all.
 PRUNING = {"pruning", "pruning.dynamic", "pruning.dynamic.training", "pruning.static"}
+CHECKPOINTS = {"checkpoints", "checkpoints.embedded", "checkpoints.world"}
 MAY_IMPORT = {
-    "checkpoints": {"checkpoints", "pruning.static", "pruning.dynamic.training", "models"},
-    "models": {"models", "checkpoints"},
-    "pruning": set(),
+    "models": {"models"},
+    "checkpoints.world": {"checkpoints.world"},
+    "checkpoints.embedded": {"checkpoints.embedded", "checkpoints.world", "models"},
+    "checkpoints": CHECKPOINTS | {"models"},
+    "pruning": {"pruning", "models", "checkpoints.world"},
     "pruning.dynamic": {"pruning.dynamic", "models"},
-    "pruning.dynamic.training": {"pruning.dynamic.training", "pruning.dynamic", "models", "checkpoints"},
-    "pruning.static": {"pruning.static", "models", "checkpoints"},
+    "pruning.dynamic.training": {"pruning.dynamic.training", "pruning.dynamic", "pruning", "models"},
+    "pruning.static": {"pruning.static", "pruning", "models"},
     "server": {"server", "pruning.dynamic", "models", "checkpoints"},
-    "evals": {"evals", "benchmarks", "server", *PRUNING, "models", "checkpoints"},
-    "benchmarks": {"benchmarks", "evals", "server", *PRUNING, "models", "checkpoints"},
-    "espalier": {"benchmarks", "evals", "server", *PRUNING, "models", "checkpoints"},
+    "evals": {"evals", "benchmarks", "server", "models"} | PRUNING | CHECKPOINTS,
+    "benchmarks": {"benchmarks", "evals", "server", "models"} | PRUNING | CHECKPOINTS,
+    "espalier": {"benchmarks", "evals", "server", "models"} | PRUNING | CHECKPOINTS,
     "tests": set(),
 }
 
@@ -82,6 +92,11 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     ("module", "source"),
     [
         ("models.llava", "import server"),
+        ("models.checkpoint", "from checkpoints.shipped import resolve"),
+        ("checkpoints.world.shapes", "from models import images"),
+        ("pruning.static.recipe", "from checkpoints.world import FAMILIES"),
+        ("pruning.dynamic.levels", "from pruning import samples"),
+        ("server.run", "from checkpoints import world"),
         ("models.llava", "def f():\n    from pruning.dynamic.levels import Level"),
         ("models.llava", "if TYPE_CHECKING:\n    from server.request import Request"),
         ("pruning.dynamic.levels", "from pruning import static"),
@@ -103,6 +118,8 @@ def test_a_wrong_import_is_seen(module: str, source: str) -> None:
     [
         ("models.llava", "from .route import Route\nimport torch"),
         ("pruning.dynamic.levels", "from models.route import Route\nfrom . import tokens"),
+        ("pruning.static.recipe", "from pruning import samples"),
+        ("server.run", "from checkpoints.shipped import resolve"),
         ("server.app", "from pruning.dynamic import levels\nfrom server.engine import Engine\nimport serverless"),
         ("evals.scenes", "from server.engine import Engine\nfrom pruning.static import obs"),
     ],

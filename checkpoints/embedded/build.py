@@ -131,5 +131,7 @@ def export(model: LlavaForConditionalGeneration, directory: Path) -> None:
         name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor for name, tensor in load_file(weights).items()
     }
     save_tensors(renamed, weights)
-    files = {weights.name: sha256(weights)}
-    write_manifest(directory, Manifest(name="espalier-embedded-dense", base_model="espalier-embedded", files=files))
+    manifest = Manifest(
+        name="espalier-embedded-dense", base_model="espalier-embedded", trained_on="world", files={weights.name: sha256(weights)}
+    )
+    write_manifest(directory, manifest)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from pruning.static.data import Sample
+from pruning.static.packing import PackedSample
 
 GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -69,7 +69,7 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
-def first_inputs(model: LlavaForConditionalGeneration, samples: Sequence[Sample]) -> list[BlockInput]:
+def first_inputs(model: LlavaForConditionalGeneration, samples: Sequence[PackedSample]) -> list[BlockInput]:
     """The inputs of the first block, by sample."""
     inputs: list[BlockInput] = []
 
@@ -115,7 +115,7 @@ def input_statistics(
 
 
 def sequential(
-    model: LlavaForConditionalGeneration, samples: Sequence[Sample]
+    model: LlavaForConditionalGeneration, samples: Sequence[PackedSample]
 ) -> Iterator[tuple[Block, list[BlockInput]]]:
     """Each block with its inputs. Change the block's weights, and the next one sees what they put out (as SparseGPT does)."""
     inputs = first_inputs(model, samples)

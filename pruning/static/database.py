@@ -18,7 +18,7 @@ from models.run_state import read_record, write_tensors
 from pruning.static.allocation import Allocation, block_of
 from pruning.static.blocks import sequential
 from pruning.static.criteria import Criterion, pruned_weights
-from pruning.static.data import Sample
+from pruning.static.packing import PackedSample
 
 Policy = tuple[int, ...]
 """A level for every matrix, in the order of the database's names; their sum is zero, so the total is the target."""
@@ -74,7 +74,7 @@ def level_grid(sizes: Mapping[str, int], level_0: Allocation, levels: int) -> tu
 
 
 def build(
-    database: Database, model: LlavaForConditionalGeneration, samples: Sequence[Sample], criterion: Criterion,
+    database: Database, model: LlavaForConditionalGeneration, samples: Sequence[PackedSample], criterion: Criterion,
     progress: Callable[[], None],
 ) -> dict[str, float]:  # fmt: skip
     """Make what is missing on disk, block by block. Returns the dampings that were raised."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -67,7 +68,7 @@ class RayEvaluator:
     Every worker opens the checkpoint and the database by their paths: these must be on a file system that the nodes share.
     """
 
-    def __init__(self, address: str, checkpoint: str, references: Sequence[Reference], database: Database) -> None:
+    def __init__(self, address: str, checkpoint: Path, references: Sequence[Reference], database: Database) -> None:
         ray = connect(address)
         from ray.util import ActorPool
 
@@ -94,7 +95,7 @@ class RayEvaluator:
 class RayWorker:
     """A worker's own model."""
 
-    def __init__(self, checkpoint: str, references: Sequence[Reference], database: Database, device: str) -> None:
+    def __init__(self, checkpoint: Path, references: Sequence[Reference], database: Database, device: str) -> None:
         if device == "cpu":
             torch.set_num_threads(1)
         model = open_transformers(checkpoint, device).model

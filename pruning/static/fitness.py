@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from pruning.static.data import Sample
 from pruning.static.database import Database, Policy
+from pruning.static.packing import PackedSample
 
 
 @dataclass(frozen=True)
 class Reference:
     """What the dense model makes of a sample."""
 
-    sample: Sample
+    sample: PackedSample
     image_features: Tensor  # [visual tokens, width]: what the projector reads; the search does not change it
     log_probs: Tensor  # [answer tokens, vocab] float32
 
@@ -31,7 +31,7 @@ class Divergence:
 
     @classmethod
     @torch.no_grad()
-    def from_dense(cls, model: LlavaForConditionalGeneration, samples: Sequence[Sample]) -> Divergence:
+    def from_dense(cls, model: LlavaForConditionalGeneration, samples: Sequence[PackedSample]) -> Divergence:
         """The model, dense as it is now, becomes the reference."""
         references = []
         for sample in samples:
@@ -48,7 +48,7 @@ class Divergence:
         return F.kl_div(logits.log_softmax(-1), reference.log_probs, reduction="none", log_target=True).sum(-1).mean()
 
 
-def _logits(model: LlavaForConditionalGeneration, sample: Sample, features: Tensor) -> Tensor:
+def _logits(model: LlavaForConditionalGeneration, sample: PackedSample, features: Tensor) -> Tensor:
     """float32 [answer tokens, vocab]. One sample at a time: on CPU, batches of long rows are half as fast."""
     inputs = sample.text(model)
     ids = inputs.pop("input_ids")
@@ -60,7 +60,7 @@ def _logits(model: LlavaForConditionalGeneration, sample: Sample, features: Tens
 
 
 @torch.no_grad()
-def _image_features(model: LlavaForConditionalGeneration, sample: Sample) -> Tensor:
+def _image_features(model: LlavaForConditionalGeneration, sample: PackedSample) -> Tensor:
     """What the projector reads: [visual tokens, width]."""
     features: list[Tensor] = []
 

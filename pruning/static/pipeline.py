@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,49 +14,51 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from checkpoints.world import FAMILIES
-from models.checkpoint import check_files, open_transformers, resolve, sha256
+from models.checkpoint import check_files, open_transformers
 from models.layer_shapes import LayerShape
 from models.manifest import Manifest, Pruning, read_manifest
-from models.preprocess import Preprocessor
 from models.run_state import RunState, run_directory
 from models.saving import derive
-from pruning.static import allocation, data, scores, search, structured, wanda
+from pruning import layer_importance, samples
+from pruning.samples import FAMILIES
+from pruning.static import allocation, scores, search, structured, wanda
 from pruning.static.allocation import Allocation
 from pruning.static.blocks import Block, BlockInput, blocks, input_statistics, linears, sequential
 from pruning.static.criteria import CRITERIA, pruned_weights
 from pruning.static.evaluate import connect
 from pruning.static.fitness import Divergence
 from pruning.static.masks import GROUP, Pattern
-from pruning.static.recipe import WORLD, Recipe, RecipeError
+from pruning.static.packing import PackedSample, pack
+from pruning.static.recipe import Recipe, RecipeError
 
 
 def run(
-    recipe: Recipe, checkpoint: str, out: Path, device: str = "cpu", dtype: str = "auto", ray: str | None = None,
-    quiet: bool = False, finish: Callable[[Path], object] = lambda directory: None,
+    recipe: Recipe, checkpoint: Path, out: Path, device: str = "cpu", dtype: str = "auto", ray: str | None = None,
+    quiet: bool = False,
 ) -> Manifest:  # fmt: skip
-    """Prune `checkpoint` into the directory `out`. Returns its manifest.
+    """Prune `checkpoint` into the directory `out`, and measure how much each layer of the result does. Returns its manifest.
 
-    Statistics and search run in `dtype`; the files keep theirs. `finish` may complete the new checkpoint before it is published.
+    Statistics and search run in `dtype`; the files keep theirs.
 
-    Errors of the recipe, the checkpoint and the disk come before the work (RecipeError, CheckpointError); errors of the statistics
-    name the matrix. A run that ends early goes on when it is started again: its finished parts wait in `out`.work.
+    Errors of the recipe, the data, the checkpoint and the disk come before the work (RecipeError, DataError, CheckpointError);
+    errors of the statistics name the matrix. A run that ends early goes on when it is started again: its finished parts wait in
+    `out`.work.
     """
-    directory = check(recipe, checkpoint, out)
+    check(recipe, checkpoint, out)
+    recipe = recipe.model_copy(update={"data": samples.choose(recipe.data, checkpoint)})
     if ray:
         if recipe.allocation != "search":
             raise RecipeError("--ray spreads the evaluations of a search: it needs allocation search")
         connect(ray)
-    run_state = _draft(recipe, directory, out, device, dtype, ray, Console(stderr=True, quiet=quiet))
-    finish(run_state.draft)
+    run_state = _draft(recipe, checkpoint, out, device, dtype, ray, Console(stderr=True, quiet=quiet))
+    layer_importance.calibrate(run_state.draft, recipe.data, recipe.samples, recipe.seed, device, quiet=quiet)
     run_state.draft.replace(out)
     shutil.rmtree(run_state.directory)
     return read_manifest(out)
 
 
-def check(recipe: Recipe, checkpoint: str, out: Path) -> Path:
-    """The checkpoint's directory, once all that can be known before the work is known to be fine. Raises RecipeError."""
-    directory = resolve(checkpoint)
+def check(recipe: Recipe, directory: Path, out: Path) -> None:
+    """All that can be known before the work. Raises RecipeError and CheckpointError."""
     shards = check_files(directory)
     if read_manifest(directory).pruning:
         raise RecipeError(f"{directory} is pruned already; prune the dense checkpoint that it was made from")
@@ -64,8 +66,6 @@ def check(recipe: Recipe, checkpoint: str, out: Path) -> Path:
         raise RecipeError(f"{out} exists; name a directory that does not, or remove it")
     if not out.parent.is_dir():
         raise RecipeError(f"{out.parent} is not a directory; create it first")
-    if recipe.data != WORLD and not Path(recipe.data).is_file():
-        raise RecipeError(f"data: {recipe.data} is not a file; name a JSONL file, or `{WORLD}`")
     if unknown := set(recipe.families) - set(FAMILIES):
         raise RecipeError(f"families: {', '.join(sorted(unknown))} is not one of {', '.join(FAMILIES)}")
     # The result and the finished blocks; the search keeps every level of every matrix, and the dense one.
@@ -75,7 +75,6 @@ def check(recipe: Recipe, checkpoint: str, out: Path) -> Path:
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise RecipeError(f"{out.parent} has {free / 1e9:.1f} GB free and up to {needed / 1e9:.1f} GB are needed; make room")
-    return directory
 
 
 def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, ray: str | None, console: Console) -> RunState:
@@ -83,16 +82,16 @@ def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, 
     source = open_transformers(directory, device, dtype)
     source.model.requires_grad_(False)
     identity = f"{source.name} {source.fingerprint}"
-    samples = _samples(recipe, source.preprocessor)
-    content = "" if recipe.data == WORLD else sha256(Path(recipe.data))
-    run_state = RunState(out, recipe.model_dump(mode="json"), f"{identity} {dtype} {content}")
+    read = samples.read(recipe.data, recipe.samples, recipe.seed, families=recipe.families or FAMILIES)
+    packed = [pack(source.preprocessor, sample) for sample in read]
+    run_state = RunState(out, recipe.model_dump(mode="json"), f"{identity} {dtype} {samples.content(recipe.data)}")
     if run_state.resumed:
         console.print(f"going on with the run in {run_state.directory}", highlight=False)
     if run_state.draft.exists():  # stopped while it was completed
         return run_state
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        changed, report = PruningRun(recipe, source.model, samples, run_state, progress, source.directory, ray).run()
+        changed, report = PruningRun(recipe, source.model, packed, run_state, progress, source.directory, ray).run()
     pruning = Pruning(recipe=recipe.model_dump(mode="json"), source=identity, **report)
     # What was measured on the dense checkpoint does not hold for this one.
     manifest = source.manifest.derive(pruning=pruning, calibration=None)
@@ -100,17 +99,11 @@ def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, 
     return run_state
 
 
-def _samples(recipe: Recipe, preprocessor: Preprocessor) -> list[data.Sample]:
-    if recipe.data == WORLD:
-        return data.embedded_world(preprocessor, recipe.samples, recipe.seed, families=recipe.families or FAMILIES)
-    return data.from_file(preprocessor, Path(recipe.data), recipe.samples, recipe.seed)
-
-
 class PruningRun:
     """One run's model, samples and finished parts."""
 
     def __init__(
-        self, recipe: Recipe, model: LlavaForConditionalGeneration, samples: list[data.Sample], run_state: RunState,
+        self, recipe: Recipe, model: LlavaForConditionalGeneration, samples: list[PackedSample], run_state: RunState,
         progress: Progress, checkpoint: Path, ray: str | None,
     ) -> None:  # fmt: skip
         self.recipe, self.model, self.samples, self.run_state, self.progress = recipe, model, samples, run_state, progress

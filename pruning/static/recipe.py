@@ -11,8 +11,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-WORLD = "world"
-"""The calibration data that ships with Espalier."""
 MIN_SAMPLES, MIN_SEARCH_SAMPLES = 4, 16
 """The search needs more: it holds a quarter of them out."""
 
@@ -39,7 +37,7 @@ class Recipe(BaseModel):
     projector: bool = Field(True, description="search: tune the projector on the best policies, in turns with the search.")
     samples: int = Field(64, ge=MIN_SAMPLES, description="Calibration samples.")
     seed: int = Field(0, description="Which samples, and every random choice.")
-    data: str = Field(WORLD, description="Calibration data: world, or a JSONL file, see docs/pruning.md.")
+    data: str = Field("", description="A JSONL file (docs/pruning.md), or world; what the checkpoint was trained on by default.")
     families: tuple[str, ...] = Field((), description="world: draw from these families alone; may repeat.")
 
     @model_validator(mode="after")

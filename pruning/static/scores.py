@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from pruning.static.blocks import BlockInput, blocks, linears, sequential
-from pruning.static.data import Sample
+from pruning.static.packing import PackedSample
 
 EPSILON = 1e-3
 """ECoFLaP's step along the random direction."""
@@ -21,13 +21,13 @@ OUTLIER = 5.0
 """OWL's M: an outlier is this many times the mean of its matrix."""
 
 
-def answer_loss(model: LlavaForConditionalGeneration, sample: Sample) -> Tensor:
+def answer_loss(model: LlavaForConditionalGeneration, sample: PackedSample) -> Tensor:
     """Cross entropy of the answers' tokens given picture and question."""
     logits = model(**sample.inputs(model), logits_to_keep=sample.before_answers.to(model.device), use_cache=False).logits[0]
     return _cross_entropy(logits, sample)
 
 
-def _answer_loss_from(model: LlavaForConditionalGeneration, index: int, block_input: BlockInput, sample: Sample) -> Tensor:
+def _answer_loss_from(model: LlavaForConditionalGeneration, index: int, block_input: BlockInput, sample: PackedSample) -> Tensor:
     """`answer_loss`, going on from the input of block `index`: what comes before a changed matrix need not run again."""
     hidden = block_input.hidden_states
     for block in blocks(model)[index:]:
@@ -36,13 +36,13 @@ def _answer_loss_from(model: LlavaForConditionalGeneration, index: int, block_in
     return _cross_entropy(model.lm_head(model.model.language_model.norm(rows)), sample)
 
 
-def _cross_entropy(logits: Tensor, sample: Sample) -> Tensor:
+def _cross_entropy(logits: Tensor, sample: PackedSample) -> Tensor:
     return F.cross_entropy(logits.float(), sample.ids[sample.answers].to(logits.device))
 
 
 @torch.no_grad()
 def zeroth_order(
-    model: LlavaForConditionalGeneration, samples: Sequence[Sample], seed: int, known: Collection[str] = ()
+    model: LlavaForConditionalGeneration, samples: Sequence[PackedSample], seed: int, known: Collection[str] = ()
 ) -> Iterator[tuple[str, float]]:
     """(matrix, score) of each not in `known`: the sum over samples of |L(W + εz) - L(W - εz)| / 2ε for a normal z.
 
@@ -75,7 +75,7 @@ def _loss_at(weight: Tensor, dense: Tensor, noise: Tensor, sign: int, loss: Call
 
 
 def first_order(
-    model: LlavaForConditionalGeneration, samples: Sequence[Sample], progress: Callable[[], None]
+    model: LlavaForConditionalGeneration, samples: Sequence[PackedSample], progress: Callable[[], None]
 ) -> dict[str, float]:
     """The sum over samples of each matrix's gradient norm, which the zeroth order estimates: one backward pass a sample."""
     model.requires_grad_(False)

@@ -58,7 +58,7 @@ def search(
 
     loader = PolicyLoader(matrices, database)
     local = LocalEvaluator(divergence, loader)
-    evaluate: Evaluator = RayEvaluator(ray, str(checkpoint.resolve()), divergence.references, database) if ray else local
+    evaluate: Evaluator = RayEvaluator(ray, checkpoint.resolve(), divergence.references, database) if ray else local
     limits = [database.limits[name] for name in database.names]
     config = replace(EVOLUTION, eta=recipe.eta)
     evolution = Evolution(limits, len(samples), config, recipe.seed, evaluate, StructuralRisk(database))

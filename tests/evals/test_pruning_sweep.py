@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints.shipped import SHIPPED
 from checkpoints.world import draw
 from evals import exact_match, pruning_report, pruning_sweep
 from evals.scenes import Answer, make_request, normalise
@@ -16,9 +17,9 @@ from tests.server.tiny import write
 
 
 def test_one_pass_says_what_greedy_decoding_says() -> None:
-    source = open_transformers("embedded-dense", dtype="float32")
+    source = open_transformers(SHIPPED["embedded-dense"], dtype="float32")
     found = exact_match.exam(source.model, source.preprocessor, 8)
-    checkpoint = load("embedded-dense", dtype="float32")
+    checkpoint = load(SHIPPED["embedded-dense"], dtype="float32")
     engine = Engine(checkpoint, Limits(max_running=16, max_waiting=256))
     seen: dict[str, list[list[bool]]] = {family: [] for family in found}
     for index in range(8):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints.world import FAMILIES, Question, Scene, draw
-from evals import calibration, cards
+from evals import cards
 from evals.scenes import Answer, exam, normalise, run, summarise
 from evals.statistics import wilson
 from models.checkpoint import load
-from models.manifest import read_manifest
 from server.engine import Engine
 from server.request import Delta, Failed, Finished, Receipt
 from tests.server.tiny import LAYERS, VISUAL, write
@@ -97,8 +97,8 @@ def test_an_exam_repeats_itself_and_takes_all_families_in_turn():
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write(tmp_path_factory.mktemp("exam") / "tiny-llava"))
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("exam") / "tiny-llava")
 
 
 @pytest.mark.parametrize("level", ["off", "strong"])
@@ -127,27 +127,8 @@ def test_an_unknown_level_or_policy_is_named_with_what_there_is(directory, level
         run(directory, level, 1, "test", policy, "cpu", "float32", quiet=True)
 
 
-def test_calibration_finds_the_layer_that_does_nothing(directory, tmp_path):
-    checkpoint = load(directory, dtype="float32")
-    idle = checkpoint.model.decoder_layers[1]
-    idle.out.weight.zero_()
-    idle.down.weight.zero_()
-    found = calibration.calibrate(checkpoint, count=3, seed=0)
-    assert found.layer_change[1] == pytest.approx(0, abs=1e-5)
-    assert found.layer_change[0] > 0.01
-    assert found.layer_change[-1] == 1.0, "the last layer is read by nothing it could be compared with"
-    assert (found.samples, found.seed) == (3, 0)
-
-
-def test_calibrating_a_directory_stores_it_in_the_manifest(directory, capsys):
-    calibration.run(directory, 2, 5, "cpu", "float32")
-    stored = read_manifest(load(directory).directory).calibration
-    assert (stored.samples, stored.seed, len(stored.layer_change)) == (2, 5, LAYERS)
-    assert "layer  0" in capsys.readouterr().out
-
-
 def test_cards_say_what_each_level_does_and_stand_on_the_menu(tmp_path):
-    directory = str(write(tmp_path / "tiny-llava"))
+    directory = write(tmp_path / "tiny-llava")
     found = cards.run(directory, 6, "validation", "cpu", "float32", quiet=True)
     engine = Engine(load(directory))
     assert {name: level.card for name, level in engine.menu.items()} == json.loads(json.dumps(found))

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from checkpoints.embedded import SHIPPED
-from models.checkpoint import load, resolve
+from models.checkpoint import load
 from models.forward import forward, prefill_input
 from models.llava import UnsupportedCheckpoint
 from models.manifest import CheckpointError
@@ -76,13 +75,6 @@ def test_the_fingerprint_tells_weights_apart(saved, broken):
     assert same == before
     edit_tensors(broken, lambda tensors: next(iter(tensors.values())).add_(1))
     assert load(broken).fingerprint != before
-
-
-def test_resolve_knows_the_embedded_checkpoint(tmp_path):
-    assert {name: resolve(name) for name in SHIPPED} == SHIPPED
-    assert resolve(str(tmp_path)) == tmp_path
-    with pytest.raises(CheckpointError, match=r"nowhere is not a directory.*embedded"):
-        resolve(tmp_path / "nowhere")
 
 
 def test_tensors_that_nobody_needs_are_left_alone(broken):

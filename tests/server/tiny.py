@@ -64,7 +64,8 @@ def write(directory: Path, *, layers: int = LAYERS, **options: Any) -> Path:
     model.save_pretrained(directory, **options)
     processor().save_pretrained(directory)
     change = [0.5, *[0.1] * (layers - 2), 1.0]
-    write_manifest(directory, Manifest(calibration=Calibration(layer_change=change, data="none", samples=1, seed=0)))
+    calibration = Calibration(layer_change=change, data="none", samples=1, seed=0)
+    write_manifest(directory, Manifest(trained_on="world", calibration=calibration))
     return directory
 
 

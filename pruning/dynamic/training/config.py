@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-WORLD = "world"
-"""The data that ships with Espalier."""
-
 
 class Lesson(BaseModel):
     """Written into the manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: str = Field(WORLD, description="`world`, or a JSONL file of pictures and questions.")
+    data: str = Field("", description="A JSONL file (docs/pruning.md), or world; what the checkpoint was trained on by default.")
     pictures: int = Field(3000, ge=8, description="A third of them is held out, to judge by.")
     questions: int = Field(4, ge=1, description="Of each picture, at most; drawn from those that there are.")
     answer: int = Field(64, ge=1, description="Tokens of an answer that are watched.")

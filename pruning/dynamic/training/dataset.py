@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from random import Random
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from models.checkpoint import Checkpoint
-from models.pictures import Picture, from_file, from_world
 from models.run_state import RunState
 from pruning.dynamic.router import words
-from pruning.dynamic.training.config import WORLD, Lesson
+from pruning.dynamic.training.config import Lesson
 from pruning.dynamic.training.teacher import Asked, answers, observe, passing_costs
+from pruning.samples import Sample, read
 
 CHUNK = 8
 """Pictures watched between two saves."""
@@ -64,9 +63,10 @@ def watch(lesson: Lesson, source: Checkpoint, work: RunState, progress: Progress
     """Watch every picture of a lesson. What is on disk already is not watched again."""
     task = progress.add_task("watching", total=lesson.pictures)
     found: list[dict[str, Tensor]] = []
-    pictures = iter(_pictures(lesson))
+    # Not the pictures that masks were made on.
+    samples = read(lesson.data, lesson.pictures, lesson.seed + 1000, answered=False)
     for number in range(0, lesson.pictures, CHUNK):
-        here = list(islice(pictures, CHUNK))
+        here = list(islice(samples, CHUNK))
         stored = work.read_tensors(f"watched-{number}")
         if stored is None:
             work.write_tensors(f"watched-{number}", _watch(lesson, source, here, number), {})
@@ -82,20 +82,14 @@ def _rows(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts) if parts[0].dim() == 0 else pad_sequence(parts, batch_first=True, padding_value=-1)
 
 
-def _pictures(lesson: Lesson) -> Iterator[Picture]:
-    if lesson.data == WORLD:
-        return from_world(lesson.pictures, lesson.seed + 1000, "train")  # not those that masks were made on
-    return from_file(Path(lesson.data), lesson.pictures, lesson.seed, answered=False)
-
-
 @torch.inference_mode()
-def _watch(lesson: Lesson, source: Checkpoint, pictures: Iterable[Picture], first: int) -> dict[str, Tensor]:
+def _watch(lesson: Lesson, source: Checkpoint, samples: Iterable[Sample], first: int) -> dict[str, Tensor]:
     found: list[dict[str, Tensor]] = []
     visual = []
-    for number, shown in enumerate(pictures):
-        pixels = source.preprocessor.pixels(shown.image)[None].to(source.model.device, source.model.dtype)
+    for number, sample in enumerate(samples):
+        pixels = source.preprocessor.pixels(sample.image)[None].to(source.model.device, source.model.dtype)
         visual.append(source.model.vision(pixels).tokens[0])
-        turns = Random(f"{lesson.seed}/{first + number}").sample(shown.turns, min(lesson.questions, len(shown.turns)))
+        turns = Random(f"{lesson.seed}/{first + number}").sample(sample.turns, min(lesson.questions, len(sample.turns)))
         alone, later = _split([question for question, _ in turns], held_out=first + number >= lesson.taught)
         asked, made = _talk(lesson, source, visual[-1], alone, later)
         seen = _observe(source, asked, made, costly=(first + number) % COSTLY == 0)

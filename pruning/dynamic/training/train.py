@@ -19,9 +19,10 @@ from models.checkpoint import Checkpoint, load, open_transformers, sha256
 from models.manifest import Manifest, read_manifest, write_manifest
 from models.run_state import RunState
 from models.saving import derive
+from pruning import samples
 from pruning.dynamic.router import Router, Shape, default_rows
 from pruning.dynamic.router_file import FILE, RouterRecord, save_router
-from pruning.dynamic.training.config import WORLD, Lesson
+from pruning.dynamic.training.config import Lesson
 from pruning.dynamic.training.dataset import Watched, watch
 from pruning.dynamic.training.distill import writing_error
 from pruning.dynamic.training.loop import foreseen, foresight_error, learn, read
@@ -29,7 +30,7 @@ from pruning.dynamic.training.profile import judge, ways
 
 
 def run(
-    lesson: Lesson, checkpoint: str, out: Path, device: str = "cpu", dtype: str = "auto", quiet: bool = False
+    lesson: Lesson, checkpoint: Path, out: Path, device: str = "cpu", dtype: str = "auto", quiet: bool = False
 ) -> Manifest:
     """Train a router for `checkpoint` and write both to the directory `out`. Returns its manifest.
 
@@ -37,18 +38,16 @@ def run(
     """
     if out.exists():
         raise ValueError(f"{out} exists; name a directory that does not, or remove it")
-    if lesson.data != WORLD and not Path(lesson.data).is_file():
-        raise ValueError(f"data: {lesson.data} is not a file; name a JSONL file, or `{WORLD}`")
+    lesson = lesson.model_copy(update={"data": samples.choose(lesson.data, checkpoint)})
     source = load(checkpoint, device, dtype)
-    content = "" if lesson.data == WORLD else sha256(Path(lesson.data))
-    work = RunState(out, lesson.model_dump(), f"{source.name} {source.fingerprint} {dtype} {content}")
+    work = RunState(out, lesson.model_dump(), f"{source.name} {source.fingerprint} {dtype} {samples.content(lesson.data)}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True, quiet=quiet)
     if work.resumed:
         console.print(f"going on with the run in {work.directory}", highlight=False)
     with Progress(*columns, console=console) as progress:
         watched = watch(lesson, source, work, progress)
-        router = teach(lesson, source, checkpoint, (device, dtype), watched, work, progress)
+        router = teach(lesson, source, (device, dtype), watched, work, progress)
         served = router.serving(source.model.dtype)
         judged = judge(lesson, source, served, watched, work, progress)
         router.adopt(served)
@@ -69,9 +68,8 @@ def run(
 
 
 def teach(
-    lesson: Lesson, source: Checkpoint, checkpoint: str, place: tuple[str, str], watched: Watched, work: RunState,
-    progress: Progress,
-) -> Router:  # fmt: skip
+    lesson: Lesson, source: Checkpoint, place: tuple[str, str], watched: Watched, work: RunState, progress: Progress
+) -> Router:
     """Both lessons. The second one runs through transformers' model, which is loaded for it and let go."""
     torch.manual_seed(lesson.seed)
     model, width = source.model, watched.visual.shape[-1]
@@ -83,7 +81,7 @@ def teach(
 
     learn("foreseeing", router, watched, lesson, lesson.steps, lesson.rate, foresee, work, progress)
     if lesson.writing:
-        teacher = open_transformers(checkpoint, *place).model.requires_grad_(False)
+        teacher = open_transformers(source.directory, *place).model.requires_grad_(False)
         # On CPU the backward pass of the fused attention costs more than all the rest.
         teacher.set_attn_implementation("eager" if model.device.type == "cpu" else "sdpa")
 

@@ -13,7 +13,6 @@ from transformers import LlavaForConditionalGeneration
 
 from models.checkpoint import load, open_transformers
 from models.manifest import read_manifest
-from models.pictures import DataError
 from models.route import Route
 from models.run_state import RunState, RunStateError
 from pruning.dynamic.levels import PRUNED, Level, Rung, choose, make_route
@@ -27,6 +26,7 @@ from pruning.dynamic.training.distill import divergence
 from pruning.dynamic.training.profile import as_asked
 from pruning.dynamic.training.teacher import Asked, answers, gives, margins, observe, passing_costs, said
 from pruning.dynamic.training.train import run
+from pruning.samples import DataError
 from tests.pruning.dynamic.tiny_router import QUICK, plain_checkpoint, routed_checkpoint  # noqa: F401
 from tests.pruning.kills import Killed, die_at
 from tests.server.tiny import LAYERS, VISUAL, answer, ask, new_engine
@@ -94,7 +94,7 @@ def test_a_margin_is_by_how_much_the_next_token_is_behind(plain):
 def watched_lesson(plain, tmp_path_factory) -> Watched:
     work = RunState(tmp_path_factory.mktemp("watched") / "out", {}, "")
     with train.Progress(disable=True) as progress:
-        return dataset.watch(Lesson(**{**QUICK, "questions": 4}), load(plain), work, progress)
+        return dataset.watch(Lesson(**{**QUICK, "data": "world", "questions": 4}), load(plain), work, progress)
 
 
 def test_a_quarter_of_the_questions_follows_one_in_the_same_chat_with_the_models_own_answer(plain, watched):
@@ -291,10 +291,10 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_never_stopped(
     with monkeypatch.context() as patch:
         die_at(patch, owner, name, call)
         with pytest.raises(Killed):
-            run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
+            run(Lesson(**QUICK), plain, tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
     again = die_at(monkeypatch, owner, name, -1)
-    run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
+    run(Lesson(**QUICK), plain, tmp_path / "out", quiet=True)
     assert again[0] == left
     assert read_manifest(tmp_path / "out").files == read_manifest(routed).files
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
@@ -304,9 +304,9 @@ def test_another_lesson_does_not_go_on_with_a_killed_run(plain, tmp_path, monkey
     with monkeypatch.context() as patch:
         die_at(patch, dataset, "_watch", 2)
         with pytest.raises(Killed):
-            run(Lesson(**QUICK), str(plain), tmp_path / "out", quiet=True)
+            run(Lesson(**QUICK), plain, tmp_path / "out", quiet=True)
     with pytest.raises(RunStateError, match="unfinished run of another recipe"):
-        run(Lesson(**QUICK, seed=1), str(plain), tmp_path / "out", quiet=True)
+        run(Lesson(**QUICK, seed=1), plain, tmp_path / "out", quiet=True)
 
 
 def test_it_learns_from_a_file_without_answers(plain, tmp_path):
@@ -317,16 +317,16 @@ def test_it_learns_from_a_file_without_answers(plain, tmp_path):
     data = tmp_path / "questions.jsonl"
     data.write_text("\n".join(lines))
     lesson = Lesson(data=str(data), pictures=8, questions=1, answer=3, steps=2, writing=2, batch=2)
-    record = RouterRecord.of(run(lesson, str(plain), tmp_path / "out", quiet=True))
+    record = RouterRecord.of(run(lesson, plain, tmp_path / "out", quiet=True))
     assert record.report["questions"] == 8
     with pytest.raises(DataError, match="has 8 samples and 9 are asked for"):
-        run(lesson.model_copy(update={"pictures": 9}), str(plain), tmp_path / "more", quiet=True)
+        run(lesson.model_copy(update={"pictures": 9}), plain, tmp_path / "more", quiet=True)
 
 
 def test_what_cannot_be_done_is_said_before_the_work(plain, tmp_path):
     with pytest.raises(ValueError, match="exists; name a directory that does not"):
-        run(Lesson(), str(plain), tmp_path, quiet=True)
+        run(Lesson(), plain, tmp_path, quiet=True)
     with pytest.raises(ValueError, match=r"none\.jsonl is not a file"):
-        run(Lesson(data="none.jsonl"), str(plain), tmp_path / "out", quiet=True)
+        run(Lesson(data="none.jsonl"), plain, tmp_path / "out", quiet=True)
 
 

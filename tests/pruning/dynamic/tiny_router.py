@@ -33,5 +33,5 @@ def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", name="routed")
 def routed_checkpoint(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("routed") / "routed"
-    run(Lesson(**QUICK), str(plain), out, quiet=True)
+    run(Lesson(**QUICK), plain, out, quiet=True)
     return out

@@ -25,7 +25,7 @@ def test_two_workers_find_what_one_process_finds(tmp_path: Path, cluster: str):
     local, divergence = setting.local, setting.divergence
     rest = [0] * (len(setting.database.names) - 2)
     policies = [(0, 0, *rest), (1, -1, *rest), (-1, 1, *rest)]
-    spread = RayEvaluator(cluster, str(setting.checkpoint), divergence.references, setting.database)
+    spread = RayEvaluator(cluster, setting.checkpoint, divergence.references, setting.database)
     assert spread(policies, [0, 2, 5]) == pytest.approx(local(policies, [0, 2, 5]), rel=1e-3)
     changed = {name: value * 0.5 for name, value in divergence.model.model.multi_modal_projector.state_dict().items()}
     before = local(policies[:1], range(6))

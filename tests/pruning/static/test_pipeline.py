@@ -19,12 +19,13 @@ from checkpoints.world import draw
 from evals.scenes import MAX_TOKENS, Answer, make_request
 from models.checkpoint import load, open_transformers
 from models.manifest import CheckpointError, read_manifest
-from models.pictures import DataError
 from models.run_state import RunStateError
+from pruning import samples
+from pruning.samples import DataError
 from pruning.static import pipeline, scores, search
 from pruning.static.blocks import linears
-from pruning.static.data import embedded_world
 from pruning.static.evolution import Evolution, EvolutionConfig
+from pruning.static.packing import pack
 from pruning.static.projector import TuningConfig
 from pruning.static.recipe import Recipe, RecipeError, read
 from tests.pruning.kills import Killed, die_at
@@ -55,7 +56,7 @@ def never_stopped(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def prune(dense: Path, out: Path, **given: Any) -> Any:
-    return pipeline.run(read(None, {**QUICK, **given}), str(dense), out, quiet=True)
+    return pipeline.run(read(None, {**QUICK, **given}), dense, out, quiet=True)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -101,13 +102,13 @@ def test_zeroth_order_scores_leave_the_weights_as_they_were(dense, tmp_path):
 
 def test_zeroth_order_scores_are_loss_differences(dense):
     source = open_transformers(dense)
-    samples = embedded_world(source.preprocessor, 2, 0)
-    found = dict(scores.zeroth_order(source.model, samples, 0, known=["language.0.mlp.up_proj"]))
+    packed = [pack(source.preprocessor, sample) for sample in samples.read(samples.WORLD, 2, 0)]
+    found = dict(scores.zeroth_order(source.model, packed, 0, known=["language.0.mlp.up_proj"]))
     assert found.keys() == linears(source.model).keys() - {"language.0.mlp.up_proj"}
     name = "language.1.mlp.down_proj"
     weight, generator, wanted = linears(source.model)[name].weight, torch.Generator().manual_seed(crc32(f"0/{name}".encode())), 0.0
     with torch.no_grad():
-        for sample in samples:
+        for sample in packed:
             step = scores.EPSILON * torch.randn(weight.shape, generator=generator)
             sides = []
             for moved in (weight + step, weight - step):
@@ -205,15 +206,14 @@ def test_a_killed_run_repeats_nothing_that_was_finished(dense, whole, tmp_path, 
 
 
 def test_a_run_killed_while_it_was_completed_goes_on_there(dense, tmp_path, monkeypatch):
-    def killed(directory: Path) -> None:
-        assert load(directory).manifest.pruning
-        raise Killed
-
-    with pytest.raises(Killed):
-        pipeline.run(read(None, QUICK), str(dense), tmp_path / "out", quiet=True, finish=killed)
+    with monkeypatch.context() as patch:
+        die_at(patch, pipeline.layer_importance, "calibrate", 1)
+        with pytest.raises(Killed):
+            prune(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     again = die_at(monkeypatch, pipeline, "derive", -1)
-    assert prune(dense, tmp_path / "out").pruning
+    calibration = prune(dense, tmp_path / "out").calibration
+    assert (calibration.data, calibration.samples, calibration.seed) == ("world", QUICK["samples"], 0)
     assert again == [0] and {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
@@ -277,7 +277,7 @@ def test_paths_and_families_that_cannot_be_used_are_refused(dense, tmp_path):
         prune(dense, tmp_path / "no" / "out")
     with pytest.raises(RecipeError, match=r"families: faces is not one of shapes"):
         prune(dense, tmp_path / "out", families=["faces"])
-    with pytest.raises(RecipeError, match=r"data: nowhere\.jsonl is not a file"):
+    with pytest.raises(DataError, match=r"data: nowhere\.jsonl is not a file"):
         prune(dense, tmp_path / "out", data="nowhere.jsonl")
     assert not list(tmp_path.iterdir())
 

@@ -24,7 +24,7 @@ from models.random_llava import random_model, tiny_config
 from models.route import Route
 from pruning.static import obs, structured, wanda
 from pruning.static.blocks import blocks, sequential
-from pruning.static.data import Sample
+from pruning.static.packing import PackedSample
 from tests.server.tiny import processor, write
 
 IMAGE, VISUAL = 127, 16
@@ -129,13 +129,13 @@ def test_dead_inputs_are_known(module):
 # ---- blocks
 
 
-def asked(ids: torch.Tensor, pixels: torch.Tensor) -> Sample:
+def asked(ids: torch.Tensor, pixels: torch.Tensor) -> PackedSample:
     """One question, whose answer is the last two tokens."""
     answers = torch.arange(len(ids)) >= len(ids) - 2
-    return Sample(ids, pixels, answers, torch.zeros(len(ids), dtype=torch.long), torch.arange(len(ids)))
+    return PackedSample(ids, pixels, answers, torch.zeros(len(ids), dtype=torch.long), torch.arange(len(ids)))
 
 
-def samples(count: int = 6) -> list[Sample]:
+def samples(count: int = 6) -> list[PackedSample]:
     generator = torch.Generator().manual_seed(5)
     found = []
     for _ in range(count):

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.checkpoint import open_transformers
-from pruning.static import data
+from pruning.samples import WORLD, read
 from pruning.static.allocation import uniform
 from pruning.static.blocks import linears
 from pruning.static.criteria import CRITERIA
 from pruning.static.database import Database, PolicyLoader, build, level_grid
 from pruning.static.evaluate import LocalEvaluator
 from pruning.static.fitness import Divergence
+from pruning.static.packing import pack
 from tests.server.tiny import write
 
 
@@ -28,7 +29,7 @@ def prepare(directory: Path, count: int) -> Setting:
     """Magnitude at half the weights, two levels on either side, judged on `count` samples."""
     checkpoint = write(directory / "dense")
     source = open_transformers(checkpoint)
-    samples = data.embedded_world(source.preprocessor, count, seed=0)
+    samples = [pack(source.preprocessor, sample) for sample in read(WORLD, count, seed=0)]
     matrices = linears(source.model)
     sizes = {name: linear.weight.numel() for name, linear in matrices.items()}
     level_0 = uniform(sizes, 0.5)

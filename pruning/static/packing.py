@@ -1,37 +1,34 @@
-"""Calibration samples: pictures with questions and their answers, from the embedded world or from a file in LLaVA's format.
+"""Samples as the transformers model takes them: all questions about a picture, with their answers, packed into one sequence.
 
-Questions about one picture share its rows: each sees the picture and itself, at the positions that it would have alone. Nine
-questions cost twice what one does, for nine times the answer tokens.
+They share the picture's rows: each sees the picture and itself, at the positions that it would have alone. Nine questions cost
+twice what one does, for nine times the answer tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from checkpoints import world
-from models import pictures
 from models.preprocess import Preprocessor
+from pruning.samples import Sample
 
 
 @dataclass(frozen=True)
-class Sample:
+class PackedSample:
     """A picture and its questions, side by side behind the rows that all of them share.
 
     ids: [n] int64, image tokens expanded. pixels: [1, 3, height, width] float32. answers: [n] bool, the tokens of answers.
-    talks: [n] int64, which question a row is of, from 1; 0 for the shared ones. positions: [n] int64.
+    segments: [n] int64, which question a row is of, from 1; 0 for the shared ones. positions: [n] int64.
     """
 
     ids: Tensor
     pixels: Tensor
     answers: Tensor
-    talks: Tensor
+    segments: Tensor
     positions: Tensor
 
     def inputs(self, model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
@@ -41,7 +38,7 @@ class Sample:
     def text(self, model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
         """The same without the picture: input_ids and position_ids [1, n], attention_mask [1, 1, n, n], additive."""
         order = torch.arange(len(self.ids))
-        seen = (self.talks[:, None] == self.talks) | (self.talks == 0)
+        seen = (self.segments[:, None] == self.segments) | (self.segments == 0)
         seen &= order[:, None] >= order
         mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)
         inputs = {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": mask[None]}
@@ -53,39 +50,23 @@ class Sample:
         return self.answers.nonzero()[:, 0] - 1
 
 
-def embedded_world(
-    preprocessor: Preprocessor, count: int, seed: int, split: str = "train", families: Sequence[str] = world.FAMILIES
-) -> list[Sample]:
-    """`count` pictures of the world, its families in turn, with all that is asked about each."""
-    return [_sample(preprocessor, picture) for picture in pictures.from_world(count, seed, split, families)]
-
-
-def of_scene(preprocessor: Preprocessor, scene: world.Scene) -> Sample:
-    """A picture of the world with its questions; talk k is question k - 1."""
-    return _sample(preprocessor, pictures.from_scene(scene))
-
-
-def from_file(preprocessor: Preprocessor, path: Path, count: int, seed: int) -> list[Sample]:
-    """`count` samples of a JSONL file (see `models.pictures`). Raises DataError for a line that cannot be read and for too few."""
-    return [_sample(preprocessor, picture) for picture in pictures.from_file(path, count, seed)]
-
-
-def _sample(preprocessor: Preprocessor, picture: pictures.Picture) -> Sample:
+def pack(preprocessor: Preprocessor, sample: Sample) -> PackedSample:
+    """One sequence of a picture and its turns; segment k is turn k - 1."""
     tokenizer = preprocessor.tokenizer
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     prompts, answers = [], []
-    for question, answer in picture.turns:
+    for question, answer in sample.turns:
         prompts.append(preprocessor.question(question))
         answers.append(tokenizer(f" {answer}", add_special_tokens=False).input_ids + end)
     # What every prompt begins with; its last row, which says the answer's first token, is each question's own.
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
-    ids, spoken, talks, positions = prompts[0][:shared], [False] * shared, [0] * shared, list(range(shared))
-    for talk, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
+    ids, spoken, segments, positions = prompts[0][:shared], [False] * shared, [0] * shared, list(range(shared))
+    for segment, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
         own = prompt[shared:] + answer
         ids = ids + own
         spoken += [False] * (len(own) - len(answer)) + [True] * len(answer)
-        talks += [talk] * len(own)
+        segments += [segment] * len(own)
         positions += range(shared, shared + len(own))  # where it would be alone
-    rows = (torch.tensor(column) for column in (spoken, talks, positions))
-    return Sample(torch.tensor(ids), preprocessor.pixels(picture.image)[None], *rows)
+    rows = (torch.tensor(column) for column in (spoken, segments, positions))
+    return PackedSample(torch.tensor(ids), preprocessor.pixels(sample.image)[None], *rows)

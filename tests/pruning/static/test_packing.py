@@ -1,4 +1,4 @@
-"""Calibration samples: questions side by side are each what they would be alone."""
+"""Packed samples: questions side by side are each what they would be alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from checkpoints import world
 from models.checkpoint import Source, open_transformers
-from pruning.static import data
+from pruning.samples import of_scene, read
+from pruning.static.packing import PackedSample, pack
 from tests.server.tiny import write
 
 SCENE = world.draw("train", 3)
@@ -22,25 +23,25 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 @torch.no_grad()
-def answer_logits(source: Source, sample: data.Sample) -> torch.Tensor:
+def answer_logits(source: Source, sample: PackedSample) -> torch.Tensor:
     return source.model(**sample.inputs(source.model), use_cache=False).logits[0, sample.before_answers]
 
 
 def test_questions_side_by_side_are_answered_as_each_alone(source: Source) -> None:
-    together = data.of_scene(source.preprocessor, SCENE)
-    logits, talks = answer_logits(source, together), together.talks[together.answers]
-    for talk, question in enumerate(SCENE.questions, 1):
+    together = pack(source.preprocessor, of_scene(SCENE))
+    logits, segments = answer_logits(source, together), together.segments[together.answers]
+    for segment, question in enumerate(SCENE.questions, 1):
         content = [{"type": "image"}, {"type": "text", "text": question.text}]
         prompt = source.preprocessor.prompt([{"role": "user", "content": content}])
         alone = source.model(input_ids=torch.tensor([prompt]), pixel_values=together.pixels, use_cache=False).logits[0, -1]
-        assert_close(logits[talks == talk][0], alone, rtol=1e-4, atol=1e-5)
+        assert_close(logits[segments == segment][0], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_the_answers_are_told_apart_and_end(source: Source) -> None:
-    sample = data.of_scene(source.preprocessor, SCENE)
+    sample = pack(source.preprocessor, of_scene(SCENE))
     tokenizer = source.preprocessor.tokenizer
-    for talk, question in enumerate(SCENE.questions, 1):
-        said = sample.ids[sample.answers & (sample.talks == talk)]
+    for segment, question in enumerate(SCENE.questions, 1):
+        said = sample.ids[sample.answers & (sample.segments == segment)]
         assert tokenizer.decode(said) == f" {question.answer}{tokenizer.eos_token}"
 
 
@@ -51,7 +52,7 @@ def test_every_turn_of_a_conversation_is_a_question_of_its_own(source: Source, t
         ' {"from": "human", "value": "And that?"}, {"from": "gpt", "value": "two"}]}'
     )
     (tmp_path / "data.jsonl").write_text(line)
-    (sample,) = data.from_file(source.preprocessor, tmp_path / "data.jsonl", 1, seed=0)
-    decoded = [source.preprocessor.tokenizer.decode(sample.ids[sample.talks == talk]) for talk in (1, 2)]
+    (sample,) = (pack(source.preprocessor, one) for one in read(str(tmp_path / "data.jsonl"), 1, seed=0))
+    decoded = [source.preprocessor.tokenizer.decode(sample.ids[sample.segments == segment]) for segment in (1, 2)]
     assert [text.split("ASSISTANT:")[0].strip() for text in decoded] == ["What is it?", "And that?"]
-    assert int(sample.talks.max()) == 2
+    assert int(sample.segments.max()) == 2

@@ -1,0 +1,70 @@
+"""How much each layer changes the hidden state, measured once per checkpoint: levels know from it which layers to skip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from models.checkpoint import load
+from models.forward import forward, prefill_input
+from models.llava import Llava
+from models.manifest import Calibration, write_manifest
+from models.preprocess import Preprocessor
+from models.route import Route
+from pruning import samples
+
+
+def calibrate(
+    checkpoint: Path, data: str, count: int, seed: int, device: str = "cpu", dtype: str = "auto", quiet: bool = False
+) -> Calibration:
+    """Measure a checkpoint's layers on `count` samples of `data` (see `pruning.samples`) and write the result into its manifest.
+
+    Raises CheckpointError and DataError.
+    """
+    loaded = load(checkpoint, device, dtype)
+    prompts = _prompts(loaded.preprocessor, samples.read(data, count, seed, answered=False), seed)
+    shown = track(prompts, "layer importance", count, console=Console(stderr=True, quiet=quiet))
+    calibration = Calibration(layer_change=layer_change(loaded.model, shown), data=data, samples=count, seed=seed)
+    write_manifest(loaded.directory, loaded.manifest.model_copy(update={"calibration": calibration}))
+    return calibration
+
+
+def _prompts(preprocessor: Preprocessor, read: Iterable[samples.Sample], seed: int) -> Iterator[tuple[list[int], Tensor]]:
+    """One question to each picture, whichever of its turns."""
+    for number, sample in enumerate(read):
+        question, _ = Random(f"{seed}/{number}").choice(sample.turns)
+        yield preprocessor.question(question), preprocessor.pixels(sample.image)[None]
+
+
+@torch.inference_mode()
+def layer_change(model: Llava, prompts: Iterable[tuple[list[int], Tensor]]) -> list[float]:
+    """1 - cosine between each layer's input and output, mean over the rows of all prompts (ids, pixels [n, 3, h, w]).
+
+    ShortGPT's block influence (Men et al. 2024, arXiv 2403.03853, equation 1). The last layer's output is read by nothing that
+    could be compared; it counts as 1 and always runs.
+    """
+    total = torch.zeros(model.num_layers, dtype=torch.float64)
+    rows = 0
+    for ids, pixels in prompts:
+        before: list[Tensor] = []
+        visual = model.vision(pixels.to(model.device, model.dtype)).tokens.flatten(0, 1)
+        route = Route.full(len(visual), model.num_layers)
+        cache = model.new_cache(route.rows(len(ids)))
+        work = prefill_input(model, torch.tensor(ids, device=model.device), visual, route, cache)
+        forward(model, [work], layer_hook=lambda _, hidden, seen=before: seen.append(hidden.float()))  # type: ignore[misc]
+        for layer, (x, y) in enumerate(pairwise(before)):
+            total[layer] += (1 - F.cosine_similarity(x, y, dim=-1)).sum().item()
+        rows += len(ids)
+    if not rows:
+        raise ValueError("calibration needs at least one sample")
+    change = (total / rows).tolist()
+    change[-1] = 1.0
+    return [round(value, 6) for value in change]

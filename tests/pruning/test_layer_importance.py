@@ -1,0 +1,39 @@
+"""How much each layer changes the hidden state: what is measured, on which questions, and where it is stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from models.checkpoint import load
+from models.manifest import read_manifest
+from pruning.layer_importance import calibrate, layer_change
+from pruning.samples import DataError
+from tests.server.tiny import LAYERS, ask, new_engine, write
+
+
+def test_a_layer_that_does_nothing_changes_nothing(tmp_path: Path) -> None:
+    checkpoint = load(write(tmp_path / "tiny"), dtype="float32")
+    idle = checkpoint.model.decoder_layers[1]
+    idle.out.weight.zero_()
+    idle.down.weight.zero_()
+    requests = [ask(new_engine(checkpoint), (picture,)) for picture in range(3)]
+    found = layer_change(checkpoint.model, [(request.prompt, request.images[0].pixels[None]) for request in requests])
+    assert found[1] == pytest.approx(0, abs=1e-5)
+    assert found[0] > 0.01
+    assert found[-1] == 1.0, "the last layer is read by nothing it could be compared with"
+
+
+def test_it_is_measured_on_the_data_and_stored_in_the_manifest(tmp_path: Path) -> None:
+    directory = write(tmp_path / "tiny")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"image": "red.png", "question": "What color is it?"}) + "\n")
+    data = str(tmp_path / "data.jsonl")
+    found = calibrate(directory, data, 1, 5, quiet=True)
+    assert read_manifest(directory).calibration == found
+    assert (found.data, found.samples, found.seed, len(found.layer_change)) == (data, 1, 5, LAYERS)
+    with pytest.raises(DataError, match="has 1 samples and 2 are asked for"):
+        calibrate(directory, data, 2, 5, quiet=True)

@@ -1,0 +1,137 @@
+"""Samples: which data a run takes, what a line holds, and that its picture is the one that the server sees."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from checkpoints.shipped import SHIPPED
+from models.manifest import Manifest, write_manifest
+from models.preprocess import Preprocessor
+from pruning.samples import WORLD, DataError, choose, content, read
+from server import media
+from server.settings import Settings
+from tests.server.tiny import VISUAL, config, processor
+
+PIXELS = Preprocessor(processor(), config(), VISUAL).pixels
+
+
+def line(path: Path, entry: dict[str, Any]) -> str:
+    path.write_text(json.dumps(entry) + "\n")
+    return str(path)
+
+
+# ---- the picture
+
+
+def gradient(mode: str) -> Image.Image:
+    """Another color, brightness and transparency at every place, so that turning or blending shows."""
+    x, y = np.meshgrid(np.linspace(0, 255, 40), np.linspace(0, 255, 24))
+    bands = np.stack([x, y, 255 - x, 255 - y], -1).astype(np.uint8)
+    if mode == "I;16":
+        return Image.fromarray((x * 257).astype(np.uint16))
+    if mode in ("LA", "RGBA", "CMYK"):
+        return Image.frombytes(mode, (40, 24), bands[..., : len(mode)].tobytes())
+    return Image.fromarray(bands[..., :3]).convert(mode)
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "turned JPEG": ("RGB", "JPEG", {"exif": turned()}),
+    "turned PNG": ("RGB", "PNG", {"exif": turned()}),
+    "turned WebP": ("RGB", "WEBP", {"exif": turned(), "lossless": True}),
+    "RGBA": ("RGBA", "PNG", {}),
+    "RGBA WebP": ("RGBA", "WEBP", {"lossless": True}),
+    "LA": ("LA", "PNG", {}),
+    "16-bit grey": ("I;16", "PNG", {}),
+    "CMYK JPEG": ("CMYK", "JPEG", {}),
+    "palette": ("P", "PNG", {"transparency": 3}),
+    "plain JPEG": ("RGB", "JPEG", {}),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_server_and_calibration_see_the_same_picture(kind: str, tmp_path: Path) -> None:
+    mode, form, options = FILES[kind]
+    file = BytesIO()
+    gradient(mode).save(file, form, **options)
+    (tmp_path / "picture").write_bytes(file.getvalue())
+    data = line(tmp_path / "data.jsonl", {"image": "picture", "question": "What is it?", "answer": "a gradient"})
+    (sample,) = read(data, 1, seed=0)
+    served = media.prepare(file.getvalue(), PIXELS, Settings())
+    assert media.digest(sample.image) == served.digest
+    assert (PIXELS(sample.image) == served.pixels).all()
+    assert sample.image.size == ((24, 40) if "turned" in kind else (40, 24))
+    assert np.asarray(sample.image).std() > 20, "it is not burnt out"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"GIF89a", "not a JPEG, PNG or WebP file"), (b"\x89PNG\r\n\x1a\n", "broken or cut short"), (None, "No such file")],
+)
+def test_a_picture_that_cannot_be_read_names_its_line(content: bytes | None, reason: str, tmp_path: Path) -> None:
+    if content:
+        (tmp_path / "picture").write_bytes(content)
+    data = line(tmp_path / "data.jsonl", {"image": "picture", "question": "What is it?", "answer": "nothing"})
+    with pytest.raises(DataError, match=rf"data\.jsonl, line 1: .*{reason}"):
+        list(read(data, 1, seed=0))
+
+
+# ---- the turns
+
+
+def test_both_forms_of_a_line_are_read(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
+    chat = [
+        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "red"},
+        {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "yes"},
+    ]  # fmt: skip
+    data = line(tmp_path / "chat.jsonl", {"image": "red.png", "conversations": chat})
+    assert next(read(data, 1, seed=0)).turns == [("What is it?", "red"), ("Sure?", "yes")]
+    assert next(read(data, 1, seed=0, answered=False)).turns == [("What is it?", ""), ("Sure?", "")]
+    data = line(tmp_path / "plain.jsonl", {"image": "red.png", "question": "What is it?"})
+    assert next(read(data, 1, seed=0, answered=False)).turns == [("What is it?", "")]
+    with pytest.raises(DataError, match="line 1: KeyError: 'answer'"):
+        next(read(data, 1, seed=0))
+
+
+def test_the_world_is_drawn_by_seed() -> None:
+    first, again, other = (list(read(WORLD, 4, seed)) for seed in (0, 0, 1))
+    assert [sample.image.tobytes() for sample in first] == [sample.image.tobytes() for sample in again]
+    assert {sample.image.tobytes() for sample in first}.isdisjoint(sample.image.tobytes() for sample in other)
+    assert all(answer for sample in first for _, answer in sample.turns)
+
+
+# ---- the choice
+
+
+def test_a_checkpoint_takes_the_data_it_was_trained_on() -> None:
+    assert choose(None, SHIPPED["embedded"]) == WORLD
+    assert content(WORLD) == ""
+
+
+def test_another_checkpoint_is_not_measured_on_drawings_unasked(tmp_path: Path) -> None:
+    write_manifest(tmp_path, Manifest())
+    with pytest.raises(DataError, match=r"needs --data FILE.*--data world takes the drawings of 96 pixels"):
+        choose(None, tmp_path)
+    assert choose(WORLD, tmp_path) == WORLD
+    data = line(tmp_path / "data.jsonl", {})
+    assert choose(data, tmp_path) == data
+    with pytest.raises(DataError, match="elsewhere is not a file; name a JSONL file, or `world`"):
+        choose("elsewhere", tmp_path)
+
+
+def test_a_file_that_changes_is_other_data(tmp_path: Path) -> None:
+    before = content(line(tmp_path / "data.jsonl", {"a": 1}))
+    assert before and before != content(line(tmp_path / "data.jsonl", {"a": 2}))
