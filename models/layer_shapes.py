@@ -1,4 +1,4 @@
-"""How wide each layer is: structured pruning may leave every layer its own number of heads and of FFN neurons."""
+"""The shape of each layer: structured pruning may leave every layer its own number of heads and FFN neurons."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ class LayerShape:
 
 
 def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
-    """The widths of every layer of a text or vision configuration.
+    """The shapes of all layers of a text or vision configuration.
 
-    Its key `layer_shapes` has them where transformers' own keys, one number for all layers, cannot say it. Raises ValueError for a
-    key that makes no sense.
+    They stand in its key `layer_shapes` where transformers' own keys cannot say them. Raises ValueError for a key that is wrong.
     """
     saved = getattr(config, "layer_shapes", None)
     if saved is None:
@@ -44,7 +43,7 @@ def _is_count(value: object) -> bool:
 
 
 def query_heads(config: PreTrainedConfig) -> int:
-    """Query heads that share a KV head: the same in every layer, since whole groups go."""
+    """Query heads of a KV head: the same in every layer, since whole groups are removed."""
     return int(config.num_attention_heads // _kv_heads(config))
 
 
@@ -54,8 +53,10 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class CoupledUnits:
-    """The heads of a transformers layer, by KV group, or its FFN neurons: the matrices whose rows make them, and the one whose
-    columns read them. A unit's rows and columns are neighbours."""
+    """The KV groups of a transformers layer, or its FFN neurons: what structured pruning removes, by unit.
+
+    `producers` compute the units in their rows, `consumer` reads them in its columns; those of a unit lie side by side.
+    """
 
     units: int
     producers: tuple[nn.Linear, ...]
@@ -67,53 +68,53 @@ class CoupledUnits:
 
 
 def coupled_units(layer: nn.Module) -> tuple[CoupledUnits, CoupledUnits]:
-    """Heads and neurons of a layer of a supported text model, or of CLIP."""
+    """KV groups and neurons of a layer of a supported text model, or of CLIP."""
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
-    made = (attention.q_proj, attention.k_proj, attention.v_proj)
+    qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
     groups = attention.k_proj.out_features // attention.head_dim
     if hasattr(mlp, "fc1"):
-        return CoupledUnits(groups, made, attention.out_proj), CoupledUnits(mlp.fc1.out_features, (mlp.fc1,), mlp.fc2)
+        return CoupledUnits(groups, qkv, attention.out_proj), CoupledUnits(mlp.fc1.out_features, (mlp.fc1,), mlp.fc2)
     neurons = mlp.up_proj.out_features
-    return CoupledUnits(groups, made, attention.o_proj), CoupledUnits(neurons, (mlp.gate_proj, mlp.up_proj), mlp.down_proj)
+    return CoupledUnits(groups, qkv, attention.o_proj), CoupledUnits(neurons, (mlp.gate_proj, mlp.up_proj), mlp.down_proj)
 
 
 def shape_of(layer: nn.Module) -> LayerShape:
-    return LayerShape(*(half.units for half in coupled_units(layer)))
+    return LayerShape(*(coupled.units for coupled in coupled_units(layer)))
 
 
 def unit_indices(units: Tensor, size: int) -> Tensor:
-    """The places of units of `size` neighbouring rows or columns each."""
+    """The rows or columns of units, `size` each."""
     return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
 
 
 def slice_layer(layer: nn.Module, groups: Tensor, neurons: Tensor) -> None:
     """Keep these KV groups and neurons of a transformers layer, indices ascending, and cut the others out of its matrices.
 
-    The layer runs on as it is: it takes the number of heads from the width of what it computes.
+    The layer still runs: transformers infers the number of heads from the widths of its projections.
     """
-    for half, kept in zip(coupled_units(layer), (groups, neurons), strict=True):
-        for linear in half.producers:
-            rows = unit_indices(kept, linear.out_features // half.units)
+    for coupled, kept in zip(coupled_units(layer), (groups, neurons), strict=True):
+        for linear in coupled.producers:
+            rows = unit_indices(kept, linear.out_features // coupled.units)
             linear.weight, linear.out_features = _fixed(linear.weight[rows]), len(rows)
             if linear.bias is not None:
                 linear.bias = _fixed(linear.bias[rows])
-        read = unit_indices(kept, half.consumer.in_features // half.units)
-        half.consumer.weight, half.consumer.in_features = _fixed(half.consumer.weight[:, read]), len(read)
+        read = unit_indices(kept, coupled.consumer.in_features // coupled.units)
+        coupled.consumer.weight, coupled.consumer.in_features = _fixed(coupled.consumer.weight[:, read]), len(read)
 
 
 def _fixed(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values.detach().contiguous(), requires_grad=False)
 
 
-def slice_to_shape(layer: nn.Module, widths: LayerShape) -> None:
-    """The same, to the first so many of both: for a layer whose weights nobody reads, or that are loaded afterwards."""
+def slice_to_shape(layer: nn.Module, shape: LayerShape) -> None:
+    """Keep the first groups and neurons: for a layer whose weights nobody reads, or that are loaded afterwards."""
     device = coupled_units(layer)[1].consumer.weight.device
-    slice_layer(layer, torch.arange(widths.kv_heads, device=device), torch.arange(widths.ffn, device=device))
+    slice_layer(layer, torch.arange(shape.kv_heads, device=device), torch.arange(shape.ffn, device=device))
 
 
 def towers(model: LlavaForConditionalGeneration) -> dict[str, tuple[PreTrainedConfig, nn.ModuleList]]:
-    """Configuration and layers of both towers, by their key in `config.json`."""
+    """Configuration and layers of the language model and the vision tower, by their key in `config.json`."""
     config, inner = model.config, model.model
     return {
         "text_config": (config.text_config, inner.language_model.layers),
@@ -122,8 +123,10 @@ def towers(model: LlavaForConditionalGeneration) -> dict[str, tuple[PreTrainedCo
 
 
 def changed_keys(model: LlavaForConditionalGeneration) -> dict[str, dict[str, Any]]:
-    """What `config.json` must say of a model that was narrowed, by tower: in transformers' own keys where all its layers are alike
-    and those can say it, else as `layer_shapes`."""
+    """What `config.json` must say of a sliced model, by tower.
+
+    In transformers' own keys where all layers have one shape that those can express, else as `layer_shapes`.
+    """
     changed: dict[str, dict[str, Any]] = {}
     for tower, (config, layers) in towers(model).items():
         found = [shape_of(layer) for layer in layers]
@@ -140,25 +143,27 @@ def changed_keys(model: LlavaForConditionalGeneration) -> dict[str, dict[str, An
     return changed
 
 
-def transformers_can_build(config: PreTrainedConfig, widths: LayerShape) -> bool:
-    """Whether transformers builds such layers from its own keys: LlamaConfig wants heads that divide the hidden size, and CLIP
-    takes the size of a head from their number."""
-    if widths.kv_heads == _kv_heads(config):
+def transformers_can_build(config: PreTrainedConfig, shape: LayerShape) -> bool:
+    """Whether transformers builds such layers from its own keys.
+
+    LlamaConfig wants heads that divide the hidden size, and CLIP computes the size of a head from their number.
+    """
+    if shape.kv_heads == _kv_heads(config):
         return True
-    heads = widths.kv_heads * query_heads(config)
+    heads = shape.kv_heads * query_heads(config)
     return config.model_type != "clip_vision_model" and config.hidden_size % heads == 0
 
 
 class SlicedLlava(LlavaForConditionalGeneration):
-    """LLaVA with layers as wide as its configuration says, for `from_pretrained` to fill."""
+    """LLaVA whose layers have the shapes that its configuration says, for `from_pretrained` to fill."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         for part, layers in towers(self).values():
-            for layer, widths in zip(layers, layer_shapes(part), strict=True):
-                if widths != shape_of(layer):
-                    slice_to_shape(layer, widths)
+            for layer, shape in zip(layers, layer_shapes(part), strict=True):
+                if shape != shape_of(layer):
+                    slice_to_shape(layer, shape)
 
 
-# transformers maps the hub's key names for classes of its own only, and tells them by their module.
+# transformers maps the hub's key names only for classes of its own, which it knows by their module.
 SlicedLlava.__module__ = LlavaForConditionalGeneration.__module__

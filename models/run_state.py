@@ -1,4 +1,4 @@
-"""A run's finished parts on disk, so that a run that was killed goes on where it was: every file appears whole or not at all."""
+"""A run's finished parts on disk, so that a run that was stopped goes on. Every file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class RunStateError(ValueError):
-    """What is on disk cannot be gone on with; the message says what to do."""
+    """The run on disk cannot go on; the message says what to do."""
 
 
 def run_directory(out: Path) -> Path:
@@ -22,23 +22,23 @@ def run_directory(out: Path) -> Path:
 
 
 class RunState:
-    """The directory beside the output that holds what is finished; `recipe` and `source` say of what."""
+    """The directory beside the output with what is finished of a run of `recipe` on `source`."""
 
     def __init__(self, out: Path, recipe: dict[str, Any], source: str) -> None:
         self.directory = run_directory(out).resolve()
-        asked = {"recipe": recipe, "source": source}
+        wanted = {"recipe": recipe, "source": source}
         path = self.directory / "recipe.json"
         self.resumed = path.exists()
-        if self.resumed and json.loads(path.read_text()) != asked:
+        if self.resumed and json.loads(path.read_text()) != wanted:
             raise RunStateError(
                 f"{self.directory} holds an unfinished run of another recipe or checkpoint; remove it, or name another --out"
             )
         self.directory.mkdir(exist_ok=True)
-        self.write("recipe", asked)
+        self.write("recipe", wanted)
 
     @property
     def draft(self) -> Path:
-        """The new checkpoint, whole, until it takes its name."""
+        """The whole new checkpoint, until it is renamed to the output."""
         return self.directory / "checkpoint"
 
     def read(self, name: str) -> Any:
@@ -65,7 +65,7 @@ class RunState:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What is recorded beside tensors. Raises RunStateError for a damaged file."""
+    """The record that `write_tensors` stored. Raises RunStateError for a damaged file."""
     try:
         with safe_open(path, "pt") as file:
             record: dict[str, Any] = json.loads(file.metadata()["record"])

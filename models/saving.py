@@ -1,4 +1,4 @@
-"""Write a checkpoint that differs from another in some tensors; everything else stays, byte for byte."""
+"""Write a checkpoint that differs from another in some tensors; all the rest is copied byte for byte."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"}
 def derive(
     source: Path, out: Path, changed: Mapping[str, Tensor], manifest: Manifest, config: Mapping[str, dict[str, Any]] | None = None
 ) -> None:
-    """Copy `source` to `out` with the tensors in `changed`, one shard in memory at a time; the directory appears when it is whole.
+    """Copy `source` to `out` with the tensors in `changed`, one shard in memory at a time. The directory appears when it is whole.
 
     Names in `changed` are `language.3.self_attn.q_proj.weight`, `vision.…` and `projector.linear_1.weight`, whatever the files call
-    them; dtypes are the files'. `config` has keys of `config.json` that change, by section. Raises CheckpointError for a name that
-    no file has, FileExistsError where `out` exists.
+    them; the files' dtypes stay. `config` has changed keys of `config.json`, by section. Raises CheckpointError for a name that no
+    file has, FileExistsError where `out` exists.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists")
@@ -71,7 +71,7 @@ def derive(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file that whoever may read the others of its directory may read: the library's own is for its owner alone."""
+    """Write a safetensors file with the usual permissions: the library's own is readable by its owner alone."""
     save_file(dict(tensors), path, metadata={"format": "pt"})
     mask = os.umask(0)
     os.umask(mask)

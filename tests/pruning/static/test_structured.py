@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,9 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from models.checkpoint import load
-from models.flops import prefill_flops
 from models.forward import decode_input, forward, prefill_input
-from models.kv_cache import RequestCache
 from models.layer_shapes import LayerShape, coupled_units, layer_shapes, shape_of, slice_to_shape, unit_indices
-from models.llava import Llava, UnsupportedCheckpoint, from_transformers
-from models.manifest import CheckpointError
+from models.llava import Llava, from_transformers
 from models.random_llava import random_model, tiny_config
 from models.route import Route
 from pruning.static import obs, structured, wanda
@@ -352,43 +348,3 @@ def test_a_uniform_checkpoint_loads_here_and_there(tmp_path):
         torch.testing.assert_close(stock(**asked).logits, reference(**asked).logits)
     made = stock.generate(**asked, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, len(ids) :]
     assert [int(logits.argmax()) for logits in answers(checkpoint.model, ids, pixels, 7)] == made.tolist()
-
-
-def test_flops_and_memory_are_those_of_the_shapes():
-    config = tiny_config()
-    route = Route.full(VISUAL, 3)
-    dense = prefill_flops(config, route, 30)
-    config.text_config.layer_shapes = [{"kv_heads": 2, "ffn": 96}, {"kv_heads": 1, "ffn": 40}, {"kv_heads": 2, "ffn": 96}]
-    gone = 30 * (48 * 12 * (2 + 2 + 2) + 3 * 48 * 56) + 30 * 2 * 12 * 30
-    assert dense - prefill_flops(config, route, 30) == 2 * gone
-    cache = RequestCache([5, 0, 7], [2, 1, 1], 12, torch.float32, torch.device("cpu"))
-    assert cache.nbytes == 4 * 2 * 12 * (5 * 2 + 7)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        3,
-        [],
-        [{"kv_heads": 2, "ffn": 96}],
-        [{"kv_heads": 0, "ffn": 96}] * 3,
-        [{"kv_heads": 2}] * 3,
-        [{"kv_heads": 2, "ffn": "9"}] * 3,
-    ],
-)
-def test_a_malformed_key_is_named(value, tmp_path):
-    path = write(tmp_path / "broken") / "config.json"
-    document = json.loads(path.read_text())
-    document["text_config"]["layer_shapes"] = value
-    path.write_text(json.dumps(document))
-    with pytest.raises(UnsupportedCheckpoint, match=r"config\.json: layer_shapes"):
-        load(path.parent)
-
-
-def test_shapes_that_are_not_the_files_are_named(tmp_path):
-    path = write(tmp_path / "broken") / "config.json"
-    document = json.loads(path.read_text())
-    document["text_config"]["layer_shapes"] = [{"kv_heads": 2, "ffn": n} for n in (96, 88, 96)]
-    path.write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match=r"another shape, first .*layers\.1\.mlp\.down_proj"):
-        load(path.parent)
