@@ -24,7 +24,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.chat import Answer, Question, fold, model_names, prepend, read_chat, read_vqa, sse, unknown_model, vqa_reply
+from server.chat import (
+    AnswerStream,
+    PreparedRequest,
+    fold,
+    model_names,
+    prepend,
+    read_chat,
+    read_vqa,
+    sse,
+    unknown_model,
+    vqa_reply,
+)
 from server.errors import EspalierError, NotReady, PayloadTooLarge
 from server.schemas import ChatRequest, VqaRequest, invalid
 from server.settings import Settings
@@ -56,13 +67,13 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
     readers = CapacityLimiter(READERS)
 
-    async def answer(request: Request, read: Callable[[], Question], shape: Shape = dict) -> Response:
+    async def answer(request: Request, read: Callable[[], PreparedRequest], shape: Shape = dict) -> Response:
         arrived = time.monotonic()
 
         async def work() -> Response:
             # Parsing, decoding and tokenising take too long for the event loop.
-            question = await to_thread.run_sync(read, limiter=readers)
-            return await reply(Answer(engine, question, arrived), question, shape)
+            prepared = await to_thread.run_sync(read, limiter=readers)
+            return await reply(AnswerStream(engine, prepared, arrived), prepared, shape)
 
         return await unless_gone(request, work())
 
@@ -138,17 +149,17 @@ def _add_operations(app: FastAPI, engine: Engine) -> None:
 # ---- a question's answer
 
 
-async def reply(answer: Answer, question: Question, shape: Shape) -> Response:
+async def reply(answer: AnswerStream, prepared: PreparedRequest, shape: Shape) -> Response:
     """A stream as soon as its headers are known, or `shape` of the whole reply."""
-    if question.stream:
-        return await _start_stream(answer, question.include_usage)
+    if prepared.stream:
+        return await _start_stream(answer, prepared.include_usage)
     try:
         return JSONResponse(shape(await fold(answer.chunks())), headers=answer.headers())
     finally:
         answer.abort()
 
 
-async def _start_stream(answer: Answer, include_usage: bool) -> Response:
+async def _start_stream(answer: AnswerStream, include_usage: bool) -> Response:
     chunks = answer.chunks()
     try:
         while not (first := await anext(chunks)):
@@ -162,7 +173,7 @@ async def _start_stream(answer: Answer, include_usage: bool) -> Response:
 class EventStream(StreamingResponse):
     """Server-sent events of an answer, which is freed however the stream ends."""
 
-    def __init__(self, answer: Answer, events: Any) -> None:
+    def __init__(self, answer: AnswerStream, events: Any) -> None:
         unbuffered = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=answer.headers() | unbuffered, media_type="text/event-stream")
         self._answer = answer

@@ -41,14 +41,14 @@ STAGES = ("queue", "image", "encode", "route", "prefill", "decode")
 
 Chunk = dict[str, Any]
 Turn = dict[str, Any]
-Source = tuple[str, str | bytes]
+ImageSource = tuple[str, str | bytes]
 """A picture's place in the body, for error messages, and its data URL or file."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """One POST, read and prepared: what its `n` engine requests share. `model` is as the client wrote it, `later` whether an answer
-    stands before the question."""
+class PreparedRequest:
+    """One POST, parsed, tokenised and decoded: what its `n` engine requests share. `model` is as the client wrote it; `later` says
+    whether an answer stands before the question."""
 
     id: str
     model: str
@@ -67,43 +67,43 @@ class Question:
 # ---- reading: heavy, so it runs in a worker thread
 
 
-def read_chat(engine: Engine, settings: Settings, body: bytes, header: str | None) -> Question:
-    """A chat body to a question; `header` is X-Pruning-Level. Raises a 4xx of `server.errors` for anything wrong in it."""
+def read_chat(engine: Engine, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:
+    """A chat body to a prepared request; `header` is X-Pruning-Level. Raises a 4xx of `server.errors` for anything wrong in it."""
     request = parse(ChatRequest, body)
     turns, images = conversation(request.messages)
-    question = _ask(
+    prepared = _prepare(
         engine, settings, request, turns, [(place, image.url) for place, image in images],
         header=header,
         body=request.pruning.level if request.pruning else None,
         detail=hinted_level(engine, [image.detail for _, image in images]),
     )  # fmt: skip
     usage = bool(request.stream_options and request.stream_options.include_usage)
-    return replace(question, n=request.n or 1, stream=bool(request.stream), include_usage=usage)
+    return replace(prepared, n=request.n or 1, stream=bool(request.stream), include_usage=usage)
 
 
-def read_vqa(engine: Engine, settings: Settings, body: bytes | Mapping[str, Any], header: str | None) -> Question:
-    """A JSON body or a form's fields to a question; see `read_chat`."""
+def read_vqa(engine: Engine, settings: Settings, body: bytes | Mapping[str, Any], header: str | None) -> PreparedRequest:
+    """A JSON body or a form's fields to a prepared request; see `read_chat`."""
     request = parse(VqaRequest, body)
     if not request.question.strip():
         raise InvalidRequest("question: must not be empty", param="question")
     content = [*({"type": "image"} for _ in request.image), {"type": "text", "text": request.question}]
     sources = [(f"image[{i}]", _data_url(image)) for i, image in enumerate(request.image)]
     turns = [{"role": "user", "content": content}]
-    return _ask(engine, settings, request, turns, sources, header=header, body=request.level, detail=None)
+    return _prepare(engine, settings, request, turns, sources, header=header, body=request.level, detail=None)
 
 
-def _ask(
-    engine: Engine, settings: Settings, request: Generation, turns: list[Turn], sources: list[Source],
+def _prepare(
+    engine: Engine, settings: Settings, request: Generation, turns: list[Turn], sources: list[ImageSource],
     *, header: str | None, body: str | None, detail: str | None,
-) -> Question:  # fmt: skip
+) -> PreparedRequest:  # fmt: skip
     model, alias = split_model(engine, request.model)
     level, reason = choose_level(engine, header=header, body=body, alias=alias, detail=detail)
     sampling = request.sampling(settings.default_max_tokens)
     start = time.perf_counter()
-    prompt, images = prepare(engine, settings, turns, sources)
+    prompt, images = prompt_and_images(engine, settings, turns, sources)
     seconds = time.perf_counter() - start
     later = any(turn["role"] == "assistant" for turn in turns)
-    return Question(f"chatcmpl-{uuid4().hex}", model, prompt, images, seconds, level, reason, sampling, later)
+    return PreparedRequest(f"chatcmpl-{uuid4().hex}", model, prompt, images, seconds, level, reason, sampling, later)
 
 
 def _data_url(image: str | bytes) -> str | bytes:
@@ -135,8 +135,8 @@ def conversation(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[st
     return turns, images
 
 
-def prepare(
-    engine: Engine, settings: Settings, turns: list[Turn], sources: list[Source]
+def prompt_and_images(
+    engine: Engine, settings: Settings, turns: list[Turn], sources: list[ImageSource]
 ) -> tuple[list[int], list[PreparedImage]]:
     """The prompt's tokens and the images' pixels, after every limit has been checked."""
     if len(sources) > settings.max_images:
@@ -153,7 +153,7 @@ def prepare(
         raise InvalidRequest(str(error), param="messages") from error
 
 
-def _picture(engine: Engine, settings: Settings, source: Source) -> PreparedImage:
+def _picture(engine: Engine, settings: Settings, source: ImageSource) -> PreparedImage:
     place, data = source
     try:
         return media.prepare(data, engine.preprocessor.pixels, settings)
@@ -216,19 +216,19 @@ def choose_level(
 # ---- answering
 
 
-class Answer:
+class AnswerStream:
     """The choices of one reply in the making: submitted at birth, to be aborted by whoever leaves it, finished or not.
 
     `arrived` is a time.monotonic(). `receipt` and `timings` are known once the first chunk is, and final after the last.
     """
 
-    def __init__(self, engine: Engine, question: Question, arrived: float) -> None:
+    def __init__(self, engine: Engine, prepared: PreparedRequest, arrived: float) -> None:
         self._engine = engine
-        self._question = question
+        self._prepared = prepared
         self._arrived = arrived
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._created = int(time.time())
-        self._requests = [self._request(index) for index in range(question.n)]
+        self._requests = [self._request(index) for index in range(prepared.n)]
         self.receipt: Receipt | None = None
         self.timings: dict[str, float] = {}
         try:
@@ -283,24 +283,24 @@ class Answer:
         yield self._chunk([]) | {"usage": _usage(finished)}
 
     def _request(self, index: int) -> Request:
-        question, loop, events = self._question, asyncio.get_running_loop(), self._events
-        seed = question.sampling.seed
+        prepared, loop, events = self._prepared, asyncio.get_running_loop(), self._events
+        seed = prepared.sampling.seed
 
         def emit(event: Event) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         return Request(
-            id=f"{question.id}-{index}",
-            prompt=list(question.prompt),
-            images=list(question.images),
-            level=question.level,
+            id=f"{prepared.id}-{index}",
+            prompt=list(prepared.prompt),
+            images=list(prepared.images),
+            level=prepared.level,
             # Each choice draws its own luck; seeds stay what a 64-bit generator takes.
-            sampling=replace(question.sampling, seed=None if seed is None else (seed + index) & MAX_INT64),
+            sampling=replace(prepared.sampling, seed=None if seed is None else (seed + index) & MAX_INT64),
             emit=emit,
-            reason=question.reason,
-            later=question.later,
-            timings={"image": question.image_seconds},
+            reason=prepared.reason,
+            later=prepared.later,
+            timings={"image": prepared.image_seconds},
             created=self._arrived,
         )
 
@@ -312,10 +312,10 @@ class Answer:
 
     def _chunk(self, choices: list[dict[str, Any]]) -> Chunk:
         return {
-            "id": self._question.id,
+            "id": self._prepared.id,
             "object": "chat.completion.chunk",
             "created": self._created,
-            "model": self._question.model,
+            "model": self._prepared.model,
             "system_fingerprint": self._engine.fingerprint,
             "choices": choices,
         }
