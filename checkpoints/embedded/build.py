@@ -45,7 +45,7 @@ CHAT_TEMPLATE = (
 def build_tokenizer(scenes: int = 400, vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the questions and answers of `scenes` training pictures.
 
-    Digits and capital letters stand alone, so that what is written on a sign is read character by character.
+    Digits and capital letters are tokens of their own, so that the text on a sign is read character by character.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -107,7 +107,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
         ),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=(SIZE // PATCH) ** 2,
-        # Every layer of the tower is trained and used; LLaVA-1.5's -2 would leave the last one idle.
+        # The tower's last layer is used; LLaVA-1.5 takes the one before it.
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Training batches: one picture, many conversations about it, packed so that they share the picture's rows.
+"""Training batches: one picture and several conversations about it, packed into one sequence.
 
-Row layout of one sequence: `<s>USER: <image>*V \\n` (the prefix), then the conversations side by side. Each conversation sees
-the prefix and itself, at the positions it would have alone; so a batch of eight conversations costs one picture.
+A sequence is `<s>USER: <image>*V \\n` (the prefix), then the conversations one after the other. Each conversation attends to the
+prefix and to itself, at the positions that it would have alone. So eight conversations cost one picture.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ WHAT_CLASSES, COLOR_CLASSES, DETAIL_CLASSES = len(WHATS) + 1, len(COLORS) + 1, 1
 _WHAT = {name: i + 1 for i, name in enumerate(WHATS)}
 _COLOR = {name: i + 1 for i, name in enumerate(COLORS)}
 LONG_TYPES = ("describe", "list", "row", "read")
-"""Answers that name most of the picture: the dense captions that teach binding."""
+"""Answers that name most of the picture: the captions that teach which color belongs to which shape."""
 IGNORE = -100
 
 
 def patch_labels(marks: list[Mark]) -> np.ndarray:
-    """What, color and detail class of each patch: int64 [3, GRID, GRID]; 0 is nothing. Later marks lie on top."""
+    """The `what`, color and detail class of each patch: int64 [3, GRID, GRID]; 0 is nothing. Later marks lie on top."""
     labels = np.zeros((3, GRID, GRID), np.int64)
     for mark in marks:
         left, top, right, bottom = (v / PATCH for v in mark.box)
@@ -50,12 +50,12 @@ def presence_labels(marks: list[Mark]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Mix:
-    """What a picture is asked: so many long answers and drills first, then short answers while the sequence has room.
+    """What a sequence of `length` tokens holds: `long` long answers and `drills` drills first, then short answers until it is full.
 
-    `follow_up` is the chance that a question joins the talk before it as its next turn.
+    `follow_up` is the chance that a question continues the conversation before it, as its next turn.
     """
 
-    rows: int
+    length: int
     long: int
     drills: int = 0
     follow_up: float = 0.0
@@ -71,7 +71,7 @@ def questions(scene: Scene, mix: Mix, rng: Random) -> list[Question | Drill]:
 
 
 class Packer:
-    """Turns conversations into rows: ids, positions, segment (0 is the prefix, -1 padding) and labels."""
+    """Packs conversations into sequences of ids, positions, segments (0 is the prefix, -1 padding) and labels."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, visual_tokens: int) -> None:
         self._tokenizer = tokenizer
@@ -91,22 +91,22 @@ class Packer:
         return ids
 
     def _turn(self, asked: Question | Drill, follows: bool) -> tuple[list[int], list[int]]:
-        """The ids of one turn, and its labels: of an answer all of it, of a drill what is found."""
+        """The ids and labels of one turn. What is learned is the answer of a question, and the values of a drill."""
         if isinstance(asked, Question):
             prompt = self._encode(("USER: " if follows else "") + asked.text + " ASSISTANT:")
             answer = self._encode(f" {asked.answer}{EOS}")
             return prompt + answer, [IGNORE] * len(prompt) + answer
         ids = [*self._encode(f"{asked.type} ASSISTANT:")]
         labels = [IGNORE] * len(ids)
-        for wanted, found in asked.pairs:
-            # Nothing stands between the two: what is found must be there at the last token of what is looked up, one hop away.
-            key, value = self._encode(f" {wanted}"), self._encode(f" {found}")
-            ids += key + value
-            labels += [IGNORE] * len(key) + value
+        for key, value in asked.pairs:
+            # Nothing stands between the two: the value must be known at the last token of its key.
+            key_ids, value_ids = self._encode(f" {key}"), self._encode(f" {value}")
+            ids += key_ids + value_ids
+            labels += [IGNORE] * len(key_ids) + value_ids
         return ids, labels
 
-    def rows(self, asked: list[Question | Drill], mix: Mix, rng: Random) -> dict[str, np.ndarray]:
-        """One sequence of at most `mix.rows`; questions that do not fit are left out.
+    def pack(self, asked: list[Question | Drill], mix: Mix, rng: Random) -> dict[str, np.ndarray]:
+        """One sequence, padded to `mix.length`: each of its parts int64 [mix.length]. Questions that do not fit are left out.
 
         Text starts at the position where it would without pooling.
         """
@@ -117,28 +117,28 @@ class Packer:
         after = text_start + len(newline)
         positions = [*range(len(head)), *range(len(head), text_start, stride), *range(text_start, after)]
         segments, labels = [0] * len(ids), [IGNORE] * len(ids)
-        turn, position, talk = 0, after, 0
+        turn, position, segment = 0, after, 0
         for question in asked:
             follows = isinstance(question, Question) and 0 < turn < 3 and rng.random() < mix.follow_up
             turn_ids, turn_labels = self._turn(question, follows)
             count = len(turn_ids)
-            if len(ids) + count > mix.rows:
+            if len(ids) + count > mix.length:
                 continue
             if not follows:
-                turn, position, talk = 0, after, talk + 1
+                turn, position, segment = 0, after, segment + 1
             ids += turn_ids
             labels += turn_labels
             positions += range(position, position + count)
-            segments += [talk] * count
-            # No turn follows a drill, which has no end.
+            segments += [segment] * count
+            # No turn follows a drill: it has no end token.
             turn, position = turn + 1 if isinstance(question, Question) else 0, position + count
-        rows = {"ids": ids, "positions": positions, "segments": segments, "labels": labels}
-        fill = {"ids": 0, "positions": 0, "segments": -1, "labels": IGNORE}
-        return {key: np.array(row + [fill[key]] * (mix.rows - len(row))) for key, row in rows.items()}
+        parts = {"ids": ids, "positions": positions, "segments": segments, "labels": labels}
+        padding = {"ids": 0, "positions": 0, "segments": -1, "labels": IGNORE}
+        return {key: np.array(part + [padding[key]] * (mix.length - len(part))) for key, part in parts.items()}
 
 
 class Batches(IterableDataset):
-    """The batches `steps` of a stage; batch n always holds the same pictures and questions. `families` are weights."""
+    """The batches of a stage's `steps`. Batch n always holds the same pictures and questions. `families` are sampling weights."""
 
     def __init__(
         self, packer: Packer, mix: Mix | None, size: int, steps: range, first_scene: int, families: tuple[int, ...]
@@ -158,10 +158,10 @@ class Batches(IterableDataset):
         if self._mix is None:
             batch["presence"] = torch.from_numpy(np.stack([presence_labels(s.marks) for s in scenes]))
             return batch
-        rows = []
+        sequences = []
         for number, scene in enumerate(scenes, first):
             rng = Random(number)
-            rows.append(self._packer.rows(questions(scene, self._mix, rng), self._mix, rng))
-        for key in rows[0]:
-            batch[key] = torch.from_numpy(np.stack([row[key] for row in rows]))
+            sequences.append(self._packer.pack(questions(scene, self._mix, rng), self._mix, rng))
+        for key in sequences[0]:
+            batch[key] = torch.from_numpy(np.stack([sequence[key] for sequence in sequences]))
         return batch

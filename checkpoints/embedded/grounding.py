@@ -1,8 +1,8 @@
-"""A training loss that points words at the picture: what a color or a shape word attends to, in a few heads, is where it stands.
+"""Grounding: a training loss on attention. In a few heads, a word for a color or a shape must attend to where that thing is.
 
-A small language model learns from captions to say what stands at a place, and nearly never, from answers alone, to find the place
-of what a question names. Shown once where to look, it answers within some hundred steps. (Ours; supervision of attention is an
-old remedy of captioning.)
+From captions, a language model this small learns to say what is at a place. From answers alone, it hardly ever learns to find the
+place of what a question names. With this loss it answers such questions after some hundred steps. (Ours; supervised attention is
+known from image captioning.)
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from checkpoints.world import COLORS, WHATS
 
 
 @dataclass(frozen=True)
-class Pointer:
-    """A head, and which words it points from: colors, shapes, or shapes after a color (where both must be)."""
+class GroundingHead:
+    """An attention head, and the words that it grounds: colors, shapes, or shapes after a color (where both must match)."""
 
     layer: int
-    head: int
+    index: int
     color: bool
     what: bool
 
 
-POINTERS = (
-    Pointer(1, 0, color=True, what=False),
-    Pointer(1, 2, color=False, what=True),
-    Pointer(2, 0, color=True, what=True),
-    Pointer(3, 2, color=True, what=True),
+GROUNDING_HEADS = (
+    GroundingHead(1, 0, color=True, what=False),
+    GroundingHead(1, 2, color=False, what=True),
+    GroundingHead(2, 0, color=True, what=True),
+    GroundingHead(3, 2, color=True, what=True),
 )
 
 
-class Words(nn.Module):
-    """The color and the shape that each token of the vocabulary names: classes of the patch labels, 0 for none."""
+class WordClasses(nn.Module):
+    """The color and the shape that each token of the vocabulary names, as classes of the patch labels; 0 for none."""
 
     color: Tensor  # [vocab] int64
     what: Tensor
@@ -55,11 +55,11 @@ class Words(nn.Module):
             self.register_buffer(name, named)
 
 
-def pointing_loss(
-    model: LlamaModel, states: list[Tensor], batch: dict[str, Tensor], words: Words, mask: Tensor, rope: tuple[Tensor, Tensor],
-    visual: slice, pool: int,
+def grounding_loss(
+    model: LlamaModel, states: list[Tensor], batch: dict[str, Tensor], words: WordClasses, mask: Tensor,
+    rope: tuple[Tensor, Tensor], visual: slice, pool: int,
 ) -> Tensor:  # fmt: skip
-    """Mean of -log(attention on the patches meant); a word for what is not there points at the first token.
+    """Mean of -log(attention on the right patches). A word for what is not in the picture must attend to the first token.
 
     states: the input [B, n, width] of each layer; mask [B, 1, n, n], additive; batch: `ids` [B, n], `patches` [B, 3, GRID, GRID].
     """
@@ -67,26 +67,27 @@ def pointing_loss(
     color, what = words.color[ids], words.what[ids]
     before = F.pad(color, (1, 0))[:, :-1]
     losses = []
-    for pointer in POINTERS:
-        if pointer.color and pointer.what:
+    for head in GROUNDING_HEADS:
+        if head.color and head.what:
             found, wanted = (before > 0) & (what > 0), (before, what)
         else:
-            found = color > 0 if pointer.color else what > 0
-            wanted = (color, torch.zeros_like(what)) if pointer.color else (torch.zeros_like(color), what)
-        row, at = found.nonzero(as_tuple=True)
-        if not len(row):
+            found = color > 0 if head.color else what > 0
+            wanted = (color, torch.zeros_like(what)) if head.color else (torch.zeros_like(color), what)
+        sequence, position = found.nonzero(as_tuple=True)
+        if not len(sequence):
             continue
-        target = torch.zeros(len(row), ids.shape[1], dtype=torch.bool, device=ids.device)
-        target[:, visual] = _places(batch["patches"], row, wanted[0][row, at], wanted[1][row, at], pool)
+        target = torch.zeros(len(sequence), ids.shape[1], dtype=torch.bool, device=ids.device)
+        wanted_color, wanted_what = (part[sequence, position] for part in wanted)
+        target[:, visual] = _is_shown(batch["patches"], sequence, wanted_color, wanted_what, pool)
         target[:, 0] = ~target.any(1)
-        attention = _attention(model, pointer, states[pointer.layer], rope, row, at, mask)
+        attention = _attention(model, head, states[head.layer], rope, sequence, position, mask)
         losses.append(-(attention * target).sum(1).clamp(min=1e-6).log().mean())
     return torch.stack(losses).mean() if losses else ids.new_zeros((), dtype=torch.float32)
 
 
-def _places(patches: Tensor, row: Tensor, color: Tensor, what: Tensor, pool: int) -> Tensor:
+def _is_shown(patches: Tensor, sequence: Tensor, color: Tensor, what: Tensor, pool: int) -> Tensor:
     """Which visual tokens hold a color (0: any) and a shape (0: any): bool [words, visual tokens]."""
-    shown = patches[row]
+    shown = patches[sequence]
     there = ((color == 0)[:, None, None] | (shown[:, 1] == color[:, None, None])) & (
         (what == 0)[:, None, None] | (shown[:, 0] == what[:, None, None])
     )
@@ -94,15 +95,16 @@ def _places(patches: Tensor, row: Tensor, color: Tensor, what: Tensor, pool: int
 
 
 def _attention(
-    model: LlamaModel, pointer: Pointer, hidden: Tensor, rope: tuple[Tensor, Tensor], row: Tensor, at: Tensor, mask: Tensor
-) -> Tensor:
-    """One head's attention of the tokens `at` of sequences `row`: [words, n]."""
-    layer = model.layers[pointer.layer]
+    model: LlamaModel, head: GroundingHead, hidden: Tensor, rope: tuple[Tensor, Tensor], sequence: Tensor, position: Tensor,
+    mask: Tensor,
+) -> Tensor:  # fmt: skip
+    """One head's attention from the tokens at these positions of these sequences: [words, n]."""
+    layer = model.layers[head.layer]
     dim, groups = layer.self_attn.head_dim, layer.self_attn.num_key_value_groups
     normed = layer.input_layernorm(hidden)
-    own, shared = pointer.head * dim, pointer.head // groups * dim
+    own, shared = head.index * dim, head.index // groups * dim
     query = F.linear(normed, layer.self_attn.q_proj.weight[own : own + dim])[:, None]
     key = F.linear(normed, layer.self_attn.k_proj.weight[shared : shared + dim])[:, None]
     query, key = apply_rotary_pos_emb(query, key, *rope)
-    scores = torch.einsum("wd,wnd->wn", query[row, 0, at].float(), key[row, 0].float()) * dim**-0.5
-    return (scores + mask[row, 0, at].float()).softmax(-1)
+    scores = torch.einsum("wd,wnd->wn", query[sequence, 0, position].float(), key[sequence, 0].float()) * dim**-0.5
+    return (scores + mask[sequence, 0, position].float()).softmax(-1)

@@ -1,10 +1,15 @@
 """Train the embedded checkpoint: `python -m checkpoints.embedded.train --work runs/embedded --out OUT`.
 
-Six stages, because what is asked matters more than how long: the tower on what was drawn, then dense captions of every family
-(which teach the binding of color to shape), then questions with captions and drills in the mix, then all visual tokens and an
-unfrozen tower, and twice more with a larger share of what is counted. Beside them a few heads are shown where to look
-(grounding.py). Before all visual tokens are there, they are pooled two by two. Seeded; killed at any point, it goes on from the
-last save.
+Six stages, since what is asked matters more than for how long:
+
+1. The vision tower alone, on patch labels.
+2. Captions of every family of pictures, which teach which color belongs to which shape.
+3. Questions, captions and drills (see `checkpoints.world.Drill`) together.
+4. The same with all visual tokens and the tower unfrozen. Until here, visual tokens are pooled two by two.
+5. and 6. The same with more boards and more counting.
+
+A few attention heads are also trained to attend to what a word names (`grounding.py`). Training is seeded; a run that was killed
+goes on from its last save.
 """
 
 from __future__ import annotations
@@ -27,11 +32,11 @@ from transformers import LlavaForConditionalGeneration
 
 from checkpoints.embedded.build import MEAN, STD, build_config, build_model, build_tokenizer, export
 from checkpoints.embedded.data import COLOR_CLASSES, DETAIL_CLASSES, GRID, IGNORE, WHAT_CLASSES, Batches, Mix, Packer
-from checkpoints.embedded.grounding import Words, pointing_loss
+from checkpoints.embedded.grounding import WordClasses, grounding_loss
 
 SAVE_EVERY_S = 120
-POINTING = 0.3
-"""Weight of the loss that points words at the picture."""
+GROUNDING_WEIGHT = 0.3
+"""Of the grounding loss beside the loss of the answers."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,16 @@ class Stage:
 
 STAGES = (
     Stage("tower", 3000, 32, 1e-3, train_tower=True, families=(4, 5, 1, 1)),
-    Stage("captions", 1500, 32, 1e-3, Mix(rows=176, long=2), pool=2, families=(4, 3, 1, 1)),
-    Stage("questions", 2600, 24, 1e-3, Mix(rows=256, long=1, drills=3, follow_up=0.2), pool=2, families=(4, 2, 2, 2)),
-    Stage("full", 1400, 24, 5e-4, Mix(rows=352, long=1, drills=2, follow_up=0.3), train_tower=True, families=(4, 2, 2, 2)),
-    Stage("boards", 600, 24, 4e-4, Mix(rows=352, long=1, drills=2, follow_up=0.3), train_tower=True, families=(4, 2, 1, 4)),
-    Stage("counts", 700, 24, 4e-4, Mix(rows=352, long=1, drills=3, follow_up=0.2), train_tower=True, families=(3, 1, 1, 5)),
+    Stage("captions", 1500, 32, 1e-3, Mix(length=176, long=2), pool=2, families=(4, 3, 1, 1)),
+    Stage("questions", 2600, 24, 1e-3, Mix(length=256, long=1, drills=3, follow_up=0.2), pool=2, families=(4, 2, 2, 2)),
+    Stage("full", 1400, 24, 5e-4, Mix(length=352, long=1, drills=2, follow_up=0.3), train_tower=True, families=(4, 2, 2, 2)),
+    Stage("boards", 600, 24, 4e-4, Mix(length=352, long=1, drills=2, follow_up=0.3), train_tower=True, families=(4, 2, 1, 4)),
+    Stage("counts", 700, 24, 4e-4, Mix(length=352, long=1, drills=3, follow_up=0.2), train_tower=True, families=(3, 1, 1, 5)),
 )
 
 
 class TowerHeads(nn.Module):
-    """Read each patch's thing, color and detail off the tower, and the set of things off its class token."""
+    """Classify each patch's thing, color and detail from the tower's output, and the set of things from its class token."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,9 +92,9 @@ def tower_hidden(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor
 
 
 def language_loss(
-    model: LlavaForConditionalGeneration, batch: dict[str, Tensor], stage: Stage, first_visual: int, words: Words
+    model: LlavaForConditionalGeneration, batch: dict[str, Tensor], stage: Stage, first_visual: int, words: WordClasses
 ) -> tuple[Tensor, Tensor, float]:
-    """Cross entropy on the answers, the loss of pointing, and the share of answer tokens that are right."""
+    """Cross entropy on the answers, the grounding loss, and the share of answer tokens that are right."""
     with torch.set_grad_enabled(stage.train_tower):
         hidden = tower_hidden(model, batch["pixels"])
     features = model.model.multi_modal_projector(hidden[:, 1:])
@@ -113,8 +118,8 @@ def language_loss(
     answered = labels != IGNORE
     logits = model.lm_head(text.norm(states[-1])[:, :-1][answered]).float()
     wanted = labels[answered]
-    pointing = pointing_loss(text, states, batch, words, mask, rope, visual, stage.pool)
-    return F.cross_entropy(logits, wanted), pointing, (logits.argmax(-1) == wanted).float().mean().item()
+    grounding = grounding_loss(text, states, batch, words, mask, rope, visual, stage.pool)
+    return F.cross_entropy(logits, wanted), grounding, (logits.argmax(-1) == wanted).float().mean().item()
 
 
 def learning_rate(step: int, stage: Stage) -> float:
@@ -134,7 +139,7 @@ class Trainer:
             self.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(init, dtype=torch.float32).state_dict())
         self._compile()
         self.heads = TowerHeads(self.model.config.vision_config.hidden_size).to(self.device)
-        self.words = Words(self.tokenizer).to(self.device)
+        self.words = WordClasses(self.tokenizer).to(self.device)
         self.seed = seed
         names = [s.name for s in STAGES]
         if stage not in names:
@@ -231,8 +236,8 @@ class Trainer:
             if stage.mix is None:
                 loss, right = self.heads.loss(tower_hidden(self.model, batch["pixels"]), batch)
             else:
-                answers, pointing, right = language_loss(self.model, batch, stage, first_visual, self.words)
-                loss = answers + POINTING * pointing
+                answers, grounding, right = language_loss(self.model, batch, stage, first_visual, self.words)
+                loss = answers + GROUNDING_WEIGHT * grounding
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

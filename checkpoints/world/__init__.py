@@ -1,6 +1,7 @@
-"""A small world of pictures and questions, drawn with Pillow from seeds; no files.
+"""A world of small drawings with questions about them, made by Pillow from seeds, without files.
 
-Training, calibration and evaluation all read it from here. Splits never share a seed.
+The embedded checkpoints were trained on it; calibration and evaluation draw from other splits and seeds. Four families: shapes,
+signs, bar charts and boards.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ _DRAW = {"shapes": shapes, "signs": signs, "charts": charts, "grids": grids}
 FAMILIES = tuple(_DRAW)
 SPLITS = ("train", "validation", "test")
 WHATS = (*shapes.WHATS, *signs.WHATS, *charts.WHATS, *grids.WHATS)
-"""Every kind of thing a `Mark` can name."""
+"""Every kind of thing that a `Mark` may name."""
 
 
 def draw(split: str, index: int, family: str | None = None) -> Scene:
-    """Picture number `index` of a split; families take turns unless one is named. Same arguments, same picture."""
+    """Picture number `index` of a split, of a family or of the families in turn. The same arguments give the same picture."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     family = family or FAMILIES[index % len(FAMILIES)]
@@ -30,5 +31,5 @@ def draw(split: str, index: int, family: str | None = None) -> Scene:
 
 
 def question_types(family: str) -> tuple[str, ...]:
-    """The types of question that a family's pictures can be asked."""
+    """The types of question that are asked about a family's pictures."""
     return _DRAW[family].TYPES

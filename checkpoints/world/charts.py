@@ -1,4 +1,4 @@
-"""A bar chart of two to five coloured bars, one to eight units high."""
+"""A bar chart of two to five colored bars, one to eight units high."""
 
 from __future__ import annotations
 

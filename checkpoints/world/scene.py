@@ -1,4 +1,4 @@
-"""What every family of pictures shares: the canvas, the palette, questions and their answers."""
+"""What all families of pictures share: the canvas, the colors, and the classes of a scene and its questions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter
 SIZE = 96
 """Width and height of every picture, in pixels."""
 SUPERSAMPLE = 2
-"""Pictures are drawn this many times larger and reduced, so that edges are anti-aliased like a photograph's."""
+"""Pictures are drawn this many times larger and then reduced, so that edges are smooth."""
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
            "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen")  # fmt: skip
@@ -32,8 +32,8 @@ BACKDROPS = ((150, 160, 170), (175, 165, 150), (140, 150, 140), (165, 150, 165),
 
 T = TypeVar("T")
 LATTICE = 4
-"""Shapes and characters stand on multiples of this many pixels: a patch of 8 then sees few phases of them, not a continuum, and
-a tower of this size learns them from tens of thousands of pictures instead of millions."""
+"""Centers of shapes and characters are multiples of this many pixels. A patch of 8 pixels then sees a shape at few offsets, so that a
+small vision tower learns from tens of thousands of pictures, not millions."""
 
 Rgb = tuple[int, int, int]
 Box = tuple[float, float, float, float]
@@ -48,10 +48,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Drill:
-    """Look-ups of one type in a row, asked in training alone: (what is looked up, what is found there).
+    """Several look-ups of one type in a row, as (key, value) pairs such as ("star", "red"). For training alone.
 
-    A look-up by name or color is the last thing a small model learns, and a question holds one of them in fifteen tokens;
-    a drill holds one in four or five.
+    To look up a thing by its name or color is what a small model learns last. A question trains one look-up in about fifteen
+    tokens, a drill one in four or five.
     """
 
     type: str
@@ -60,9 +60,9 @@ class Drill:
 
 @dataclass(frozen=True)
 class Mark:
-    """Where a thing stands and what it is; what the vision tower is pretrained to tell, patch by patch.
+    """A thing in a picture and where it is. The vision tower is pretrained to classify patches by it.
 
-    `box` is left, top, right, bottom in pixels; `detail` is a small class of its own per family (size, height, place).
+    `box` is left, top, right, bottom in pixels; `detail` is a class with a meaning for each family (size, height, place).
     """
 
     box: Box
@@ -73,7 +73,7 @@ class Mark:
 
 @dataclass
 class Scene:
-    """A picture, the things in it, one question of every type that fits it, and its drills."""
+    """A picture, the things in it, one question of every type that makes sense for it, and its drills."""
 
     family: str
     image: Image.Image
@@ -85,13 +85,13 @@ class Scene:
         self.questions.append(Question(type_, rng.choice(templates).format(**slots), answer))
 
     def drill(self, rng: Random, type_: str, pairs: Sequence[tuple[str, str]], limit: int = 8) -> None:
-        """Keep `limit` of the pairs, in any order; no pairs, no drill."""
+        """A drill of at most `limit` of the pairs, in random order."""
         if pairs:
             self.drills.append(Drill(type_, tuple(rng.sample(pairs, min(limit, len(pairs))))))
 
 
 class Canvas:
-    """A drawing surface in picture coordinates (0 to SIZE), supersampled underneath."""
+    """A drawing surface in picture coordinates (0 to SIZE), larger underneath by SUPERSAMPLE."""
 
     def __init__(self, image: Image.Image) -> None:
         self._image = image

@@ -1,4 +1,4 @@
-"""Coloured shapes, small and large, in the nine places of the picture."""
+"""Two to seven colored shapes, small or large, each in one of nine places."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _ask(scene: Scene, rng: Random, things: list[Thing]) -> None:
     names = [t.name for t in things]
     if rng.random() < 0.5:
         name = rng.choice(names)
-    else:  # half of the absent ones are made of a color and a shape that are both there: the pair must be seen
+    else:  # often a color and a shape that are both there, but not together
         pool = [f"{c} {s}" for c in (colors if rng.random() < 0.5 else COLORS) for s in (present if rng.random() < 0.5 else SHAPES)]
         name = rng.choice([n for n in pool if n not in names] or pool)
     ask(rng, "exists", ("Is there {a}?", "Is there {a} in the picture?", "Can you see {a}?", "Does the picture show {a}?"),

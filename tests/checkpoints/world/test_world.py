@@ -1,4 +1,4 @@
-"""The embedded world: same seed, same picture; splits apart; and answers that are true of what was drawn."""
+"""The world of drawings: same seed, same picture; splits apart; and answers that are true of what was drawn."""
 
 from __future__ import annotations
 
@@ -274,3 +274,21 @@ def test_boards_hold_what_is_told():
                 assert question.answer == ("yes" if colors[0] in cells else "no")
             elif question.type == "rows":
                 assert question.answer == NUMBERS[side]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drills_agree_with_the_questions(family):
+    """What a drill says of a color, a shape or a pair is what the question of its type answers, where the two meet."""
+    met = 0
+    for index in range(60):
+        scene = draw("train", index, family)
+        for drill, question in ((d, q) for d in scene.drills for q in scene.questions if d.type == q.type):
+            for wanted, found in drill.pairs:
+                words = wanted.split()
+                if len(words) <= 2 and all(f" {word} " in question.text.replace("?", " ").replace(".", " ") for word in words):
+                    if family == "shapes" and question.type in ("left_right", "above_below", "larger"):
+                        continue
+                    if question.type != "taller":
+                        assert found == question.answer, (question, drill)
+                        met += 1
+    assert met > 10 or family == "signs"
