@@ -19,11 +19,13 @@ MAX_ASPECT = 100
 MAX_SCANS = 64
 """A progressive JPEG pays for its whole area once per scan of 16 bytes; encoders write about ten at most."""
 
+Reason = Literal["format", "size", "content"]
+
 
 class ImageError(ValueError):
     """The picture is refused: its `reason` is its format, its size, or its content (broken, animated, too narrow)."""
 
-    def __init__(self, reason: Literal["format", "size", "content"], message: str) -> None:
+    def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 

@@ -11,13 +11,14 @@ from random import Random
 from PIL import Image
 
 from checkpoints import world
-from checkpoints.world import FAMILIES
 from models.checkpoint import sha256
-from models.images import decode
+from models.images import ImageError, decode
 from models.manifest import read_manifest
 
 WORLD = "world"
 """The data that ships with Espalier: drawings of 96 pixels, and questions about them."""
+FAMILIES = world.FAMILIES
+"""The families of those drawings."""
 
 
 class DataError(ValueError):
@@ -89,5 +90,12 @@ def _read_line(path: Path, line: str, answered: bool) -> Sample:
         turns = list(zip(values[::2], values[1::2] if answered else [""] * len(values[::2]), strict=True))
     else:
         turns = [(entry["question"], entry["answer"] if answered else "")]
-    image = decode((path.parent / entry["image"]).read_bytes())
+    image = _read_image(path.parent / entry["image"])
     return Sample(image, [(question.replace("<image>", "").strip(), answer) for question, answer in turns])
+
+
+def _read_image(path: Path) -> Image.Image:
+    try:
+        return decode(path.read_bytes())
+    except ImageError as error:
+        raise ImageError(error.reason, f"{path}: {error}") from error

@@ -23,7 +23,7 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     shutdown_grace_s: int = Field(30, ge=0, description="Seconds that running requests may take to end on SIGTERM.")
 
-    checkpoint: str = Field("embedded", description="A directory that transformers loads, or `embedded` for our own.")
+    checkpoint: str = Field("embedded", description="A directory that transformers loads, or the name of a shipped checkpoint.")
     served_model_name: str | None = Field(None, min_length=1, description="The model's name; by default the checkpoint's.")
     device: str = Field("cpu", description="Where to run: cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto takes the checkpoint's.")
