@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
-from pruning.dynamic.training.config import Lesson
+from pruning.dynamic.training.config import TrainingConfig
 from pruning.static.recipe import Recipe
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ CHECKPOINT = Annotated[str, typer.Argument(help="A directory that transformers l
 DEVICE = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 TOKEN_POLICY = Annotated[
     str | None,
-    typer.Option(help="router (default where there is one), merging, divprune, cls_diversity, random, uniform or pooling."),
+    typer.Option(help="How levels choose visual tokens: router (default where there is one) or merging."),
 ]
 DATA = Annotated[
     str | None, typer.Option(help="A JSONL file (docs/pruning.md), or world; what the checkpoint was trained on by default.")
@@ -156,7 +156,7 @@ def prune(
 
 
 @app.command()
-@options_from(Lesson)
+@options_from(TrainingConfig)
 def route(
     checkpoint: CHECKPOINT,
     out: Annotated[Path, typer.Option(help="The directory to make: the checkpoint with its router.")],
@@ -169,7 +169,7 @@ def route(
     from pruning.dynamic.training.train import run
 
     with _plain_errors():
-        run(Lesson(**given), resolve(checkpoint), out, device, dtype)
+        run(TrainingConfig(**given), resolve(checkpoint), out, device, dtype)
         Console().print(f"router in {out}; look at it with `espalier inspect {out}`", highlight=False)
 
 

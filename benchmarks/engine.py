@@ -32,7 +32,7 @@ from models.flops import flops_ratio
 from models.llava import Llava
 from models.random_llava import geometry_config, random_model
 from models.route import Route
-from pruning.dynamic.router import Router, Shape, default_rows
+from pruning.dynamic.router import Router, RouterConfig, default_width
 
 
 def run(
@@ -200,7 +200,7 @@ def parts(
     share = flops_ratio(config, route, prompt)
     pairs = zip(ours[name], ours.get(full, []), strict=False)
     times = [run.prefill / dense.prefill for run, dense in pairs]
-    own = router.shape.flops(route.visual_tokens, TEXT_TOKENS, len(route.kept_tokens)) if router and route.dropped else 0
+    own = router.config.flops(route.visual_tokens, TEXT_TOKENS, len(route.kept_tokens)) if router and route.dropped else 0
     return {
         "encode_s": median(run.encode for run in ours[name]),
         "route_s": median(run.route for run in ours[name]),
@@ -216,7 +216,7 @@ def untrained_router(model: Llava) -> Router:
     """One of the width that `espalier route` gives it: what it costs does not depend on what it has learned."""
     torch.manual_seed(0)
     width = model.config.text_config.hidden_size
-    return Router(Shape(width, model.num_layers, default_rows(width))).serving(model.dtype).to(model.device)
+    return Router(RouterConfig(width, model.num_layers, default_width(width))).serving(model.dtype).to(model.device)
 
 
 def describe(pruned: Llava, model: Llava, full: Route) -> dict[str, Any]:

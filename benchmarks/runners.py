@@ -21,8 +21,8 @@ from models.route import Route
 from models.sparse import AnyLinear
 from models.vision.clip import ClipTower, feature_layers
 from models.weight_format import choose_format
-from pruning.dynamic.router import Router, read_request, words
-from pruning.dynamic.training.teacher import Asked
+from pruning.dynamic.router import Router, score_request, text_window
+from pruning.dynamic.training.teacher import Prompt
 
 TEXT_TOKENS = 40
 
@@ -180,9 +180,9 @@ def answer(model: Llava, questions: Questions, route: Route, new_tokens: int, ro
 
 def choose_tokens(router: Router, model: Llava, ids: Tensor, visual: Tensor, route: Route) -> tuple[Route, Tensor]:
     """The route with the tokens that the router keeps, and the visual tokens [visual tokens, width] as it leaves them."""
-    read = words(ids.tolist(), model.config.image_token_id)
-    reading = read_request(router, model, [Asked(ids.tolist(), visual).image], read)
-    kept = reading.keep(0, len(route.kept_tokens))
+    prompt = Prompt(ids.tolist(), visual)
+    routing = score_request(router, model, [prompt.image], text_window(prompt.ids, model.config.image_token_id))
+    (kept,) = routing.keep_tokens(len(route.kept_tokens))
     return replace(route, kept_tokens=tuple(kept.indices.tolist()), token_sizes=kept.sizes), kept.tokens
 
 

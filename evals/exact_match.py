@@ -1,8 +1,8 @@
-"""Exact match of all of a picture's questions in one pass, for comparing many checkpoints: a tenth of an exam's time.
+"""Exact match of all of a picture's questions in one pass, for comparing many checkpoints or routes: a tenth of an exam's time.
 
-Greedy decoding answers a question right if and only if every token of the right answer is the most likely one after those before
-it; so one forward over the right answers tells. All questions about a picture share its rows (pruning.static.data). An interval
-draws pictures, not questions, for those about one picture fail together.
+Greedy decoding gives an answer if and only if each of its tokens is the most likely one after those before it; so one forward over
+the answer tells. For a checkpoint all questions about a picture share its rows (pruning.static.data); for routes each has its own.
+An interval draws pictures, not questions, for those about one picture fail together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from checkpoints.world import FAMILIES, draw
+from models.llava import Llava
 from models.preprocess import Preprocessor
+from models.route import Route
+from pruning.dynamic.training.teacher import Prompt, margins
 from pruning.samples import of_scene
 from pruning.static.packing import PackedSample, pack
 
@@ -39,6 +42,11 @@ def _answers(model: LlavaForConditionalGeneration, sample: PackedSample) -> list
     said = model(**sample.inputs(model), logits_to_keep=wanted, use_cache=False).logits[0].argmax(-1).cpu()
     right, segments = said == sample.ids[sample.answers], sample.segments[sample.answers]
     return [bool(right[segments == segment].all()) for segment in range(1, int(sample.segments.max()) + 1)]
+
+
+def matches(model: Llava, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], routes: Sequence[Route]) -> list[bool]:
+    """Whether each answer is what greedy decoding gives on its route."""
+    return [margin > 0 for margin in margins(model, prompts, answers, routes)]
 
 
 def summary(found: dict[str, list[list[bool]]], seed: int = 0) -> dict[str, Any]:

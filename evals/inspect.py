@@ -11,7 +11,8 @@ from rich.table import Column, Table
 
 from models.checkpoint import Checkpoint, load
 from models.manifest import Pruning
-from pruning.dynamic.levels import AUTO, Level, Rung, menu_of
+from pruning.dynamic.levels import Level, OperatingPoint
+from pruning.dynamic.planner import load_menu
 from pruning.dynamic.router_file import RouterRecord
 
 console = Console(highlight=False)
@@ -39,18 +40,18 @@ def run(directory: Path, picture: Path | None = None, device: str = "cpu", dtype
         console.print("no calibration: levels skip no layers; run `espalier calibrate`")
     router = RouterRecord.of(manifest)
     if router:
-        shape, report = router.shape, router.report
+        r2 = router.report["explained_variance"]
         console.print(
-            f"router: {shape['depth']} layers, {shape['rows']} wide, taught on {report['questions']} questions; "
-            f"foresees where the model looks with R² {report['foreseen']['attention']:.2f}, and which layers visual rows need with "
-            f"{report['foreseen']['costs']:.2f} (held-out pictures)", highlight=False, soft_wrap=True,
+            f"router: {router.config.depth} layers, {router.config.width} wide, trained on {router.report['questions']} questions; "
+            f"predicts attention with R² {r2['token_scores']:.2f} and the cost of freezing layers with {r2['layer_scores']:.2f} "
+            "(held-out pictures)", highlight=False, soft_wrap=True,
         )  # fmt: skip
     else:
         console.print("no router: levels choose tokens by the picture alone; run `espalier route`")
-    menu = menu_of(manifest, model.num_layers)
+    menu = load_menu(checkpoint)
     _show_levels(checkpoint, menu)
     if router:
-        _show_ladder(checkpoint, menu[AUTO].rungs, router.measured["agreement"])
+        _show_operating_points(checkpoint, router.operating_points)
     if picture:
         if not manifest.pruning:
             raise ValueError(f"{checkpoint.name} is not pruned: there is nothing to draw")
@@ -100,24 +101,24 @@ def _show_forms(checkpoint: Checkpoint) -> None:
 
 
 def _show_levels(checkpoint: Checkpoint, menu: dict[str, Level]) -> None:
-    model = checkpoint.model
+    total, layers = checkpoint.model.visual_tokens_per_image, checkpoint.model.num_layers
     table = Table("level", "visual tokens", "layers", "accuracy", "what", title="Levels")
     for level in menu.values():
-        kept = str(level.kept(model.visual_tokens_per_image))
-        chosen = [f"{kept} on average", ""] if level.rungs else [kept, str(model.num_layers - level.skipped_layers)]
+        point = level.operating_points[-1]
+        by_question = [f"{round(total * level.visual_ratio)} on average", ""]
+        shown = by_question if level.routed else [str(point.kept(total)), str(layers - point.skipped_layers)]
         card = level.card or {}
-        accuracy = f"{card['accuracy']:.1%}" if "accuracy" in card else ""
-        table.add_row(level.name, *(["", ""] if level.name == AUTO else chosen), accuracy, level.description)
+        table.add_row(level.name, *shown, f"{card['accuracy']:.1%}" if "accuracy" in card else "", level.description)
     console.print(table)
 
 
-def _show_ladder(checkpoint: Checkpoint, rungs: Sequence[Rung], agreement: Sequence[float]) -> None:
-    """What a router chooses from: tokens, layers, which of those visual tokens pass by, and held-out answers that stay."""
+def _show_operating_points(checkpoint: Checkpoint, points: Sequence[OperatingPoint]) -> None:
+    """What a router chooses from: tokens, layers, in how many of those visual tokens are frozen, and held-out answers that stay."""
     total, layers = checkpoint.model.visual_tokens_per_image, checkpoint.model.num_layers
-    table = Table("visual tokens", "layers", "passed by", "FLOPs", "agreement", title="The router's ladder")
-    for rung, share in zip(rungs, agreement, strict=True):
-        kept, runs = Level("", "", 1.0).at(rung).kept(total), layers - rung.skipped_layers
-        table.add_row(str(kept), str(runs), str(rung.passed_layers), f"{rung.cost:.0%}", f"{share:.1%}")
+    table = Table("visual tokens", "layers", "frozen", "FLOPs", "agreement", title="The router's operating points")
+    for point in points:
+        runs = str(layers - point.skipped_layers)
+        table.add_row(str(point.kept(total)), runs, str(point.frozen_layers), f"{point.cost:.0%}", f"{point.agreement:.1%}")
     console.print(table)
 
 

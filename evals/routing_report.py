@@ -27,11 +27,11 @@ A budget in FLOPs is PAR's (arXiv 2412.06458, table 1), which kept 95.8, 93.8, 9
 """
 LEVELS = """### Levels
 
-From `docs/runs/levels.jsonl`: agreement with the un-pruned model's own greedy answer, accuracy, and FLOPs ratio, of questions asked
-alone and of the same questions after another one about the same picture; means over {seeds} router(s), with a run's 95 % bootstrap
-interval over pictures for agreement.
+From `docs/runs/levels.jsonl`: agreement with the un-pruned model's own greedy answer, accuracy, and FLOPs ratio, of questions that
+open a chat and of the same questions after another one about the same picture; means over {seeds} router(s), with a run's 95 %
+bootstrap interval over pictures for agreement.
 
-| level | alone: agreement | accuracy | FLOPs | second: agreement | accuracy | FLOPs |
+| level | first: agreement | accuracy | FLOPs | follow-up: agreement | accuracy | FLOPs |
 |---|---|---|---|---|---|---|"""
 
 
@@ -42,7 +42,7 @@ def main(
 ) -> None:
     entries = [entry for entry in stored(runs) if entry["split"] == "test"]
     if not entries:
-        raise typer.BadParameter(f"{runs} has no test runs; run `python -m evals.routing_sweep embedded` first")
+        raise typer.BadParameter(f"{runs} has no test runs; run `python -m evals.routing_sweep policies embedded` first")
     parts = [HEAD.format(pictures=entries[0]["pictures"], questions=entries[0]["questions"])]
     for checkpoint in dict.fromkeys(entry["checkpoint"] for entry in entries):
         own = [entry for entry in entries if entry["checkpoint"] == checkpoint]
@@ -56,18 +56,18 @@ def _levels(runs: Sequence[Entry]) -> list[str]:
     if not runs:
         return []
     lines = [LEVELS.format(seeds=len(runs))]
-    menu = [name for name in runs[0]["levels"]["second"] if name != "off"]
+    menu = [name for name in runs[0]["levels"]["follow_up"] if name != "off"]
     for name in ["off", *menu]:
-        cells = [cell for place in ("alone", "second") for cell in _level_cells([run["levels"][place][name] for run in runs])]
+        cells = [cell for place in ("first", "follow_up") for cell in _level_cells([run["levels"][place][name] for run in runs])]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
     for run in sorted(runs, key=lambda run: run["seed"]):
-        auto = run["levels"]["alone"]["auto"]
+        auto = run["levels"]["first"]["auto"]
         lines.append(
             f"- Router {run['seed']}: `auto` agrees at {auto['agreement']:.2%} with {auto['flops_ratio']:.1%} of the FLOPs. "
             f"The cheapest budget that agrees as often is, of those that are the same for all questions, "
-            f"{_saved(run['against_alike'])}; of levels, which are budgets on average, {_saved(run['against_levels'])}. "
-            f"Second in a chat, and against `off` there, it gains {_points(run, 'agreement')} in agreement and "
+            f"{_saved(run['against_fixed'])}; of levels, which are budgets on average, {_saved(run['against_levels'])}. "
+            f"Of follow-up questions, and against `off` there, it gains {_points(run, 'agreement')} in agreement and "
             f"{_points(run, 'accuracy')} in accuracy."
         )
     return [*lines, ""]
@@ -79,8 +79,8 @@ def _saved(other: Entry) -> str:
 
 
 def _points(run: Entry, what: str) -> str:
-    """How much better or worse than alone, in points."""
-    found = run["against_alone"]
+    """How much better or worse than of first questions, in points."""
+    found = run["follow_up_against_first"]
     low, high = (f"{100 * bound:+.2f}" for bound in found[f"{what}_interval"])
     return f"{100 * found[what]:+.2f} points ({low} to {high})"
 

@@ -111,10 +111,9 @@ def _add_menu(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/v1/pruning/levels")
     async def levels() -> dict[str, Any]:
-        """The menu, with what each level was measured to do, and the rungs that those which choose by question choose from."""
+        """The menu, with what each level was measured to do. One with several operating points chooses among them by question."""
         menu = [asdict(level) for level in engine.menu.values()]
-        rungs: list[dict[str, Any]] = max((level.pop("rungs") for level in menu), key=len)
-        return {"object": "list", "default": engine.default_level, "data": menu, "rungs": rungs}
+        return {"object": "list", "default": engine.default_level, "data": menu}
 
 
 def _add_operations(app: FastAPI, engine: Engine) -> None:

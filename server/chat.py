@@ -47,8 +47,8 @@ ImageSource = tuple[str, str | bytes]
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """One POST, parsed, tokenised and decoded: what its `n` engine requests share. `model` is as the client wrote it; `later` says
-    whether an answer stands before the question."""
+    """One POST, parsed, tokenised and decoded: what its `n` engine requests share. `model` is as the client wrote it; `follow_up`
+    says whether an answer stands before the question."""
 
     id: str
     model: str
@@ -58,7 +58,7 @@ class PreparedRequest:
     level: str
     reason: str
     sampling: Sampling
-    later: bool = False
+    follow_up: bool = False
     n: int = 1
     stream: bool = False
     include_usage: bool = False
@@ -102,8 +102,8 @@ def _prepare(
     start = time.perf_counter()
     prompt, images = prompt_and_images(engine, settings, turns, sources)
     seconds = time.perf_counter() - start
-    later = any(turn["role"] == "assistant" for turn in turns)
-    return PreparedRequest(f"chatcmpl-{uuid4().hex}", model, prompt, images, seconds, level, reason, sampling, later)
+    follow_up = any(turn["role"] == "assistant" for turn in turns)
+    return PreparedRequest(f"chatcmpl-{uuid4().hex}", model, prompt, images, seconds, level, reason, sampling, follow_up)
 
 
 def _data_url(image: str | bytes) -> str | bytes:
@@ -191,12 +191,7 @@ def hinted_level(engine: Engine, details: Sequence[str]) -> str | None:
     if all(detail == "auto" for detail in details):
         return None
     levels = {DETAIL_LEVELS.get(detail, engine.default_level) for detail in details} & engine.menu.keys()
-    return max(levels or {engine.default_level}, key=lambda name: _fullness(engine, name))
-
-
-def _fullness(engine: Engine, name: str) -> tuple[float, int]:
-    level = engine.menu[name]
-    return level.visual_ratio, -level.skipped_layers
+    return max(levels or {engine.default_level}, key=lambda name: engine.menu[name].visual_ratio)
 
 
 def choose_level(
@@ -299,7 +294,7 @@ class AnswerStream:
             sampling=replace(prepared.sampling, seed=None if seed is None else (seed + index) & MAX_INT64),
             emit=emit,
             reason=prepared.reason,
-            later=prepared.later,
+            follow_up=prepared.follow_up,
             timings={"image": prepared.image_seconds},
             created=self._arrived,
         )

@@ -1,4 +1,4 @@
-"""The engine: one thread that owns the model, and `step`, the system in a few lines.
+"""The engine: one thread that owns the model, and `step`, the system in a few lines: admit, plan, run, sample, hand out.
 
 Other threads only submit and abort. Nothing that one request does may fail another: an error fails its request and is counted,
 and the thread goes on.
@@ -11,27 +11,22 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from models.checkpoint import Checkpoint
-from models.flops import flops_ratio
 from models.forward import SequenceInput, decode_input, forward, prefill_input
 from models.kv_cache import KVCache, RequestCache
-from models.route import Route
 from models.vision.features import ImageFeatures
-from pruning.dynamic.levels import AUTO, Level, expected_rows, make_route, menu_of, worthwhile_level
-from pruning.dynamic.router import Reading, RouterFailed, read_request, words
-from pruning.dynamic.router_file import load_router
-from pruning.dynamic.token_merging import TokenPolicy
+from pruning.dynamic.planner import Plan, Planner, TokenPolicy
 from server.detokenize import Detokenizer
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.metrics import Metrics
 from server.request import Delta, Event, Failed, Finished, FinishReason, Receipt, Request, Started, TokenLogprob
 from server.sampling import is_greedy, new_generator, sample, top_logprobs
-from server.scheduler import Job, NeverFits, QueueFull, Scheduler
+from server.scheduler import NeverFits, QueueFull, ScheduledRequest, Scheduler
 
 log = logging.getLogger("espalier.engine")
 
@@ -49,17 +44,16 @@ class Limits:
 
 @dataclass
 class Running:
-    """A request in the batch: its route and cache, and the answer so far."""
+    """A request in the batch: its plan and cache, what it brings to the next pass, and the answer so far."""
 
     request: Request
-    route: Route
-    cache: RequestCache
+    plan: Plan
     receipt: Receipt
+    cache: RequestCache
+    input: SequenceInput
     text: Detokenizer
     generator: torch.Generator
-    work: SequenceInput
-    made: list[int] = field(default_factory=list)
-    admitted: float = 0.0
+    output_ids: list[int] = field(default_factory=list)
     last_token: float = 0.0
     decode_seconds: float = 0.0
 
@@ -74,12 +68,8 @@ class Engine:
         limits = limits or Limits()
         self.checkpoint, self.model, self.preprocessor = checkpoint, checkpoint.model, checkpoint.preprocessor
         self.metrics = metrics or Metrics()
-        self._layer_change = checkpoint.manifest.layer_change
-        self.router = load_router(checkpoint)
-        self.token_policy: TokenPolicy = token_policy or ("router" if self.router else "merging")
-        if self.token_policy == "router" and not self.router:
-            raise ValueError(f"{checkpoint.directory} has no router; train one with `espalier route`, or name another policy")
-        self.menu = menu_of(checkpoint.manifest, self.model.num_layers, routed=self.token_policy == "router")
+        self.planner = Planner(checkpoint, token_policy)
+        self.menu, self.token_policy = self.planner.menu, self.planner.token_policy
         if default_level not in self.menu:
             raise ValueError(f"default level {default_level!r} is not one of {', '.join(self.menu)}")
         self.default_level = default_level
@@ -133,21 +123,21 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request; its events come on the engine's thread. Raises ContextTooLong, Overloaded or ShuttingDown."""
-        room = self.context_length - len(request.prompt)
-        if room < 1:
+        if len(request.prompt) >= self.context_length:
             raise ContextTooLong(
                 f"the prompt has {len(request.prompt)} tokens and the context holds {self.context_length}; "
                 "send a shorter question, fewer turns or fewer images",
                 param="messages",
             )
-        job = self._job(request)
+        new_tokens = self._max_new_tokens(request)
+        most = self.planner.reserve(request.level, len(request.prompt), len(request.images), new_tokens)
         with self._changed:
             if self._draining or (self._thread and not self._thread.is_alive()):
                 raise ShuttingDown("the server is shutting down")
             if request.id in self._requests:
                 raise ValueError(f"request id {request.id} is in use")
             try:
-                self.scheduler.submit(job)
+                self.scheduler.submit(ScheduledRequest(request.id, most.cache_rows, most.prefill_tokens))
             except NeverFits as error:
                 raise ContextTooLong(f"the request can never run here: {error}", param="max_tokens") from error
             except QueueFull as error:
@@ -155,14 +145,8 @@ class Engine:
             self._requests[request.id] = request
             self._changed.notify_all()
 
-    def _job(self, request: Request, settled: Level | None = None) -> Job:
-        """What a request holds: the most that its level may need, or what it is `settled` to."""
-        level, layers = settled or self.menu[request.level], self.model.num_layers
-        answer = min(request.sampling.max_tokens, self.context_length - len(request.prompt))
-        per_image = self.preprocessor.visual_tokens_per_image
-        prompt = expected_rows(level, len(request.prompt), len(request.images), per_image, layers)
-        running = layers - level.skipped_layers
-        return Job(request.id, prompt + answer * running, prompt // running)
+    def _max_new_tokens(self, request: Request) -> int:
+        return min(request.sampling.max_tokens, self.context_length - len(request.prompt))
 
     def abort(self, request_id: str) -> None:
         """Forget a request, waiting or running; it emits nothing more. Unknown ids are ignored: it may just have ended."""
@@ -198,23 +182,13 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One pass: drop the aborted, admit the waiting, run prompts and single tokens together, hand the tokens out."""
+        """One pass: admit, plan, run, sample, hand out."""
         self._drop_aborted()
-        with self._changed:
-            admitted = [self._requests[job.id] for job in self.scheduler.admit()]
-        for request in admitted:
-            try:
-                self._begin(request)
-            except RouterFailed:
-                self._guard(request, self._degrade)
-            except Exception as error:
-                self._fail(request, error)
-        if not self._running:
-            return
+        for request in self._admit():
+            self._guard(request, self._plan)
         batch = list(self._running.values())
-        started = time.monotonic()
-        logits = self._forward(batch)
-        self._hand_out(batch, logits, time.monotonic() - started)
+        for one, logits in zip(batch, self._run_batch(batch), strict=True):
+            self._guard(one.request, self._sample_and_hand_out, one, logits)
 
     def _drop_aborted(self) -> None:
         with self._changed:
@@ -223,79 +197,43 @@ class Engine:
             if request := self._requests.get(request_id):
                 self._end(request, "abort")
 
-    def _guard(self, request: Request, act: object, *args: object) -> None:
+    def _admit(self) -> list[Request]:
+        with self._changed:
+            return [self._requests[scheduled.id] for scheduled in self.scheduler.admit()]
+
+    def _guard(self, request: Request, act: Callable[..., None], *args: object) -> None:
         """Run one request's part; an error fails that request alone."""
         try:
-            act(request, *args)  # type: ignore[operator]
+            act(request, *args)
         except Exception as error:
-            self._fail(request, error)
+            log.error("request %s failed", request.id, exc_info=error)
+            self._end(request, "error")
+            self._emit(request, Failed("the model failed on this request; it can be sent again"))
 
-    def _degrade(self, request: Request) -> None:
-        """Queue a request again at level off, which needs no router and more memory."""
-        log.warning("request %s: the router's scores are not finite; it runs at level off", request.id)
-        self.metrics.degradations.labels(request.level, "off").inc()
-        with self._changed:
-            self.scheduler.finish(request.id)
-            request.level, request.reason = "off", f"the router failed at level {request.level}"
-            self.scheduler.submit(self._job(request))
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        log.error("request %s failed", request.id, exc_info=error)
-        self._end(request, "error")
-        self._emit(request, Failed("the model failed on this request; it can be sent again"))
-
-    def _begin(self, request: Request) -> None:
-        """Encode the images, make the route, lay out the prompt's rows and reserve its cache."""
+    def _plan(self, request: Request) -> None:
+        """Encode the images, plan the route, give back what was reserved and is not needed, and lay out the prompt's rows."""
         now = time.monotonic()
         request.timings["queue"] = now - request.created - request.timings.get("image", 0.0)
         features = [self._encode(image.digest, image.pixels) for image in request.images]
         encoded = time.monotonic()
-        level = self.menu[request.level]
-        seed = int(request.images[0].digest[:8], 16) if request.images else 0
-        reading = self._read(request, features) if level.routed else None
-        level, chance = self._settle(request, level, reading) if level.rungs else (level, None)
-        route, visual = make_route(level, features, self.model.num_layers, self._layer_change, self.token_policy, seed, reading)
+        plan = self.planner.plan(request.level, request.reason, request.prompt, features, follow_up=request.follow_up)
         request.timings |= {"encode": encoded - now, "route": time.monotonic() - encoded}
-        answer = min(request.sampling.max_tokens, self.context_length - len(request.prompt))
-        rows = [n + answer if runs else 0 for n, runs in zip(route.rows(len(request.prompt)), route.layers, strict=True)]
+        if plan.level != request.level:
+            log.warning("request %s runs at level %s: %s", request.id, plan.level, plan.reason)
+            self.metrics.degradations.labels(request.level, plan.level).inc()
+            request.level = plan.level
+        new_tokens = self._max_new_tokens(request)
+        rows = [n + new_tokens if n else 0 for n in plan.route.rows(len(request.prompt))]
+        with self._changed:
+            self.scheduler.shrink(request.id, sum(rows))
         cache = self.kv.allocate(request.id, rows)
         ids = torch.tensor(request.prompt, device=self.model.device)
-        work = prefill_input(self.model, ids, visual, route, cache)
-        receipt = Receipt(
-            level=level.name, reason=request.reason, visual_tokens=len(route.kept_tokens), visual_tokens_total=route.visual_tokens,
-            layers=sum(route.layers), layers_total=self.model.num_layers, passed_layers=len(route.frozen_layers),
-            checkpoint=self.fingerprint,
-            expected_agreement=None if chance is None else round(chance, 4),
-            flops_ratio=round(flops_ratio(self.model.config, route, len(request.prompt), _router_flops(reading, route)), 4),
-        )  # fmt: skip
+        prompt = prefill_input(self.model, ids, plan.visual, plan.route, cache)
+        receipt = _receipt(plan, self.fingerprint)
         self.metrics.routed(receipt, len(request.prompt))
         text = Detokenizer(self.preprocessor.tokenizer, request.sampling.stop)
         generator = new_generator(request.sampling.seed)
-        self._running[request.id] = Running(request, route, cache, receipt, text, generator, work, admitted=time.monotonic())
-
-    def _read(self, request: Request, features: Sequence[ImageFeatures]) -> Reading | None:
-        """What the router makes of a request, where it chooses."""
-        if self.router is None or self.token_policy != "router" or not features:
-            return None
-        return read_request(self.router, self.model, features, words(request.prompt, self.model.config.image_token_id))
-
-    def _settle(self, request: Request, level: Level, reading: Reading | None) -> tuple[Level, float | None]:
-        """What a level that chooses by question, or the one most worth its arithmetic, is for this request, and the chance that its
-        answer stays. The most that it could be was reserved."""
-        chance: float | None = None
-        if reading is None:
-            settled = self.menu["off"] if level.name == AUTO else replace(self.menu["off"], name=level.name)
-        elif level.name == AUTO:
-            settled, chance = worthwhile_level(self.menu, reading.chances, later=request.later)
-        else:
-            settled, chance = level.settled(reading.chances)
-        if level.name == AUTO:
-            request.reason = f"auto: {_expectation(settled, chance)}"
-            self.metrics.degradations.labels(AUTO, settled.name).inc()
-        request.level = settled.name
-        with self._changed:
-            self.scheduler.shrink(self._job(request, settled))
-        return settled, chance
+        self._running[request.id] = Running(request, plan, receipt, cache, prompt, text, generator)
 
     def _encode(self, digest: str, pixels: torch.Tensor) -> ImageFeatures:
         """An image's features [1, visual_tokens, width], remembered by content: encoding does not depend on the level."""
@@ -310,46 +248,39 @@ class Engine:
             self._features.popitem(last=False)
         return features
 
-    def _forward(self, batch: Sequence[Running]) -> list[torch.Tensor | Exception]:
+    def _run_batch(self, batch: Sequence[Running]) -> list[torch.Tensor | Exception]:
         """Logits of each request, or what went wrong with it. If the common pass fails, each one runs alone to find out whose."""
-        lengths = [list(one.cache.lengths) for one in batch]
+        if not batch:
+            return []
+        started, lengths = time.monotonic(), [list(one.cache.lengths) for one in batch]
         try:
-            return list(forward(self.model, [one.work for one in batch]))
+            logits = list(forward(self.model, [one.input for one in batch]))
         except Exception as error:
             if len(batch) == 1:
                 return [error]
             log.exception("a pass over %d requests failed; running each alone", len(batch))
-        for one, length in zip(batch, lengths, strict=True):
-            one.cache.lengths[:] = length
-        return [self._forward([one])[0] for one in batch]
+            for one, length in zip(batch, lengths, strict=True):
+                one.cache.lengths[:] = length
+            return [self._run_batch([one])[0] for one in batch]
+        for one in batch:
+            one.request.timings.setdefault("prefill", time.monotonic() - started)
+        return logits
 
-    def _hand_out(self, batch: Sequence[Running], logits: Sequence[torch.Tensor | Exception], seconds: float) -> None:
-        now = time.monotonic()
-        for one, row in zip(batch, logits, strict=True):
-            if isinstance(row, Exception):
-                self._fail(one.request, row)
-            elif not torch.isfinite(row).all():
-                self._fail(one.request, ArithmeticError("logits are not finite"))
-            else:
-                self._guard(one.request, self._advance, one, row, now, seconds)
-
-    def _advance(self, request: Request, one: Running, logits: torch.Tensor, now: float, seconds: float) -> None:
+    def _sample_and_hand_out(self, request: Request, one: Running, logits: torch.Tensor | Exception) -> None:
         """Draw a token, hand out its text, and either end the request or lay out its next row."""
-        if not one.made:
-            request.timings["prefill"] = seconds
-            self.metrics.first_token.labels(request.level).observe(now - request.created)
-            self._emit(request, Started(one.receipt, dict(request.timings)))
-        else:
-            one.decode_seconds += now - one.last_token
-            self.metrics.inter_token.labels(request.level).observe(now - one.last_token)
-        one.last_token = now
-        token = int(logits.argmax()) if is_greedy(request.sampling) else sample(logits, one.made, request.sampling, one.generator)
-        one.made.append(token)
+        if isinstance(logits, Exception):
+            raise logits
+        if not torch.isfinite(logits).all():
+            raise ArithmeticError("logits are not finite")
+        self._record_token_time(request, one)
+        greedy = is_greedy(request.sampling)
+        token = int(logits.argmax()) if greedy else sample(logits, one.output_ids, request.sampling, one.generator)
+        one.output_ids.append(token)
         self.metrics.generated_tokens.inc()
         ends = token in self.checkpoint.eos
         text = "" if ends else one.text.push(token)
-        room = min(request.sampling.max_tokens, self.context_length - len(request.prompt))
-        reason: FinishReason | None = "stop" if ends or one.text.stopped else "length" if len(one.made) >= room else None
+        full = len(one.output_ids) >= self._max_new_tokens(request)
+        reason: FinishReason | None = "stop" if ends or one.text.stopped else "length" if full else None
         if reason:
             text += one.text.finish()
         logprobs = self._logprobs(request, logits, token)
@@ -358,9 +289,20 @@ class Engine:
         if reason:
             self._complete(one, reason)
         else:
-            position = len(request.prompt) + len(one.made) - 1
+            position = len(request.prompt) + len(one.output_ids) - 1
             ids = torch.tensor([token], device=self.model.device)
-            one.work = decode_input(self.model, ids, position, one.route, one.cache)
+            one.input = decode_input(self.model, ids, position, one.plan.route, one.cache)
+
+    def _record_token_time(self, request: Request, one: Running) -> None:
+        """The first token ends the prefill, and its event says what was planned."""
+        now = time.monotonic()
+        if one.output_ids:
+            one.decode_seconds += now - one.last_token
+            self.metrics.inter_token.labels(request.level).observe(now - one.last_token)
+        else:
+            self.metrics.first_token.labels(request.level).observe(now - request.created)
+            self._emit(request, Started(one.receipt, dict(request.timings)))
+        one.last_token = now
 
     def _logprobs(self, request: Request, logits: torch.Tensor, token: int) -> tuple[TokenLogprob, ...]:
         if request.sampling.logprobs is None:
@@ -374,7 +316,7 @@ class Engine:
         request.timings["decode"] = one.decode_seconds
         self._end(request, reason)
         self._emit(
-            request, Finished(reason, len(request.prompt), len(one.made), one.receipt, dict(request.timings))
+            request, Finished(reason, len(request.prompt), len(one.output_ids), one.receipt, dict(request.timings))
         )  # fmt: skip
 
     def _end(self, request: Request, outcome: str) -> None:
@@ -397,18 +339,14 @@ class Engine:
             self.abort(request.id)
 
 
-def _expectation(settled: Level, chance: float | None) -> str:
-    """Why `auto` chose a level, in words."""
-    if chance is None:
-        return "no picture, and nothing to leave out"
-    if settled.name == "off":
-        return "no level saves enough for what it risks of this answer"
-    return f"{settled.name} keeps this answer with an expected chance of {chance:.3f}: more is not worth its arithmetic"
-
-
-def _router_flops(reading: Reading | None, route: Route) -> int:
-    images = len(reading.visual) if reading else 0
-    return reading.flops(len(route.kept_tokens) // images) if reading and images else 0
+def _receipt(plan: Plan, fingerprint: str) -> Receipt:
+    route, expected = plan.route, plan.expected_agreement
+    return Receipt(
+        level=plan.level, reason=plan.reason, visual_tokens=len(route.kept_tokens), visual_tokens_total=route.visual_tokens,
+        layers=sum(route.layers), layers_total=len(route.layers), frozen_layers=len(route.frozen_layers),
+        flops_ratio=round(plan.flops_ratio, 4), expected_agreement=None if expected is None else round(expected, 4),
+        checkpoint=fingerprint,
+    )  # fmt: skip
 
 
 def _rows_for_free_memory(checkpoint: Checkpoint, limits: Limits, share: float = 0.3) -> int:

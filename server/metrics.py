@@ -15,7 +15,7 @@ _REQUEST = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.
 _TOKEN = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2)
 _STAGE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _RATIO = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
-_CHANCE = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
+_AGREEMENT = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
 
 
 class Metrics:
@@ -44,10 +44,10 @@ class Metrics:
         self.waiting = gauge("requests_waiting", "Requests in the queue.")
         self.kv_usage = gauge("kv_cache_usage_ratio", "Reserved rows of the KV cache over all.")
         self.visual_tokens = counter("visual_tokens_total", "Visual tokens kept and dropped.", "level", "outcome")
-        self.layers = counter("layers_total", "Layers run, skipped, and of those run: passed by visual tokens.", "level", "outcome")
+        self.layers = counter("layers_total", "Layers run, of those: frozen for visual tokens, and skipped.", "level", "outcome")
         self.flops = histogram("flops_ratio", "Prefill FLOPs over the dense ones, language model.", _RATIO, "level")
         self.expected = histogram(
-            "expected_agreement_ratio", "Chance that an answer is the un-pruned model's, foreseen by the router.", _CHANCE, "level"
+            "expected_agreement_ratio", "Predicted probability that an answer is the un-pruned model's.", _AGREEMENT, "level"
         )
         self.weight_sparsity = gauge("weight_sparsity_ratio", "Zeros among a module's weights.", "module")
         self.weight_bytes = gauge("weight_bytes", "Resident bytes of the weights by format.", "format")
@@ -79,7 +79,7 @@ class Metrics:
         self.visual_tokens.labels(level, "dropped").inc(receipt.visual_tokens_total - receipt.visual_tokens)
         self.layers.labels(level, "run").inc(receipt.layers)
         self.layers.labels(level, "skipped").inc(receipt.layers_total - receipt.layers)
-        self.layers.labels(level, "passed").inc(receipt.passed_layers)
+        self.layers.labels(level, "frozen").inc(receipt.frozen_layers)
         self.flops.labels(level).observe(receipt.flops_ratio)
         self.prompt_tokens.inc(prompt_tokens)
         if receipt.expected_agreement is not None:

@@ -47,8 +47,8 @@ class Receipt:
     layers_total: int
     flops_ratio: float
     checkpoint: str
-    passed_layers: int = 0  # of those that run, how many visual tokens pass by
-    expected_agreement: float | None = None  # chance that the answer is the un-pruned model's, where a router foresaw it
+    frozen_layers: int = 0  # of those that run, in how many visual tokens are frozen
+    expected_agreement: float | None = None  # probability that the answer is the un-pruned model's, where a router chose
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,6 @@ class Request:
     sampling: Sampling
     emit: Callable[[Event], None]
     reason: str = "default"  # where the level came from: header, body, alias, detail or default
-    later: bool = False  # the question follows others in its chat
+    follow_up: bool = False  # the question follows an answer in its chat
     timings: dict[str, float] = field(default_factory=dict)
     created: float = field(default_factory=time.monotonic)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class NeverFits(Exception):
@@ -25,12 +25,12 @@ class QueueFull(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the scheduler needs to know: `rows` of cache in all (tokens times layers), `prompt` rows that prefill will run."""
+class ScheduledRequest:
+    """What the scheduler needs to know: rows of cache in all (tokens times layers), and rows that prefill runs in a layer."""
 
     id: str
-    rows: int
-    prompt: int
+    cache_rows: int
+    prefill_tokens: int
 
 
 class Scheduler:
@@ -39,57 +39,57 @@ class Scheduler:
         self.max_running = max_running
         self.max_waiting = max_waiting
         self.max_prefill = max_prefill
-        self.waiting: deque[Job] = deque()
-        self.running: dict[str, Job] = {}
+        self.waiting: deque[ScheduledRequest] = deque()
+        self.running: dict[str, ScheduledRequest] = {}
         self.used = 0
         self._last_finish: float | None = None
         self._pace = 1.0  # seconds between finished requests, smoothed
 
-    def submit(self, job: Job) -> None:
-        """Queue a job. Raises NeverFits, or QueueFull when `max_waiting` jobs wait already and there is no place for one more."""
-        if job.rows > self.budget:
-            raise NeverFits(f"it needs {job.rows} rows of KV cache and the server has {self.budget}")
-        if len(self.waiting) >= self.max_waiting and not self._has_place(job):
+    def submit(self, request: ScheduledRequest) -> None:
+        """Queue a request. Raises NeverFits, or QueueFull when `max_waiting` wait already and there is no place for one more."""
+        if request.cache_rows > self.budget:
+            raise NeverFits(f"it needs {request.cache_rows} rows of KV cache and the server has {self.budget}")
+        if len(self.waiting) >= self.max_waiting and not self._has_place(request):
             raise QueueFull(max(1.0, math.ceil(self._pace * len(self.waiting) / 2)))
-        self.waiting.append(job)
+        self.waiting.append(request)
 
-    def _has_place(self, job: Job) -> bool:
+    def _has_place(self, request: ScheduledRequest) -> bool:
         """Whether all who wait and this one may run now, so that it will not really wait."""
-        rows = self.used + sum(waiting.rows for waiting in self.waiting) + job.rows
+        rows = self.used + sum(waiting.cache_rows for waiting in self.waiting) + request.cache_rows
         return len(self.running) + len(self.waiting) < self.max_running and rows <= self.budget
 
-    def admit(self) -> list[Job]:
-        """Move the jobs that run from now on out of the queue: as many as places, cache and this step's prefill allow."""
-        admitted: list[Job] = []
+    def admit(self) -> list[ScheduledRequest]:
+        """Move the requests that run from now on out of the queue: as many as places, cache and this step's prefill allow."""
+        admitted: list[ScheduledRequest] = []
         prefill = 0
         while self.waiting and len(self.running) < self.max_running:
-            job = self.waiting[0]
-            if self.used + job.rows > self.budget or (admitted and prefill + job.prompt > self.max_prefill):
+            request = self.waiting[0]
+            if self.used + request.cache_rows > self.budget or (admitted and prefill + request.prefill_tokens > self.max_prefill):
                 break
             self.waiting.popleft()
-            self.running[job.id] = job
-            self.used += job.rows
-            prefill += job.prompt
-            admitted.append(job)
+            self.running[request.id] = request
+            self.used += request.cache_rows
+            prefill += request.prefill_tokens
+            admitted.append(request)
         return admitted
 
-    def shrink(self, job: Job) -> None:
-        """A running job turned out to need no more than this; the rest is free for others."""
-        held = self.running[job.id].rows
-        if job.rows > held:
-            raise ValueError(f"job {job.id} holds {held} rows and cannot shrink to {job.rows}")
-        self.running[job.id] = job
-        self.used -= held - job.rows
+    def shrink(self, request_id: str, cache_rows: int) -> None:
+        """A running request turned out to need no more than this; the rest is free for others."""
+        held = self.running[request_id]
+        if cache_rows > held.cache_rows:
+            raise ValueError(f"request {request_id} holds {held.cache_rows} rows and cannot shrink to {cache_rows}")
+        self.running[request_id] = replace(held, cache_rows=cache_rows)
+        self.used -= held.cache_rows - cache_rows
 
-    def finish(self, job_id: str) -> bool:
-        """Give back all that a job holds, wherever it is; False if it is unknown (it ended already)."""
-        job = self.running.pop(job_id, None)
-        if job is not None:
-            self.used -= job.rows
+    def finish(self, request_id: str) -> bool:
+        """Give back all that a request holds, wherever it is; False if it is unknown (it ended already)."""
+        request = self.running.pop(request_id, None)
+        if request is not None:
+            self.used -= request.cache_rows
             self._note_finish(time.monotonic())
             return True
         for waiting in self.waiting:
-            if waiting.id == job_id:
+            if waiting.id == request_id:
                 self.waiting.remove(waiting)
                 return True
         return False

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.images import MAX_PIXELS, PILLOW_MAX_PIXELS
-from pruning.dynamic.token_merging import TokenPolicy
+from pruning.dynamic.planner import TokenPolicy
 
 PREFIX = "ESPALIER_"
 

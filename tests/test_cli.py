@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from espalier import _plain_errors, app
 from models.manifest import Manifest, read_manifest, write_manifest
-from pruning.dynamic.training.config import Lesson
+from pruning.dynamic.training.config import TrainingConfig
 from pruning.static.recipe import Recipe
 from tests.server.tiny import write
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_is_not_pruned_has_nothing_to_draw(dense: Path, tmp_pa
     assert "is not pruned: there is nothing to draw" in result.output
 
 
-@pytest.mark.parametrize(("command", "model"), [("prune", Recipe), ("route", Lesson)])
+@pytest.mark.parametrize(("command", "model"), [("prune", Recipe), ("route", TrainingConfig)])
 def test_every_setting_is_an_option_with_its_default(command: str, model: type[BaseModel]) -> None:
     shown = " ".join(CliRunner(env={"COLUMNS": "300"}).invoke(app, [command, "--help"]).output.split())
     for name, field in model.model_fields.items():

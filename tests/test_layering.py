@@ -101,9 +101,11 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("models.llava", "if TYPE_CHECKING:\n    from server.request import Request"),
         ("pruning.dynamic.levels", "from pruning import static"),
         ("pruning.dynamic.levels", "from ..static import obs"),
+        ("pruning.dynamic.planner", "from pruning.dynamic.training import config"),
         ("pruning.static.obs", "from .. import dynamic"),
         ("pruning.static.obs", "from server import engine"),
         ("server.app", "import pruning.static.obs"),
+        ("server.engine", "from pruning.dynamic.training.teacher import Prompt"),
         ("server.app", "import importlib\nimportlib.import_module('evals.scenes')"),
         ("server.app", "from tests import conftest"),
         ("evals.scenes", "import espalier"),
@@ -131,6 +133,12 @@ def test_a_right_import_is_let_through(module: str, source: str) -> None:
 def test_the_scheduler_is_pure_python() -> None:
     tree = ast.parse((ROOT / "server" / "scheduler.py").read_text(encoding="utf-8"))
     assert not [name for _, name in imports_of(tree, "server") if name.split(".")[0] == "torch"]
+
+
+def test_policy_stays_out_of_the_engine() -> None:
+    """It knows a planner and what it returns, and no more of `pruning.dynamic`."""
+    tree = ast.parse((ROOT / "server" / "engine.py").read_text(encoding="utf-8"))
+    assert len([name for _, name in imports_of(tree, "server") if unit_of(name) == "pruning.dynamic"]) <= 3
 
 
 def test_pyproject_lists_what_there_is() -> None:

@@ -1,21 +1,21 @@
-"""The meta-router: reads picture and question once and serves any budget.
+"""The meta-router: it reads a request's pictures and question once, and serves any budget.
 
-It foresees how much the model will look at each visual token and what it would cost if visual rows passed a layer by; it writes
-into the tokens that stay what those that go had to say; and it foresees on which rungs, from few tokens and layers to many, the
-answer will stay what it is.
+It predicts three things. How much attention the model will pay to each visual token. What it would cost to freeze the visual
+tokens in a layer. And at which operating points, from few tokens and layers to many, the answer will stay what it is. It also
+corrects merged tokens: it adds to those that stay what those that go had to say.
 
 After PAR's meta-router (Pruning All-Rounder, arXiv 2412.06458, figure 3: visual tokens, question and one learnable token a layer
-in, a score for each out), with four changes of ours. Attention is bidirectional, so that a visual token's score depends on the
+in, one score each out), with four changes of ours. Attention is bidirectional, so that a visual token's score depends on the
 question. The rows are narrow, so that all of it costs under 3 % of a dense prefill. A score is a quantity that can be checked: the
-logarithm of the attention that the un-pruned model will pay, or of the divergence that it would suffer (see `gaze`). And tokens
-are not dropped: they are merged, and the merged ones are corrected.
+logarithm of the attention that the un-pruned model will pay, or of the divergence that it would suffer (`training/teacher.py`).
+And tokens are not dropped: they are merged, and the merged ones are corrected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -26,79 +26,74 @@ from torch import Tensor, nn
 
 from models.llava import Llava
 from models.vision.features import ImageFeatures
-from pruning.dynamic.token_merging import Kept, euclidean, farthest_first, means, members, replaced
+from pruning.dynamic.token_merging import KeptTokens, euclidean, farthest_first, means, members, replaced
 
-PERIOD = 100.0
-"""Longest wave of the places' encoding, in patches or words."""
-STRENGTH = 0.3
+MAX_PERIOD = 100.0
+"""Longest wave of the position encoding, in patches or text tokens."""
+SCORE_WEIGHT = 0.3
 """Weight of the scores beside the logarithm of the distance: 0.15 and 0.6 keep less (validation, docs/log.md)."""
-
-GAINED_AT = (1 / 18, 1 / 9, 1 / 4, 1 / 2)
-"""Shares of the tokens at which it is measured how much of what is written is believed."""
-
+CORRECTION = {1 / 18: 1.0, 1 / 9: 1.0, 1 / 4: 0.5, 1 / 2: 0.0}
+"""Share of the tokens that stay: share of the correction that is added. The more tokens stay, the less there is to put right. Both
+shipped routers kept most held-out answers with these (docs/log.md)."""
 MEMBERS, HIDDEN = 4, 64
-"""Networks that judge together, and the hidden values of each."""
-AMONG = (0.0, 0.25, 0.5, 0.75, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
-"""Quantiles of the attention that is foreseen for a picture's tokens, by which they judge."""
-
-WORDS = 64
+"""Networks of the agreement head, and the hidden values of each."""
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
+"""Of a picture's token scores, which the agreement head reads."""
+MAX_TEXT = 64
 """Most text tokens that a router reads: the end of the prompt, where the question is."""
 
 
-def words(prompt: Sequence[int], image_token: int) -> list[int]:
+def text_window(prompt: Sequence[int], image_token: int) -> list[int]:
     """What of a prompt the router reads: its last text tokens, but none from before the first picture."""
     start = prompt.index(image_token) if image_token in prompt else 0
-    return [token for token in prompt[start:] if token != image_token][-WORDS:]
+    return [token for token in prompt[start:] if token != image_token][-MAX_TEXT:]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The language model's `width` and `layers`, the router's own width of `rows`, `depth` in layers, and `heads`.
+class RouterConfig:
+    """The language model's width and layers; the router's own `width`, `depth` in layers, and `heads`.
 
-    `rungs`: ways to run a request whose answers it foresees, the whole model aside.
+    `operating_points`: how many it predicts the agreement of, the whole model aside.
     """
 
+    model_width: int
+    model_layers: int
     width: int
-    layers: int
-    rows: int
     depth: int = 2
     heads: int = 4
-    rungs: int = 17
+    operating_points: int = 17
 
-    def document(self) -> dict[str, int]:
-        return asdict(self)
+    def flops(self, visual: int, text: int, kept: int) -> int:
+        """Multiply-adds times two for a picture of `visual` tokens, of which `kept` stay, and a question of `text` tokens. Where
+        all stay, nothing is corrected."""
+        rows = visual + text + self.model_layers
+        scoring = self.model_width * (visual + text) + self.depth * self._layer(rows, rows)
+        if kept >= visual:
+            return 2 * self.width * scoring
+        correcting = self.model_width * (visual + kept) + self.width * (visual + kept)
+        correcting += self.depth * self._layer(kept + text, kept + text + visual)
+        return 2 * self.width * (scoring + correcting)
 
-    def flops(self, tokens: int, words: int, kept: int) -> int:
-        """Multiply-adds times two for a picture of `tokens`, of which `kept` stay, and `words` of a question. Nothing is written
-        where all stay."""
-        rows = tokens + words + self.layers
-        reading = self.width * (tokens + words) + self.depth * self._block(rows, rows)
-        if kept >= tokens:
-            return 2 * self.rows * reading
-        writing = self.width * (tokens + kept) + self.rows * (tokens + kept)
-        writing += self.depth * self._block(kept + words, kept + words + tokens)
-        return 2 * self.rows * (reading + writing)
-
-    def _block(self, rows: int, seen: int) -> int:
-        return rows * 10 * self.rows + seen * 2 * self.rows + 2 * rows * seen
+    def _layer(self, rows: int, seen: int) -> int:
+        return rows * 10 * self.width + seen * 2 * self.width + 2 * rows * seen
 
 
-def default_rows(width: int) -> int:
+def default_width(model_width: int) -> int:
     """The router's width for a model's, in whole heads: an eighth; of a small model up to 64, but no more than a quarter."""
-    return max(16, min(width // 32 * 8, max(64, width // 64 * 8)))
+    return max(16, min(model_width // 32 * 8, max(64, model_width // 64 * 8)))
 
 
-class RouterBlock(nn.Module):
-    def __init__(self, rows: int, heads: int) -> None:
+class RouterLayer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.RMSNorm(rows), nn.RMSNorm(rows)
-        self.query, self.key_value, self.out = nn.Linear(rows, rows), nn.Linear(rows, 2 * rows), nn.Linear(rows, rows)
-        self.up, self.down = nn.Linear(rows, 4 * rows), nn.Linear(4 * rows, rows)
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.query, self.key_value, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, beside: Tensor | None = None) -> Tensor:
-        """x [batch, n, rows] sees itself and what is `beside` it [batch, m, rows]; `mask` [batch, n + m] tells which are there."""
-        seen = self.norm1(x if beside is None else torch.cat([x, beside], 1))
+    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor | None = None) -> Tensor:
+        """x [batch, n, width] attends to itself and to `context` [batch, m, width]; `mask` [batch, n + m] is False for padding."""
+        seen = self.norm1(x if context is None else torch.cat([x, context], 1))
         query = self.query(seen[:, : x.shape[1]]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key, value = self.key_value(seen).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask[:, None, None])
@@ -107,163 +102,153 @@ class RouterBlock(nn.Module):
         return out
 
 
-class Read(NamedTuple):
-    """What the router made of a batch of pictures and questions.
+class RouterOutput(NamedTuple):
+    """What the router makes of a batch of pictures and questions.
 
-    visual [batch, tokens, rows] and words [batch, n, rows]: its own last rows; `present` [batch, n] or None: which words are there.
-    looks [batch, tokens], float32: the logarithm of the attention that each visual token will get. costs [batch, layers], float32:
-    the logarithm of the divergence if visual rows pass that layer by.
+    visual [batch, tokens, width] and text [batch, n, width]: its own last rows; `text_mask` [batch, n], False for padding, or None.
+    token_scores [batch, tokens], float32: the logarithm of the attention that each visual token will get. layer_scores [batch,
+    model layers], float32: the logarithm of the divergence if visual tokens are frozen in that layer.
     """
 
     visual: Tensor
-    words: Tensor
-    present: Tensor | None
-    looks: Tensor
-    costs: Tensor
+    text: Tensor
+    text_mask: Tensor | None
+    token_scores: Tensor
+    layer_scores: Tensor
 
 
-class Writer(nn.Module):
+class MergeCorrector(nn.Module):
     """Corrects merged tokens, so that the model can tell from them what those that went would have said."""
 
-    gains: Tensor
-
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, config: RouterConfig) -> None:
         super().__init__()
-        rows = shape.rows
-        self.see, self.mix = nn.Linear(shape.width, rows), nn.Linear(rows, rows)
-        self.own, self.size = nn.Linear(rows, rows), nn.Linear(1, rows)
-        self.blocks = nn.ModuleList(RouterBlock(rows, shape.heads) for _ in range(shape.depth))
-        self.norm, self.out = nn.RMSNorm(rows), nn.Linear(rows, shape.width)
-        # It begins by writing nothing: an untrained one leaves the plain means.
+        width = config.width
+        self.visual_in, self.router_in = nn.Linear(config.model_width, width), nn.Linear(width, width)
+        self.own_in, self.size_in = nn.Linear(width, width), nn.Linear(1, width)
+        self.layers = nn.ModuleList(RouterLayer(width, config.heads) for _ in range(config.depth))
+        self.norm, self.out = nn.RMSNorm(width), nn.Linear(width, config.model_width)
+        # It begins by adding nothing: an untrained one leaves the plain means.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        # How much of it is believed at the shares of GAINED_AT. `judge` lowers it where less keeps more answers to questions that
-        # were not learned from: the more tokens stay, the less there is to put right.
-        self.register_buffer("gains", torch.ones(len(GAINED_AT)))
 
-    def forward(self, read: Read, visual: Tensor, kept: Tensor, shares: Tensor) -> Tensor:
-        """The kept tokens' new values, float32 [batch, keep, width]: the mean of what each stands for, and a correction.
+    def forward(self, output: RouterOutput, visual: Tensor, kept: Tensor, shares: Tensor) -> Tensor:
+        """The kept tokens' new values, float32 [batch, keep, model width]: the mean of what each stands for, and a correction.
 
-        kept [batch, keep], ascending; shares [batch, tokens, keep], see `policies.members`.
+        kept [batch, keep], ascending; shares [batch, tokens, keep], see `token_merging.members`.
         """
-        keep, dtype = kept.shape[1], self.see.weight.dtype
-        seen = self.see(_normal(visual, dtype)) + self.mix(read.visual)
-        own = self.own(seen.take_along_dim(kept[..., None], 1))
-        merged = means(seen, shares).to(dtype) + own + self.size(shares.sum(1).log()[..., None].to(dtype))
-        x = torch.cat([merged, read.words], 1)
-        mask = None if read.present is None else F.pad(F.pad(read.present, (keep, 0), value=True), (0, seen.shape[1]), value=True)
-        for block in self.blocks:
-            x = block(x, mask, seen)
+        keep, dtype = kept.shape[1], self.visual_in.weight.dtype
+        tokens = self.visual_in(_normalized(visual, dtype)) + self.router_in(output.visual)
+        own = self.own_in(tokens.take_along_dim(kept[..., None], 1))
+        merged = means(tokens, shares).to(dtype) + own + self.size_in(shares.sum(1).log()[..., None].to(dtype))
+        x = torch.cat([merged, output.text], 1)
+        mask = output.text_mask
+        if mask is not None:
+            mask = F.pad(F.pad(mask, (keep, 0), value=True), (0, tokens.shape[1]), value=True)
+        for layer in self.layers:
+            x = layer(x, mask, tokens)
         scale = visual.float().square().mean((-2, -1), keepdim=True).sqrt()
-        out: Tensor = means(visual, shares) + self.gain(keep / visual.shape[1]) * scale * self.out(self.norm(x[:, :keep])).float()
+        added = float(np.interp(keep / visual.shape[1], list(CORRECTION), list(CORRECTION.values())))
+        out: Tensor = means(visual, shares) + added * scale * self.out(self.norm(x[:, :keep])).float()
         return out
 
-    def gain(self, share: float) -> float:
-        """Between the shares at which it was measured, in proportion; beyond them, as at the nearest."""
-        return float(np.interp(share, GAINED_AT, self.gains.tolist()))
 
+class AgreementHead(nn.Module):
+    """How likely an answer stays at each operating point: small networks that err differently, and the mean of their logits."""
 
-class Trust(nn.Module):
-    """How likely an answer stays on each rung: small networks that err differently, and the mean of their logits."""
-
-    def __init__(self, features: int, rungs: int) -> None:
+    def __init__(self, features: int, points: int) -> None:
         super().__init__()
         self.hidden = nn.Parameter((2 * torch.rand(MEMBERS, features, HIDDEN) - 1) / features**0.5)
-        self.bias = nn.Parameter(torch.zeros(MEMBERS, 1, HIDDEN))
-        self.out = nn.Parameter((2 * torch.rand(MEMBERS, HIDDEN, rungs) - 1) / HIDDEN**0.5)
-        self.level = nn.Parameter(torch.zeros(MEMBERS, 1, rungs))
+        self.hidden_bias = nn.Parameter(torch.zeros(MEMBERS, 1, HIDDEN))
+        self.out = nn.Parameter((2 * torch.rand(MEMBERS, HIDDEN, points) - 1) / HIDDEN**0.5)
+        self.out_bias = nn.Parameter(torch.zeros(MEMBERS, 1, points))
 
-    def members(self, impressions: Tensor, dropped: float = 0.0) -> Tensor:
-        """Each network's logits, [MEMBERS, n, rungs], of impressions [MEMBERS or 1, n, features]; while they learn a share of
-        their hidden values is `dropped`."""
-        hidden = F.dropout(F.gelu(impressions @ self.hidden + self.bias), dropped, training=dropped > 0)
-        return hidden @ self.out + self.level
+    def members(self, features: Tensor, dropout: float = 0.0) -> Tensor:
+        """Each network's logits, [MEMBERS, n, points], of features [MEMBERS or 1, n, features]."""
+        hidden = F.dropout(F.gelu(features @ self.hidden + self.hidden_bias), dropout, training=dropout > 0)
+        return hidden @ self.out + self.out_bias
 
-    def forward(self, impressions: Tensor) -> Tensor:
-        """Logits [n, rungs] of impressions [n, features]."""
-        return self.members(impressions[None]).mean(0)
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits [n, points] of features [n, features]."""
+        return self.members(features[None]).mean(0)
 
 
 class Router(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, config: RouterConfig) -> None:
         super().__init__()
-        self.shape = shape
-        width, rows = shape.width, shape.rows
-        self.see, self.read = nn.Linear(width, rows), nn.Linear(width, rows)
-        self.layers = nn.Parameter(0.02 * torch.randn(shape.layers, rows))
-        self.blocks = nn.ModuleList(RouterBlock(rows, shape.heads) for _ in range(shape.depth))
-        self.norm = nn.RMSNorm(rows)
-        self.look, self.cost = nn.Linear(rows, 1), nn.Linear(rows, 1)
-        self.write = Writer(shape)
-        self.trust = Trust(4 * rows + shape.layers + len(AMONG), shape.rungs)
+        self.config = config
+        width = config.width
+        self.visual_in, self.text_in = nn.Linear(config.model_width, width), nn.Linear(config.model_width, width)
+        self.layer_tokens = nn.Parameter(0.02 * torch.randn(config.model_layers, width))
+        self.layers = nn.ModuleList(RouterLayer(width, config.heads) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(width)
+        self.token_head, self.layer_head = nn.Linear(width, 1), nn.Linear(width, 1)
+        self.corrector = MergeCorrector(config)
+        self.agreement = AgreementHead(4 * width + config.model_layers + len(QUANTILES), config.operating_points)
 
-    def forward(self, visual: Tensor, words: Tensor, present: Tensor | None = None) -> Read:
-        """Read pictures, one a question.
+    def forward(self, visual: Tensor, text: Tensor, text_mask: Tensor | None = None) -> RouterOutput:
+        """Score pictures, each with a question.
 
-        visual [batch, tokens, width], projected; words [batch, n, width], the question's embeddings, of which `present` [batch, n]
-        are there.
+        visual [batch, tokens, model width], projected; text [batch, n, model width], the question's embeddings; `text_mask`
+        [batch, n] is False for padding.
         """
-        (batch, tokens, _), n, rows = visual.shape, words.shape[1], self.shape.rows
-        dtype = self.see.weight.dtype
-        seen = self.see(_normal(visual, dtype)) + grid(tokens, rows).to(visual.device, dtype)
-        read = self.read(_normal(words, dtype)) + waves(torch.arange(n), rows).to(visual.device, dtype)
-        x = torch.cat([seen, read, self.layers.expand(batch, -1, -1)], 1)
-        mask = None if present is None else F.pad(F.pad(present, (tokens, 0), value=True), (0, self.shape.layers), value=True)
-        for block in self.blocks:
-            x = block(x, mask)
-        seen, read, layers = self.norm(x).split([tokens, n, self.shape.layers], 1)
-        return Read(seen, read, present, self.look(seen)[..., 0].float(), self.cost(layers)[..., 0].float())
+        (batch, tokens, _), n, width = visual.shape, text.shape[1], self.config.width
+        dtype = self.visual_in.weight.dtype
+        seen = self.visual_in(_normalized(visual, dtype)) + grid_positions(tokens, width).to(visual.device, dtype)
+        read = self.text_in(_normalized(text, dtype)) + sinusoids(torch.arange(n), width).to(visual.device, dtype)
+        x = torch.cat([seen, read, self.layer_tokens.expand(batch, -1, -1)], 1)
+        mask = text_mask
+        if mask is not None:
+            mask = F.pad(F.pad(mask, (tokens, 0), value=True), (0, self.config.model_layers), value=True)
+        for layer in self.layers:
+            x = layer(x, mask)
+        seen, read, layers = self.norm(x).split([tokens, n, self.config.model_layers], 1)
+        token_scores, layer_scores = self.token_head(seen)[..., 0].float(), self.layer_head(layers)[..., 0].float()
+        return RouterOutput(seen, read, text_mask, token_scores, layer_scores)
 
-    def impression(self, read: Read) -> Tensor:
-        """What `trust` judges by, float32 [batch, features]: the mean and the largest values of words and of visual rows, what it
-        would cost to pass the layers by, and how the attention spreads."""
-        words, visual, looks = read.words.float(), read.visual.float(), read.looks
-        present = torch.ones_like(words[..., 0]) if read.present is None else read.present.float()
-        words = words * present[..., None]
-        asked = words.sum(1) / present.sum(1, keepdim=True).clamp_min(1)
-        most = F.pad(words, (0, 0, 0, 1)).amax(1)  # of none it is zero
-        spread = looks.quantile(torch.tensor(AMONG, device=looks.device), dim=1).T
-        return torch.cat([asked, most, visual.mean(1), visual.amax(1), read.costs, spread], -1)
+    def pooled_features(self, output: RouterOutput) -> Tensor:
+        """What the agreement head reads, float32 [batch, features]: the mean and the largest values of text and of visual rows, the
+        layer scores, and how the token scores spread."""
+        text, visual, scores = output.text.float(), output.visual.float(), output.token_scores
+        present = torch.ones_like(text[..., 0]) if output.text_mask is None else output.text_mask.float()
+        text = text * present[..., None]
+        mean = text.sum(1) / present.sum(1, keepdim=True).clamp_min(1)
+        largest = F.pad(text, (0, 0, 0, 1)).amax(1)  # of none it is zero
+        spread = scores.quantile(torch.tensor(QUANTILES, device=scores.device), dim=1).T
+        return torch.cat([mean, largest, visual.mean(1), visual.amax(1), output.layer_scores, spread], -1)
 
     def serving(self, dtype: torch.dtype) -> Router:
-        """A copy as it serves: in the model's dtype, which is faster; what it trusts stays in float32, for thresholds are fine."""
+        """A copy as it serves: in the model's dtype, which is faster. The agreement head stays in float32: thresholds are fine."""
         copy = deepcopy(self).requires_grad_(False).eval().to(dtype)
-        copy.trust.float()
-        copy.write.gains = self.write.gains.clone()
+        copy.agreement.float()
         return copy
 
-    def adopt(self, served: Router) -> None:
-        """Take over what `judge` found with a serving copy."""
-        self.trust.load_state_dict(served.trust.state_dict())
-        self.write.gains.copy_(served.write.gains)
 
-
-def select(read: Read, visual: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+def select_tokens(output: RouterOutput, visual: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Which `keep` tokens stay, [batch, keep], and what each stands for, [batch, tokens, keep]: farthest-first by distance times
-    the attention that is foreseen."""
+    the predicted attention."""
     distance = euclidean(visual)
-    kept = farthest_first(distance, keep, STRENGTH * read.looks)
+    kept = farthest_first(distance, keep, SCORE_WEIGHT * output.token_scores)
     return kept, members(distance, kept)
 
 
-def _normal(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _normalized(x: Tensor, dtype: torch.dtype) -> Tensor:
     return F.rms_norm(x.to(dtype), x.shape[-1:])
 
 
-def waves(places: Tensor, width: int) -> Tensor:
-    """Sines and cosines of `places` [n] (Vaswani et al. 2017, arXiv 1706.03762): float32 [n, width]."""
-    rate = PERIOD ** -(torch.arange(width // 2) / (width // 2))
-    angles = places[:, None] * rate
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """Sines and cosines of `positions` [n] (Vaswani et al. 2017, arXiv 1706.03762): float32 [n, width]."""
+    rate = MAX_PERIOD ** -(torch.arange(width // 2) / (width // 2))
+    angles = positions[:, None] * rate
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 
-def grid(tokens: int, width: int) -> Tensor:
-    """Places of a picture's tokens: row and column where they fill a square, their number otherwise. float32 [tokens, width]."""
+def grid_positions(tokens: int, width: int) -> Tensor:
+    """Encoding of a picture's tokens: of row and column where they fill a square, else of their number. float32 [tokens, width]."""
     at = torch.arange(tokens)
     side = round(tokens**0.5)
     if side * side != tokens:
-        return waves(at, width)
-    return torch.cat([waves(at // side, width // 2), waves(at % side, width // 2)], -1)
+        return sinusoids(at, width)
+    return torch.cat([sinusoids(at // side, width // 2), sinusoids(at % side, width // 2)], -1)
 
 
 class RouterFailed(ArithmeticError):
@@ -271,51 +256,50 @@ class RouterFailed(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a router made of one request: all that a route at any level needs. `visual` [images, tokens, width], projected."""
+class RequestRouting:
+    """What a router makes of one request: all that a route at any level needs. `visual` [images, tokens, width], projected."""
 
     router: Router
     visual: Tensor
-    read: Read
+    output: RouterOutput
 
     @torch.inference_mode()
-    def keep(self, image: int, keep: int) -> Kept:
-        """The tokens of one image that stay, with what was written into them."""
-        here = slice(image, image + 1)
-        one = Read(self.read.visual[here], self.read.words[here], None, self.read.looks[here], self.read.costs[here])
-        visual = self.visual[here]
-        if keep >= visual.shape[1]:
-            return Kept(torch.arange(visual.shape[1], device=visual.device), visual[0])
-        kept, shares = select(one, visual, keep)
-        values = self.router.write(one, visual, kept, shares)
+    def keep_tokens(self, keep: int) -> list[KeptTokens]:
+        """The `keep` tokens of each image that stay, merged and corrected. Raises RouterFailed."""
+        if keep >= self.visual.shape[1]:
+            return [KeptTokens.all(tokens) for tokens in self.visual]
+        kept, shares = select_tokens(self.output, self.visual, keep)
+        values = self.router.corrector(self.output, self.visual, kept, shares)
         if not torch.isfinite(values).all():
-            raise RouterFailed("what the router wrote is not finite")
-        return replaced(visual[0], kept[0], shares[0], values[0])
+            raise RouterFailed("the corrected tokens are not finite")
+        return [replaced(*parts) for parts in zip(self.visual, kept, shares, values, strict=True)]
 
     @property
-    def costs(self) -> list[float]:
-        """Foreseen cost of each layer that visual rows pass by, mean over the images: logarithms."""
-        found: list[float] = self.read.costs.mean(0).tolist()
-        return found
+    def layer_scores(self) -> list[float]:
+        """Predicted cost of freezing visual tokens in each layer, mean over the images: logarithms."""
+        scores: list[float] = self.output.layer_scores.mean(0).tolist()
+        return scores
 
     @cached_property
-    def chances(self) -> list[float]:
-        """Chance that the answer stays what it is on each rung, by the picture that is hardest; 1 on the last, the whole model."""
-        found: list[float] = self.router.trust(self.router.impression(self.read)).sigmoid().amin(0).tolist()
-        return [*found, 1.0]
+    def expected_agreement(self) -> list[float]:
+        """Probability that the answer stays at each operating point, by the picture that is hardest; 1 at the whole model, the
+        last."""
+        logits = self.router.agreement(self.router.pooled_features(self.output))
+        probabilities: list[float] = logits.sigmoid().amin(0).tolist()
+        return [*probabilities, 1.0]
 
     def flops(self, keep: int) -> int:
-        """What reading and writing took, all images."""
+        """What scoring and correcting take, all images."""
         images, tokens, _ = self.visual.shape
-        return images * self.router.shape.flops(tokens, self.read.words.shape[1], keep)
+        return images * self.router.config.flops(tokens, self.output.text.shape[1], keep)
 
 
 @torch.inference_mode()
-def read_request(router: Router, model: Llava, images: Sequence[ImageFeatures], words: Sequence[int]) -> Reading:
-    """Read a request's pictures and the tokens of its question. Raises RouterFailed."""
+def score_request(router: Router, model: Llava, images: Sequence[ImageFeatures], text: Sequence[int]) -> RequestRouting:
+    """Run the router on a request's pictures and on `text` (see `text_window`). Raises RouterFailed."""
     visual = torch.cat([image.tokens for image in images])
-    embedded = model.embed(torch.tensor(words, dtype=torch.long, device=model.device))
-    read = router(visual, embedded.expand(len(images), -1, -1))
-    if not (torch.isfinite(read.looks).all() and torch.isfinite(read.costs).all()):
+    embedded = model.embed(torch.tensor(text, dtype=torch.long, device=model.device))
+    output = router(visual, embedded.expand(len(images), -1, -1))
+    if not (torch.isfinite(output.token_scores).all() and torch.isfinite(output.layer_scores).all()):
         raise RouterFailed("the router's scores are not finite")
-    return Reading(router, visual, read)
+    return RequestRouting(router, visual, output)

@@ -1,4 +1,4 @@
-"""The router beside the weights: `router.safetensors`, described in the manifest."""
+"""The router beside the weights: `router.safetensors`, described in the manifest's section `router`."""
 
 from __future__ import annotations
 
@@ -12,34 +12,46 @@ from safetensors.torch import load_file
 from models.checkpoint import Checkpoint
 from models.manifest import MANIFEST, CheckpointError, Manifest, first_fault
 from models.saving import save_tensors
-from pruning.dynamic.router import Router, Shape
+from pruning.dynamic.levels import OperatingPoint
+from pruning.dynamic.router import Router, RouterConfig
 
 FILE = "router.safetensors"
 
 
-class RouterRecord(BaseModel):
-    """The manifest's `router` section: what the router is, for which weights, and how it was trained."""
+class Measured(BaseModel):
+    """What a cost weight makes of held-out questions on average."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shape: dict[str, int]
+    questions: int
+    cost_weight: float
+    flops_ratio: float
+    visual_ratio: float
+    agreement: float
+
+
+class LevelRecord(BaseModel):
+    """A level's cost weights, of questions that open a chat and of those that follow an answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    first: Measured
+    follow_up: Measured
+
+
+class RouterRecord(BaseModel):
+    """The manifest's section `router`: what it is, for which weights, and how it was trained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: RouterConfig
     checkpoint: str = Field(description="Fingerprint of the weights that it was trained for.")
-    lesson: dict[str, Any] = Field(description="Every setting, by the names of `espalier route`.")
-    report: dict[str, Any] = Field(description="How well it foresees on held-out pictures.")
-    rungs: list[dict[str, Any]] = Field(
-        description="What it chooses from: visual_ratio, skipped_layers, passed_layers and cost; the whole model last."
-    )
-    levels: dict[str, dict[str, float]] = Field(
-        description="Each level's price of arithmetic, and what that makes of held-out questions on average."
-    )
-    trade: dict[str, list[dict[str, float]]] = Field(
-        description="The same for many prices, of rungs that leave out tokens alone and of all."
-    )
-    measured: dict[str, Any] = Field(
-        description="On held-out questions: the agreement of each rung, and of each share of what is written that may be believed."
-    )
-    auto: dict[str, Any] = Field(
-        description="The highest prices that surely keep the target share of answers, first in a chat and later, and what they buy."
+    training: dict[str, Any] = Field(description="Every setting, by the names of `espalier route`.")
+    report: dict[str, Any] = Field(description="How well it predicts on held-out pictures.")
+    operating_points: tuple[OperatingPoint, ...] = Field(description="What it chooses from; the whole model last.")
+    levels: dict[str, LevelRecord]
+    cost_weight_sweep: dict[str, list[Measured]] = Field(
+        description="What many cost weights buy, of operating points that leave out tokens alone and of all."
     )
 
     @classmethod
@@ -61,22 +73,23 @@ def load_router(checkpoint: Checkpoint) -> Router | None:
     Raises CheckpointError for a file that is missing or damaged, and for a router that was trained for another checkpoint.
     """
     record = RouterRecord.of(checkpoint.manifest)
-    path = checkpoint.directory / FILE
     if record is None:
         return None
+    path, model = checkpoint.directory / FILE, checkpoint.model
     if record.checkpoint != checkpoint.fingerprint:
         raise CheckpointError(
-            f"{path} was trained for checkpoint {record.checkpoint} and this one is {checkpoint.fingerprint}: its scores foresee "
+            f"{path} was trained for checkpoint {record.checkpoint} and this one is {checkpoint.fingerprint}: its scores predict "
             "another model; run `espalier route`"
         )
     try:
-        router = Router(Shape(**record.shape))
+        router = Router(record.config)
         router.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError, TypeError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not load ({str(error).splitlines()[0]}); run `espalier route`") from error
-    if (router.shape.width, router.shape.layers) != (checkpoint.model.config.text_config.hidden_size, checkpoint.model.num_layers):
+    config = record.config
+    if (config.model_width, config.model_layers) != (model.config.text_config.hidden_size, model.num_layers):
         raise CheckpointError(
-            f"{path} is for {router.shape.layers} layers of rows of {router.shape.width}, and the model's are others; "
+            f"{path} is for {config.model_layers} layers of width {config.model_width}, and the model's are others; "
             "run `espalier route`"
         )
-    return router.serving(checkpoint.model.dtype).to(checkpoint.model.device)
+    return router.serving(model.dtype).to(model.device)

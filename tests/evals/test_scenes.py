@@ -46,7 +46,7 @@ def test_normalising_twice_changes_nothing(text):
 
 
 @given(n=st.integers(1, 5000), data=st.data())
-def test_the_interval_holds_the_share_and_stays_within_zero_and_one(n, data):
+def test_the_interval_holds_the_share_and_stays_in_bounds(n, data):
     right = data.draw(st.integers(0, n))
     low, high = wilson(right, n)
     assert 0 <= low <= round(right / n, 4) + 1e-4
@@ -76,13 +76,13 @@ def test_summary_counts_by_family_and_type_and_failures_as_wrong():
         result(signs, read, "A7"),
         result(signs, read, "A", receipt=None),
     ]
-    document = summarise(results, "strong", "test", "uniform")
+    document = summarise(results, "strong", "test", "merging")
     assert (document["accuracy"], document["n"], document["failed"]) == (0.5, 4, 1)
     assert document["interval"] == wilson(2, 4)
     assert document["families"] == {"shapes": 0.5, "signs": 0.5}
     assert document["types"] == {"shapes/color": {"accuracy": 0.5, "n": 2}, "signs/read": {"accuracy": 0.5, "n": 2}}
     assert (document["visual_tokens"], document["layers"], document["flops_ratio"]) == (24, 7, 0.25)
-    assert (document["level"], document["token_policy"], document["split"]) == ("strong", "uniform", "test")
+    assert (document["level"], document["token_policy"], document["split"]) == ("strong", "merging", "test")
 
 
 def test_an_exam_repeats_itself_and_takes_all_families_in_turn():
@@ -103,7 +103,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("level", ["off", "strong"])
 def test_an_exam_on_a_checkpoint_ends_with_one_json_document(directory, capsys, level):
-    document = run(directory, level, 6, "validation", "cls_diversity", "cpu", "float32", quiet=True)
+    document = run(directory, level, 6, "validation", "merging", "cpu", "float32", quiet=True)
     captured = capsys.readouterr()
     assert json.loads(captured.out.splitlines()[-1]) == json.loads(json.dumps(document))
     assert captured.err == ""
@@ -114,14 +114,14 @@ def test_an_exam_on_a_checkpoint_ends_with_one_json_document(directory, capsys, 
 
 
 def test_an_exam_for_people_shows_a_table_and_what_went_wrong(directory, capsys):
-    run(directory, "off", 3, "validation", "uniform", "cpu", "float32", quiet=False)
+    run(directory, "off", 3, "validation", "merging", "cpu", "float32", quiet=False)
     captured = capsys.readouterr()
     assert "tiny-llava at level off" in captured.err
     assert "not" in captured.err
     assert len(captured.out.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("level", "policy", "named"), [("most", "uniform", "most"), ("off", "psychic", "psychic")])
+@pytest.mark.parametrize(("level", "policy", "named"), [("most", "merging", "most"), ("off", "psychic", "psychic")])
 def test_an_unknown_level_or_policy_is_named_with_what_there_is(directory, level, policy, named):
     with pytest.raises(ValueError, match=rf"'{named}' is not one of \w+, "):
         run(directory, level, 1, "test", policy, "cpu", "float32", quiet=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pruning.dynamic.levels import build_menu
+from pruning.dynamic.levels import fixed_menu
 from server.errors import ContextTooLong
 from server.metrics import Metrics
 from server.request import Delta, Event, Failed, Finished, Receipt, Request, Started, TokenLogprob
@@ -64,7 +64,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.preprocessor = FakePreprocessor()
         self.metrics = Metrics()
-        self.menu = build_menu([0.1] * LAYERS, LAYERS, {"off": {"accuracy": 0.97}})
+        self.menu = fixed_menu([0.1] * LAYERS, LAYERS, {"off": {"accuracy": 0.97}})
         self.ready = self.alive = True
         self.words: tuple[str, ...] = WORDS
         self.failure: Failed | None = None
@@ -108,9 +108,10 @@ class FakeEngine:
 
     def _script(self, request: Request) -> Iterator[Event]:
         level = self.menu[request.level]
+        (point,) = level.operating_points
         total = VISUAL_TOKENS * len(request.images)
-        kept = level.kept(VISUAL_TOKENS) * len(request.images)
-        layers = LAYERS - level.skipped_layers
+        kept = point.kept(VISUAL_TOKENS) * len(request.images)
+        layers = LAYERS - point.skipped_layers
         receipt = Receipt(level.name, request.reason, kept, total, layers, LAYERS, 0.5, self.fingerprint)
         timings = {**request.timings, "queue": time.monotonic() - request.created, "encode": 0.002, "route": 0.001}
         timings["prefill"] = 0.004

@@ -52,7 +52,7 @@ def test_a_conversation_keeps_the_order_of_its_parts() -> None:
         ([{"role": "system", "content": "hello"}], "messages"),
     ],
 )
-def test_conversations_that_ask_nothing_or_show_pictures_elsewhere(messages: list[dict[str, Any]], param: str) -> None:
+def test_conversations_that_ask_nothing_or_misplace_pictures(messages: list[dict[str, Any]], param: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         conversation(*messages)
     assert refusal.value.param == param
@@ -181,7 +181,7 @@ def test_with_several_pictures_the_fullest_detail_wins(details: list[str], level
     assert chat.hinted_level(engine, details) == level
 
 
-def test_a_hint_at_a_level_that_is_not_on_the_menu_means_the_default() -> None:
+def test_a_hint_at_a_level_off_the_menu_means_the_default() -> None:
     engine = FakeEngine()
     del engine.menu["strong"]
     assert chat.hinted_level(engine, ["low"]) == "off"
@@ -210,11 +210,11 @@ def test_another_model_is_unknown(asked: str) -> None:
         chat.split_model(engine, asked)
 
 
-@pytest.mark.parametrize(("messages", "later"), [(ASK, False), ([{"role": "system", "content": "Be brief."}, *ASK], False),
+@pytest.mark.parametrize(("messages", "follow_up"), [(ASK, False), ([{"role": "system", "content": "Be brief."}, *ASK], False),
                                                 ([*ASK, {"role": "assistant", "content": "hi"}, *ASK], True)])  # fmt: skip
-def test_a_question_behind_an_answer_is_a_later_one(messages: list[dict[str, Any]], later: bool) -> None:
+def test_a_question_behind_an_answer_is_a_follow_up(messages: list[dict[str, Any]], follow_up: bool) -> None:
     body = json.dumps({"messages": messages}).encode()
-    assert chat.read_chat(FakeEngine(), Settings(), body, None).later == later
+    assert chat.read_chat(FakeEngine(), Settings(), body, None).follow_up == follow_up
 
 
 # ---- limits before work

@@ -89,7 +89,7 @@ def test_an_unknown_default_level_is_an_error_at_the_start(tiny):
 # ---- giving up
 
 
-def test_aborting_a_waiting_and_a_running_request_frees_everything(tiny):
+def test_aborting_waiting_and_running_requests_frees_everything(tiny):
     engine = new_engine(tiny, max_running=2)
     (stays, kept), (runs, gone), (waits, unseen) = (submit(engine, picture) for picture in (0, 1, 2))
     engine.step()
@@ -110,7 +110,7 @@ def test_aborting_a_waiting_and_a_running_request_frees_everything(tiny):
     assert value(engine, "requests_total", level="off", outcome="abort") == 2
 
 
-def test_an_abort_of_a_request_that_just_ended_does_not_hit_the_next_of_its_name(engine):
+def test_a_late_abort_does_not_hit_the_next_of_its_name(engine):
     """The reader gives up while it is handed its last event."""
 
     class Leaver(Reader):
@@ -174,7 +174,7 @@ def test_a_picture_that_breaks_the_model_fails_its_request_alone(engine, caplog,
 def test_a_pass_that_raises_for_one_request_fails_it_alone(engine, monkeypatch, caplog, when):
     """In its prefill or while it decodes, and after the pass has written everybody's keys and values."""
     expected = {level: answer(engine, 0, level=level, logprobs=0) for level in LEVELS}
-    victim = engine.menu["balanced"].kept(VISUAL)
+    victim = engine.menu["balanced"].operating_points[0].kept(VISUAL)
 
     def flaky(model: Any, batch: list[SequenceInput], *rest: Any) -> torch.Tensor:
         logits = forward(model, batch, *rest)
@@ -204,7 +204,7 @@ def test_an_id_outside_the_vocabulary_fails_its_request_alone(engine, caplog):
     assert reader.finished
 
 
-def test_a_failure_while_a_token_is_handed_out_fails_its_request_alone(engine, monkeypatch, caplog):
+def test_a_failure_while_handing_out_fails_its_request_alone(engine, monkeypatch, caplog):
     def broken(*given: Any) -> int:
         raise RuntimeError("no luck")
 

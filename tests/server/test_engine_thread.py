@@ -18,7 +18,7 @@ from tests.server.tiny import tiny_checkpoint as tiny_checkpoint  # a fixture
 # ---- the thread
 
 
-def test_submissions_from_many_threads_all_end_with_the_right_answer(tiny):
+def test_submissions_from_many_threads_all_end_right(tiny):
     lone, engine = new_engine(tiny), new_engine(tiny, max_running=4)
     expected = {(p, level): answer(lone, p, level=level, logprobs=0) for p in (0, 1) for level in LEVELS}
     results: list[tuple[tuple[int, str], Reader]] = []
@@ -114,7 +114,7 @@ def test_answers_that_outlast_the_grace_are_told_so(tiny):
     assert value(engine, "requests_total", level="off", outcome="error") == 2
 
 
-def test_an_aborted_request_leaves_even_when_nothing_else_happens(tiny):
+def test_an_aborted_request_leaves_when_nothing_else_happens(tiny):
     """The thread wakes up for an abort alone."""
     engine = new_engine(tiny)
     gone = threading.Event()

@@ -34,7 +34,7 @@ async def test_a_chat_is_answered(client: httpx.AsyncClient, engine: FakeEngine)
     assert reply["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
     assert reply["pruning"] == {
         "level": "strong", "reason": "body", "visual_tokens": 4, "visual_tokens_total": 24, "layers": 15,
-        "layers_total": 16, "passed_layers": 0, "flops_ratio": 0.5, "checkpoint": "fp_fake", "expected_agreement": None,
+        "layers_total": 16, "frozen_layers": 0, "flops_ratio": 0.5, "checkpoint": "fp_fake", "expected_agreement": None,
     }  # fmt: skip
     prompt = 2 * VISUAL_TOKENS + 5
     assert reply["usage"] == {
@@ -198,7 +198,7 @@ async def test_models_and_menu(client: httpx.AsyncClient) -> None:
     assert [level["name"] for level in levels["data"]] == MENU
     assert levels["default"] == "off"
     assert levels["data"][0]["card"] == {"accuracy": 0.97}
-    assert levels["rungs"] == []
+    assert [len(level["operating_points"]) for level in levels["data"]] == [1] * len(MENU)
 
 
 # ---- /v1/vqa

@@ -34,7 +34,7 @@ def test_temperature_zero_takes_the_largest(logits):
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 5e-324])
-def test_next_to_no_temperature_is_the_largest_too_and_never_an_overflow(temperature):
+def test_next_to_no_temperature_is_greedy_and_never_an_overflow(temperature):
     assert draws(torch.tensor([1.0, 90.0, 3.0, -50.0]), count=20, temperature=temperature).keys() == {1}
 
 
@@ -67,7 +67,7 @@ def test_without_a_seed_draws_differ():
 @given(logits=logit_rows, top_k=st.integers(0, 50), top_p=st.floats(0, 1))
 @example(logits=torch.tensor([0.3, 0.5, 0.2]).log(), top_k=0, top_p=0.6)
 @example(logits=torch.tensor([0.3, 0.5, 0.2]).log(), top_k=1, top_p=0.9)
-def test_truncation_keeps_the_likeliest_and_the_fewest_that_reach_top_p(logits, top_k, top_p):
+def test_truncation_keeps_the_fewest_likeliest_that_reach_top_p(logits, top_k, top_p):
     probabilities = logits.softmax(-1)
     kept = truncate(probabilities, top_k, top_p)
     chosen = kept > 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.scheduler import Job, NeverFits, QueueFull, Scheduler
+from server.scheduler import NeverFits, QueueFull, ScheduledRequest, Scheduler
 
 rows = st.integers(0, 60)
 prompts = st.integers(1, 40)
@@ -21,38 +23,38 @@ class Traffic(RuleBasedStateMachine):
     )
     def build(self, budget: int, places: int, queue: int, prefill: int) -> None:
         self.scheduler = Scheduler(budget, places, queue, prefill)
-        self.waiting: list[Job] = []
-        self.running: list[Job] = []
+        self.waiting: list[ScheduledRequest] = []
+        self.running: list[ScheduledRequest] = []
         self.submitted = 0
 
-    def has_place(self, job: Job) -> bool:
-        everyone = [*self.running, *self.waiting, job]
-        fits = sum(one.rows for one in everyone) <= self.scheduler.budget
+    def has_place(self, request: ScheduledRequest) -> bool:
+        everyone = [*self.running, *self.waiting, request]
+        fits = sum(one.cache_rows for one in everyone) <= self.scheduler.budget
         return fits and len(everyone) <= self.scheduler.max_running
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def shrink(self, data: st.DataObject) -> None:
-        """A running job needs less than was reserved for it."""
+        """A running request needs less than was reserved for it."""
         place = data.draw(st.integers(0, len(self.running) - 1))
         old = self.running[place]
-        self.running[place] = Job(old.id, data.draw(st.integers(0, old.rows)), old.prompt)
-        self.scheduler.shrink(self.running[place])
+        self.running[place] = replace(old, cache_rows=data.draw(st.integers(0, old.cache_rows)))
+        self.scheduler.shrink(old.id, self.running[place].cache_rows)
 
     @rule(rows=rows, prompt=prompts)
     def submit(self, rows: int, prompt: int) -> None:
-        job = Job(f"job-{self.submitted}", rows, prompt)
+        request = ScheduledRequest(f"request-{self.submitted}", rows, prompt)
         self.submitted += 1
         if rows > self.scheduler.budget:
             with pytest.raises(NeverFits, match=str(self.scheduler.budget)):
-                self.scheduler.submit(job)
-        elif len(self.waiting) >= self.scheduler.max_waiting and not self.has_place(job):
+                self.scheduler.submit(request)
+        elif len(self.waiting) >= self.scheduler.max_waiting and not self.has_place(request):
             with pytest.raises(QueueFull) as refusal:
-                self.scheduler.submit(job)
+                self.scheduler.submit(request)
             assert refusal.value.retry_after >= 1
         else:
-            self.scheduler.submit(job)
-            self.waiting.append(job)
+            self.scheduler.submit(request)
+            self.waiting.append(request)
 
     @rule()
     def admit(self) -> None:
@@ -61,29 +63,29 @@ class Traffic(RuleBasedStateMachine):
         assert admitted == self.waiting[: len(admitted)], "first come, first served"
         self.waiting = self.waiting[len(admitted) :]
         self.running += admitted
-        assert len(admitted) < 2 or sum(job.prompt for job in admitted) <= self.scheduler.max_prefill
+        assert len(admitted) < 2 or sum(one.prefill_tokens for one in admitted) <= self.scheduler.max_prefill
         assert admitted or not (idle and self.waiting), "whoever fits an empty server gets in"
         if self.waiting:  # nobody waits for a place that is free
             head = self.waiting[0]
             assert (
                 len(self.running) == self.scheduler.max_running
-                or sum(job.rows for job in self.running) + head.rows > self.scheduler.budget
-                or (admitted and sum(job.prompt for job in admitted) + head.prompt > self.scheduler.max_prefill)
+                or sum(one.cache_rows for one in self.running) + head.cache_rows > self.scheduler.budget
+                or (admitted and sum(one.prefill_tokens for one in admitted) + head.prefill_tokens > self.scheduler.max_prefill)
             )
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
-        job = data.draw(st.sampled_from(self.running))
-        assert self.scheduler.finish(job.id)
-        self.running.remove(job)
+        request = data.draw(st.sampled_from(self.running))
+        assert self.scheduler.finish(request.id)
+        self.running.remove(request)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def give_up(self, data: st.DataObject) -> None:
-        job = data.draw(st.sampled_from(self.waiting))
-        assert self.scheduler.finish(job.id)
-        self.waiting.remove(job)
+        request = data.draw(st.sampled_from(self.waiting))
+        assert self.scheduler.finish(request.id)
+        self.waiting.remove(request)
 
     @rule()
     def finish_a_stranger(self) -> None:
@@ -95,7 +97,7 @@ class Traffic(RuleBasedStateMachine):
             return
         assert list(self.scheduler.waiting) == self.waiting
         assert list(self.scheduler.running.values()) == self.running
-        assert self.scheduler.used == sum(job.rows for job in self.running) <= self.scheduler.budget
+        assert self.scheduler.used == sum(one.cache_rows for one in self.running) <= self.scheduler.budget
         assert len(self.running) <= self.scheduler.max_running
         assert len(self.waiting) <= max(self.scheduler.max_waiting, self.scheduler.max_running)
         assert self.scheduler.idle == (not self.waiting and not self.running)
@@ -103,9 +105,9 @@ class Traffic(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever happened: if those that run keep ending, everyone who waits runs too."""
         for _ in range(2 * (self.submitted + 1) if hasattr(self, "scheduler") else 0):
-            for job in list(self.running):
-                self.scheduler.finish(job.id)
-                self.running.remove(job)
+            for request in list(self.running):
+                self.scheduler.finish(request.id)
+                self.running.remove(request)
             self.admit()
         if hasattr(self, "scheduler"):
             assert self.scheduler.idle
@@ -121,24 +123,24 @@ TestTraffic = Traffic.TestCase
     places=st.integers(1, 6),
     prefill=st.integers(1, 60),
 )
-def test_a_small_job_behind_a_large_one_never_overtakes_and_the_large_one_never_starves(sizes, budget, places, prefill):
-    """A full queue, each job running for some steps: they start in order, and each within the steps of those before it."""
+def test_small_requests_never_overtake_and_large_never_starve(sizes, budget, places, prefill):
+    """A full queue, each request running for some steps: they start in order, and each within the steps of those before it."""
     scheduler = Scheduler(budget, places, len(sizes), prefill)
     lengths = {}
     for number, (rows, steps) in enumerate(sizes):
-        scheduler.submit(Job(str(number), rows, rows))
+        scheduler.submit(ScheduledRequest(str(number), rows, rows))
         lengths[str(number)] = steps
     started, left = [], {}
     for step in range(sum(steps for _, steps in sizes) + len(sizes)):
-        for job in scheduler.admit():
-            started.append(job.id)
+        for request in scheduler.admit():
+            started.append(request.id)
             assert step <= sum(lengths[earlier] for earlier in started[:-1]) + len(started)
-            left[job.id] = lengths[job.id]
-        for job_id in list(left):
-            left[job_id] -= 1
-            if not left[job_id]:
-                scheduler.finish(job_id)
-                del left[job_id]
+            left[request.id] = lengths[request.id]
+        for request_id in list(left):
+            left[request_id] -= 1
+            if not left[request_id]:
+                scheduler.finish(request_id)
+                del left[request_id]
         if scheduler.idle:
             break
     assert started == [str(number) for number in range(len(sizes))]
@@ -148,48 +150,48 @@ def test_a_small_job_behind_a_large_one_never_overtakes_and_the_large_one_never_
 def test_a_prompt_longer_than_a_whole_prefill_runs_alone():
     scheduler = Scheduler(budget=100, max_running=4, max_waiting=4, max_prefill=10)
     for name, prompt in (("long", 30), ("a", 4), ("b", 6), ("c", 1)):
-        scheduler.submit(Job(name, 10, prompt))
-    assert [job.id for job in scheduler.admit()] == ["long"]
-    assert [job.id for job in scheduler.admit()] == ["a", "b"]
-    assert [job.id for job in scheduler.admit()] == ["c"]
+        scheduler.submit(ScheduledRequest(name, 10, prompt))
+    assert [request.id for request in scheduler.admit()] == ["long"]
+    assert [request.id for request in scheduler.admit()] == ["a", "b"]
+    assert [request.id for request in scheduler.admit()] == ["c"]
 
 
-def test_without_a_queue_whoever_finds_a_place_is_served_and_others_are_refused():
+def test_without_a_queue_a_place_is_served_and_others_refused():
     scheduler = Scheduler(budget=10, max_running=2, max_waiting=0, max_prefill=100)
-    scheduler.submit(Job("a", 5, 5))
-    scheduler.submit(Job("b", 5, 5))
+    scheduler.submit(ScheduledRequest("a", 5, 5))
+    scheduler.submit(ScheduledRequest("b", 5, 5))
     with pytest.raises(QueueFull):
-        scheduler.submit(Job("c", 0, 1))
+        scheduler.submit(ScheduledRequest("c", 0, 1))
     assert len(scheduler.admit()) == 2
     scheduler.finish("a")
     with pytest.raises(QueueFull):  # a place, but not the memory
-        scheduler.submit(Job("d", 6, 1))
-    scheduler.submit(Job("e", 5, 1))
-    assert [job.id for job in scheduler.admit()] == ["e"]
+        scheduler.submit(ScheduledRequest("d", 6, 1))
+    scheduler.submit(ScheduledRequest("e", 5, 1))
+    assert [request.id for request in scheduler.admit()] == ["e"]
 
 
-def test_an_impossible_job_is_refused_at_once_even_when_the_queue_is_full():
+def test_an_impossible_request_is_refused_even_by_a_full_queue():
     scheduler = Scheduler(budget=10, max_running=1, max_waiting=0, max_prefill=100)
-    scheduler.submit(Job("a", 10, 1))
+    scheduler.submit(ScheduledRequest("a", 10, 1))
     with pytest.raises(NeverFits, match="11 rows"):
-        scheduler.submit(Job("b", 11, 1))
+        scheduler.submit(ScheduledRequest("b", 11, 1))
 
 
 def test_the_hint_of_when_to_come_back_grows_with_the_queue():
     def hint(waiting: int) -> float:
         scheduler = Scheduler(budget=1000, max_running=1, max_waiting=waiting, max_prefill=100)
         for number in range(waiting):
-            scheduler.submit(Job(str(number), 1, 1))
+            scheduler.submit(ScheduledRequest(str(number), 1, 1))
         with pytest.raises(QueueFull) as refusal:
-            scheduler.submit(Job("late", 1, 1))
+            scheduler.submit(ScheduledRequest("late", 1, 1))
         return refusal.value.retry_after
 
     assert 1 <= hint(1) < hint(100)
 
 
-def test_a_job_never_grows_once_it_runs():
+def test_a_request_never_grows_once_it_runs():
     scheduler = Scheduler(10, 2, 0, 10)
-    scheduler.submit(Job("a", 5, 1))
+    scheduler.submit(ScheduledRequest("a", 5, 1))
     scheduler.admit()
-    with pytest.raises(ValueError, match="holds 5 rows and cannot shrink to 6"):
-        scheduler.shrink(Job("a", 6, 1))
+    with pytest.raises(ValueError, match="request a holds 5 rows and cannot shrink to 6"):
+        scheduler.shrink("a", 6)

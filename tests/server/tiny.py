@@ -21,7 +21,7 @@ from checkpoints.world import draw
 from models.checkpoint import Checkpoint, load
 from models.manifest import Calibration, Manifest, write_manifest
 from models.random_llava import random_model
-from pruning.dynamic.levels import Level
+from pruning.dynamic.levels import Level, OperatingPoint
 from server.engine import Engine, Limits
 from server.request import Delta, Event, Failed, Finished, PreparedImage, Request, Sampling, Started, TokenLogprob
 
@@ -74,7 +74,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return load(write(tmp_path_factory.mktemp("tiny") / "tiny-llava"), dtype="float32")
 
 
-THIN = Level("thin", "few tokens and no middle layer", 1 / 6, skipped_layers=1)
+THIN = Level("thin", "few tokens and no middle layer", 1 / 6, (OperatingPoint(1 / 6, skipped_layers=1),))
 """A level that also skips a layer: the menu of a model this shallow has none."""
 
 

@@ -1,28 +1,26 @@
-"""How likely is it, from what was read, that an answer stays on a rung; and what follows: the price at which a level spends its
-budget, and for level `auto` the price at which a given share of all answers is kept.
+"""How likely it is that an answer stays at an operating point; and what follows: the cost weight at which a level spends its
+budget, and those at which level `auto` keeps a given share of all answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.checkpoint import Checkpoint
-from pruning.dynamic.levels import PRUNED, Rung, choose, costs_of, offered
-from pruning.dynamic.router import MEMBERS, Router, Trust
-from pruning.dynamic.training.dataset import Watched
-from pruning.dynamic.training.loop import read
+from pruning.dynamic.levels import AUTO, OperatingPoint, choose, costs_of
+from pruning.dynamic.router import MEMBERS, AgreementHead
+from pruning.dynamic.router_file import LevelRecord, Measured
 
-BUDGETS = {"strong": 0.25, "balanced": 0.4, "light": 0.6}
-"""Shares of the dense prefill's FLOPs that levels spend on average, the router's own among them."""
-PRICES = np.geomspace(1e-4, 100, 61).tolist()
-"""Of arithmetic, in answers: at 0.1 a tenth of a dense prefill is worth a hundredth of an answer."""
-CLOSE = [0.0, *np.geomspace(PRICES[0], PRICES[-1], 601).tolist()]
+BUDGETS = {"light": 0.6, "balanced": 0.4, "strong": 0.25}
+"""Shares of the dense prefill's FLOPs that levels spend on average, the router's own included."""
+COST_WEIGHTS = np.geomspace(1e-4, 100, 61).tolist()
+"""In answers: at 0.1 a tenth of a dense prefill is worth a hundredth of an answer."""
+FINE = [0.0, *np.geomspace(COST_WEIGHTS[0], COST_WEIGHTS[-1], 601).tolist()]
 """Those that `auto` is found among; at none the whole model runs."""
 CONFIDENCE = 1.645
 """Standard errors that a share must lie above its target to be above it by more than chance (one-sided, 95 %)."""
@@ -30,100 +28,55 @@ FOLDS = 5
 SHARPNESS = 2.0
 """An answer whose least certain token is ahead by a margin counts as kept by the sigmoid of so many times the margin: one that
 hangs in the balance says less than one that is clear (docs/log.md)."""
-STEPS, BATCH, RATE, DECAY, DROPPED = 400, 256, 1e-3, 1e-2, 0.3
-"""How the networks learn; of fewer than 3,000 questions for fewer steps."""
+STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 400, 256, 1e-3, 1e-2, 0.3
+"""How the agreement head learns; of fewer than 3,000 questions for fewer steps."""
 
 
-def trust(router: Router, source: Checkpoint, watched: Watched, held: Tensor, margins: Tensor) -> tuple[Tensor, list[float | None]]:
-    """Fit `router.trust` to which answers stay on each rung, by `margins`, float32 [held, rungs] (see `gaze.margins`); the whole
-    model is not among those.
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out questions: expected agreement, float32, and whether the answer stayed, bool; [questions, points], the whole model
+    last."""
 
-    Returns the chances, float32 [held, rungs + 1], of folds of pictures that were left out of the fit, so that what is found with
-    them does not believe itself; and how well each rung's tell answers apart that stay (area under the ROC curve).
+    expected: Tensor
+    stayed: Tensor
+    points: Sequence[OperatingPoint]
+
+    def of(self, questions: Tensor) -> HeldOut:
+        return replace(self, expected=self.expected[questions], stayed=self.stayed[questions])
+
+    def only(self, points: Sequence[int]) -> HeldOut:
+        """With those operating points alone to choose from."""
+        return HeldOut(self.expected[:, points], self.stayed[:, points], [self.points[i] for i in points])
+
+    def measure(self, cost_weight: float) -> Measured:
+        """What the questions take at a cost weight, on average."""
+        costs = costs_of(self.points)
+        taken = choose(self.expected, costs, cost_weight)
+        kept = torch.tensor([point.visual_ratio for point in self.points])
+        stayed = self.stayed.gather(1, taken[:, None]).float()
+        flops, tokens, agreement = (round(float(values.mean()), 4) for values in (costs[taken], kept[taken], stayed))
+        return Measured(
+            cost_weight=cost_weight, flops_ratio=flops, visual_ratio=tokens, agreement=agreement, questions=len(taken)
+        )  # fmt: skip
+
+
+def fit_and_validate(features: Tensor, margins: Tensor, picture: Tensor) -> tuple[AgreementHead, Tensor]:
+    """Fit a head to which answers stay, from features [n, d] and `margins`, float32 [n, points] (see `teacher.margins`); the whole
+    model is not among the points.
+
+    Returns it, and the expected agreement, float32 [n, points], of folds of pictures that were left out of the fit, so that what is
+    found with it does not believe itself.
     """
-    with torch.no_grad():
-        reads = [read(router, source.model.embed, watched.of(part)).read for part in torch.split(held, 64)]
-        features = torch.cat([router.impression(one) for one in reads]).cpu()
-    labels, fold = (SHARPNESS * margins).sigmoid(), watched.picture[held] % FOLDS
-    chances = torch.zeros_like(labels)
+    labels, fold = (SHARPNESS * margins).sigmoid(), picture % FOLDS
+    expected = torch.zeros_like(labels)
     for left_out in range(FOLDS):
-        found = fit(features[fold != left_out], labels[fold != left_out])
-        chances[fold == left_out] = found(features[fold == left_out]).sigmoid()
-    router.trust.load_state_dict(fit(features, labels).state_dict())
-    kept = margins > 0
-    return F.pad(chances, (0, 1), value=1.0), [_auc(chances[:, rung], kept[:, rung]) for rung in range(kept.shape[1])]
+        head = fit(features[fold != left_out], labels[fold != left_out])
+        expected[fold == left_out] = head(features[fold == left_out]).sigmoid()
+    return fit(features, labels), expected
 
 
-def budgets(
-    chances: Tensor, kept: Tensor, rungs: Sequence[Rung]
-) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, float]]]]:
-    """What every price makes of held-out questions, where layers may be left out and where they may not; and the levels, each at
-    the lowest price that stays within its budget."""
-    tokens_alone = [i for i, rung in enumerate(rungs) if rung.runs_all_layers]
-    alone = _trade(chances[:, tokens_alone], kept[:, tokens_alone], [rungs[i] for i in tokens_alone])
-    trade = {"tokens": alone, "tokens and layers": _trade(chances, kept, rungs)}
-    levels = {}
-    for name, budget in BUDGETS.items():
-        low, high = PRICES[0], PRICES[-1]
-        for _ in range(30):
-            middle = (low * high) ** 0.5
-            low, high = (low, middle) if _at(middle, chances, kept, rungs)["flops_ratio"] <= budget else (middle, high)
-        levels[name] = _at(high, chances, kept, rungs)
-    return levels, trade
-
-
-def _trade(chances: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> list[dict[str, float]]:
-    return [_at(price, chances, kept, rungs) for price in PRICES]
-
-
-def _at(price: float, chances: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> dict[str, float]:
-    return _bought(price, choose(chances, costs_of(rungs), price), kept, rungs)
-
-
-def _bought(price: float, taken: Tensor, kept: Tensor, rungs: Sequence[Rung]) -> dict[str, float]:
-    shares = torch.tensor([rung.visual_ratio for rung in rungs])
-    stays = kept.gather(1, taken[:, None]).float()
-    means = {"flops_ratio": costs_of(rungs)[taken], "visual_ratio": shares[taken], "agreement": stays}
-    return {"price": price, **{name: round(float(values.mean()), 4) for name, values in means.items()}}
-
-
-def price_of(trade: Sequence[Mapping[str, float]], what: str, budget: float) -> float:
-    """The price at which `what`, flops_ratio or visual_ratio, is `budget` on average; between those of a trade, in proportion."""
-    bought = np.minimum.accumulate([entry[what] for entry in trade])  # less and less as the price rises
-    return float(np.exp(np.interp(-budget, -bought, [np.log(entry["price"]) for entry in trade])))
-
-
-def auto(
-    chances: Tensor, kept: Tensor, later: Tensor, rungs: Sequence[Rung], levels: Mapping[str, Mapping[str, float]], target: float
-) -> dict[str, Any]:
-    """The highest prices at which more than `target` of the answers stay, and what they buy: of questions that open a chat, and of
-    the `later` ones, bool [questions]. At one price for both, those that are harder would be answered worse."""
-    prices = [levels[name]["price"] for name in PRUNED]
-    kinds = {"first": ~later, "later": later if later.any() else ~later}
-    return {"target": target, **{kind: _safe(chances[of], kept[of], rungs, prices, target) for kind, of in kinds.items()}}
-
-
-def _safe(chances: Tensor, kept: Tensor, rungs: Sequence[Rung], prices: Sequence[float], target: float) -> dict[str, float]:
-    """The highest price at which more than `target` of the answers stay, by more than chance: were that the share, so many of these
-    would stay once in twenty times.
-
-    Prices are tried upwards until one fails, so that the confidence is that of a single test (Learn then Test's fixed sequence,
-    arXiv 2110.01052)."""
-    taken = offered(chances, costs_of(rungs), prices)
-    expected, costs = chances.gather(1, taken), costs_of(rungs)[taken]
-    sure = min(1.0, target + CONFIDENCE * (target * (1 - target) / len(kept)) ** 0.5)
-    found: dict[str, float] = {"questions": len(kept)}
-    for price in CLOSE:
-        best = choose(expected, costs, price)
-        bought = _bought(price, taken.gather(1, best[:, None])[:, 0], kept, rungs)
-        if bought["agreement"] < sure:
-            break
-        found |= bought
-    return found
-
-
-def fit(features: Tensor, labels: Tensor) -> Trust:
-    """Networks that foresee labels [n, rungs], chances, from features [n, d]: each is drawn questions of its own.
+def fit(features: Tensor, labels: Tensor) -> AgreementHead:
+    """Networks that predict labels [n, points], probabilities, from features [n, d]: each is drawn questions of its own.
 
     Seeded, and torch's own generator is left as it was.
     """
@@ -131,24 +84,71 @@ def fit(features: Tensor, labels: Tensor) -> Trust:
     normal = (features - middle) / spread
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        found = Trust(features.shape[1], labels.shape[1])
-        optimizer = torch.optim.AdamW(found.parameters(), RATE, weight_decay=DECAY)
+        head = AgreementHead(features.shape[1], labels.shape[1])
+        optimizer = torch.optim.AdamW(head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         for _ in range(min(STEPS, 50 + len(normal) // 8)):
             drawn = torch.randint(len(normal), (MEMBERS, BATCH))
-            loss = F.binary_cross_entropy_with_logits(found.members(normal[drawn], DROPPED), labels[drawn])
+            loss = F.binary_cross_entropy_with_logits(head.members(normal[drawn], DROPOUT), labels[drawn])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    found.requires_grad_(False)
-    found.hidden.div_(spread[:, None])
-    found.bias.sub_(middle @ found.hidden[:, None])
+    head.requires_grad_(False)
+    head.hidden.div_(spread[:, None])
+    head.hidden_bias.sub_(middle @ head.hidden[:, None])
+    return head
+
+
+def find_levels(held_out: HeldOut, follow_up: Tensor, target: float) -> dict[str, LevelRecord]:
+    """The levels with a budget, each at the lowest cost weight that stays within it on questions that open a chat; and `auto`.
+
+    `auto` has two, for those and for questions that follow an answer (bool [questions]), which are harder: at one for both they
+    would be answered worse.
+    """
+    first = held_out.of(~follow_up)
+    second = held_out.of(follow_up) if follow_up.any() else first
+    levels = {}
+    for name, budget in BUDGETS.items():
+        weight = within_budget(first, budget)
+        levels[name] = LevelRecord(first=first.measure(weight), follow_up=second.measure(weight))
+    return levels | {AUTO: LevelRecord(first=keeping(first, target), follow_up=keeping(second, target))}
+
+
+def within_budget(held_out: HeldOut, budget: float) -> float:
+    """The lowest cost weight at which the questions spend no more than `budget` on average."""
+    low, high = COST_WEIGHTS[0], COST_WEIGHTS[-1]
+    for _ in range(30):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if held_out.measure(middle).flops_ratio <= budget else (middle, high)
+    return float(high)
+
+
+def keeping(held_out: HeldOut, target: float) -> Measured:
+    """The highest cost weight at which more than `target` of the answers stay, by more than chance: were that the share, so many of
+    these would stay once in twenty times.
+
+    Weights are tried upwards until one fails, so that the confidence is that of a single test (Learn then Test's fixed sequence,
+    arXiv 2110.01052).
+    """
+    sure = min(1.0, target + CONFIDENCE * (target * (1 - target) / len(held_out.expected)) ** 0.5)
+    found = held_out.measure(FINE[0])
+    for weight in FINE[1:]:
+        measured = held_out.measure(weight)
+        if measured.agreement < sure:
+            break
+        found = measured
     return found
 
 
-def _auc(chances: Tensor, kept: Tensor) -> float | None:
-    """How often a kept answer had the higher chance than one that was not (area under the ROC curve)."""
-    good, bad = chances[kept], chances[~kept]
+def sweep(held_out: HeldOut) -> dict[str, list[Measured]]:
+    """What many cost weights make of the questions, where layers may be left out and where they may not."""
+    tokens_alone = [i for i, point in enumerate(held_out.points) if not point.skipped_layers and not point.frozen_layers]
+    choices = {"tokens": held_out.only(tokens_alone), "tokens and layers": held_out}
+    return {name: [some.measure(weight) for weight in COST_WEIGHTS] for name, some in choices.items()}
+
+
+def area_under_roc(expected: Tensor, stayed: Tensor) -> float | None:
+    """How often an answer that stayed was given more than one that did not; of one point's, [questions] each."""
+    good, bad = expected[stayed], expected[~stayed]
     if not len(good) or not len(bad):
         return None
     return round(float((good[:, None] > bad).float().mean()), 4)
-

@@ -1,4 +1,4 @@
-"""A router's two lessons, each resumable: to foresee what was watched, then to write into the tokens that stay."""
+"""The router's training loop, resumable, and what its scores learn: to predict attention and the costs of freezing layers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from models.run_state import RunState
-from pruning.dynamic.router import Read, Router
-from pruning.dynamic.training.config import Lesson
-from pruning.dynamic.training.dataset import Watched
+from pruning.dynamic.router import Router, RouterOutput
+from pruning.dynamic.training.config import TrainingConfig
+from pruning.dynamic.training.dataset import RouterDataset
 
 LEAST = 1e-4
 """Attention and divergence below this are none."""
+LAYER_WEIGHT = 0.1
+"""Of the layers' error beside that of the tokens."""
 SAVE_EVERY = 200
 """Steps between two saves."""
 Embed = Callable[[Tensor], Tensor]
@@ -24,88 +26,92 @@ Embed = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Questions drawn for one step, and what the router read of them."""
+    """Questions of one step, their pictures [n, tokens, width], and what the router makes of them."""
 
-    asked: Watched
+    data: RouterDataset
     visual: Tensor
-    read: Read
+    output: RouterOutput
 
 
-def read(router: Router, embed: Embed, asked: Watched) -> Batch:
-    """Read questions as they were watched."""
-    device = router.layers.device
-    visual = asked.visual[asked.picture].to(device)
-    seen = asked.words.to(device)
-    return Batch(asked, visual, router(visual, embed(seen.clamp_min(0)), seen >= 0))
+def score(router: Router, embed: Embed, data: RouterDataset) -> Batch:
+    """Run the router on all questions of `data`."""
+    device = router.layer_tokens.device
+    visual = data.visual[data.picture].to(device)
+    text = data.text.to(device)
+    return Batch(data, visual, router(visual, embed(text.clamp_min(0)), text >= 0))
 
 
-def foresight_error(batch: Batch) -> Tensor:
+def score_loss(batch: Batch) -> Tensor:
     """Mean squared error of the logarithms of attention and of divergence."""
-    looks, costs = batch.asked.gaze.to(batch.visual.device), batch.asked.costs.to(batch.visual.device)
-    error = F.mse_loss(batch.read.looks, looks.clamp_min(LEAST).log())
+    device = batch.visual.device
+    attention, costs = batch.data.attention.to(device), batch.data.freezing_costs.to(device)
+    error = F.mse_loss(batch.output.token_scores, attention.clamp_min(LEAST).log())
     measured = ~costs.isnan()
     if measured.any():
-        error = error + 0.1 * F.mse_loss(batch.read.costs[measured], costs[measured].clamp_min(LEAST).log())
+        layers = F.mse_loss(batch.output.layer_scores[measured], costs[measured].clamp_min(LEAST).log())
+        error = error + LAYER_WEIGHT * layers
     return error
 
 
-def learn(
-    name: str, learner: nn.Module, watched: Watched, lesson: Lesson, steps: int, rate: float,
-    loss_of: Callable[[int, Watched], Tensor], work: RunState, progress: Progress,
+def train(
+    name: str, learner: nn.Module, data: RouterDataset, config: TrainingConfig, steps: int, learning_rate: float,
+    loss_of: Callable[[int, RouterDataset], Tensor], state: RunState, progress: Progress,
 ) -> None:  # fmt: skip
     """Take `steps` steps of AdamW on questions drawn by seed and step; one that was stopped goes on."""
-    optimizer = torch.optim.AdamW(learner.parameters(), rate, weight_decay=0.02)
-    start = _restore(name, work, learner, optimizer)
+    optimizer = torch.optim.AdamW(learner.parameters(), learning_rate, weight_decay=0.02)
+    start = _restore(name, state, learner, optimizer)
     task = progress.add_task(name, total=steps, completed=start)
-    questions = (watched.picture < lesson.taught).nonzero()[:, 0]
+    questions = (data.picture < config.training_pictures).nonzero()[:, 0]
     for step in range(start, steps):
-        draw = torch.Generator().manual_seed(lesson.seed * 1_000_003 + step)
+        draw = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
-            group["lr"] = rate * _warmth(step, steps)
-        loss = loss_of(step, watched.of(questions[torch.randint(len(questions), (lesson.batch,), generator=draw)]))
+            group["lr"] = learning_rate * _schedule(step, steps)
+        drawn = torch.randint(len(questions), (config.batch_size,), generator=draw)
+        loss = loss_of(step, data.of(questions[drawn]))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         progress.update(task, advance=1, description=f"{name}, error {float(loss.detach()):.3f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            _save(name, work, learner, optimizer, step + 1)
+            _save(name, state, learner, optimizer, step + 1)
 
 
-def _warmth(step: int, steps: int) -> float:
+def _schedule(step: int, steps: int) -> float:
     """Warm up, then fall to a hundredth."""
     return min(1.0, (step + 1) / min(100, steps)) * max(0.01, 1 - step / steps)
 
 
 @torch.no_grad()
-def foreseen(router: Router, embed: Embed, watched: Watched, questions: Tensor) -> dict[str, float]:
-    """Share of the variance that is foreseen (R²), of attention and of the layers' costs, over some questions."""
-    looks, costs = [], []
-    for part in torch.split(questions, 64):
-        batch = read(router, embed, watched.of(part))
-        looks.append((batch.read.looks.cpu(), batch.asked.gaze.clamp_min(LEAST).log()))
-        measured = ~batch.asked.costs.isnan()
-        costs.append((batch.read.costs.cpu()[measured], batch.asked.costs[measured].clamp_min(LEAST).log()))
-    return {"attention": _explained(looks), "costs": _explained(costs)}
+def explained_variance(router: Router, embed: Embed, data: RouterDataset) -> dict[str, float]:
+    """R² of the token scores and of the layer scores."""
+    tokens, layers = [], []
+    for part in torch.split(torch.arange(len(data.picture)), 64):
+        batch = score(router, embed, data.of(part))
+        tokens.append((batch.output.token_scores.cpu(), batch.data.attention.clamp_min(LEAST).log()))
+        measured = ~batch.data.freezing_costs.isnan()
+        costs = batch.data.freezing_costs[measured].clamp_min(LEAST).log()
+        layers.append((batch.output.layer_scores.cpu()[measured], costs))
+    return {"token_scores": _r_squared(tokens), "layer_scores": _r_squared(layers)}
 
 
-def _explained(pairs: list[tuple[Tensor, Tensor]]) -> float:
+def _r_squared(pairs: list[tuple[Tensor, Tensor]]) -> float:
     scores, wanted = (torch.cat(part) for part in zip(*pairs, strict=True))
     if not len(wanted):
         return 0.0
     return round(1 - float(((scores - wanted) ** 2).sum() / ((wanted - wanted.mean()) ** 2).sum().clamp_min(1e-9)), 4)
 
 
-def _save(name: str, work: RunState, learner: nn.Module, optimizer: torch.optim.AdamW, step: int) -> None:
+def _save(name: str, state: RunState, learner: nn.Module, optimizer: torch.optim.AdamW, step: int) -> None:
     tensors = {f"learner.{key}": tensor for key, tensor in learner.state_dict().items()}
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{key}": tensor for key, tensor in state.items()}
-    work.write_tensors(name, tensors, {"step": step})
+    for number, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{key}": tensor for key, tensor in moments.items()}
+    state.write_tensors(name, tensors, {"step": step})
 
 
-def _restore(name: str, work: RunState, learner: nn.Module, optimizer: torch.optim.AdamW) -> int:
+def _restore(name: str, state: RunState, learner: nn.Module, optimizer: torch.optim.AdamW) -> int:
     """The step to go on with."""
-    stored = work.read_tensors(name)
+    stored = state.read_tensors(name)
     if stored is None:
         return 0
     tensors, record = stored

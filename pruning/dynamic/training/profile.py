@@ -1,15 +1,15 @@
-"""What a router can be trusted with, found on pictures that it never learned from: how much of what it writes, which answers stay
-on each rung of the ladder from few tokens and layers to all, and the prices at which levels spend what they are meant to.
+"""What a router makes of pictures that it never learned from: which answers stay at each operating point, and the cost weights at
+which levels spend what they are meant to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
@@ -17,122 +17,105 @@ from models.checkpoint import Checkpoint
 from models.flops import flops_ratio
 from models.route import Route
 from models.run_state import RunState
-from pruning.dynamic.levels import Level, Rung, layers_passed, layers_to_run, make_route
-from pruning.dynamic.router import GAINED_AT, WORDS, Router, Shape, read_request
-from pruning.dynamic.training.agreement import auto, budgets, trust
-from pruning.dynamic.training.config import Lesson
-from pruning.dynamic.training.dataset import Watched
-from pruning.dynamic.training.teacher import Asked, margins
+from pruning.dynamic.levels import OperatingPoint, layers_to_freeze, layers_to_run
+from pruning.dynamic.planner import make_route
+from pruning.dynamic.router import MAX_TEXT, Router, RouterConfig, score_request
+from pruning.dynamic.router_file import RouterRecord
+from pruning.dynamic.training.agreement import HeldOut, area_under_roc, find_levels, fit_and_validate, sweep
+from pruning.dynamic.training.config import TrainingConfig
+from pruning.dynamic.training.dataset import RouterDataset
+from pruning.dynamic.training.loop import explained_variance, score
+from pruning.dynamic.training.teacher import margins
 
 SHARES = (1 / 36, 1 / 18, 1 / 12, 1 / 9, 1 / 6, 2 / 9, 1 / 3, 1 / 2, 1.0)
-"""Of the visual tokens, that a rung may keep."""
-PASSED = (0.0, 3 / 8)
-"""Shares of the layers that visual rows may pass by: three eighths was best where budgets are small, next to none where not."""
+"""Of the visual tokens, that an operating point may keep."""
+FROZEN = (0.0, 3 / 8)
+"""Shares of the layers that may be frozen for visual tokens: three eighths was best where budgets are small, none where not."""
 SKIPPED = (0.0, 1 / 16)
-"""Shares of the layers that may be left out whole, where `espalier calibrate` has measured them."""
-GAINS = (0.0, 0.5, 1.0)
-"""Shares of what the router writes that may be believed."""
-FEW = 4
-"""One in so many held-out questions finds the gains: those are three numbers, the chances' weights are thousands."""
+"""Shares of the layers that may be skipped, where `espalier calibrate` has measured them."""
 
 
-def ways(source: Checkpoint) -> list[tuple[float, int, int]]:
-    """Every share of the tokens with every number of layers left out whole and passed by."""
-    layers = source.model.num_layers
-    skipped, passed = (
-        sorted({int(layers * share) for share in shares})
-        for shares in (SKIPPED if source.manifest.calibration else SKIPPED[:1], PASSED)
+def grid(source: Checkpoint) -> list[tuple[float, int, int]]:
+    """Every share of the tokens with every number of layers skipped and frozen."""
+    skipped, frozen = (
+        sorted({int(source.model.num_layers * share) for share in shares})
+        for shares in (SKIPPED if source.manifest.calibration else SKIPPED[:1], FROZEN)
     )
-    return list(product(SHARES, skipped, passed))
+    return list(product(SHARES, skipped, frozen))
 
 
-def ladder(source: Checkpoint, shape: Shape, text: int) -> list[Rung]:
+def operating_points(source: Checkpoint, config: RouterConfig, text: int) -> list[OperatingPoint]:
     """What a router chooses from, cheapest first and the whole model last; `text` is how many text tokens a typical prompt has."""
     model = source.model
-    total = model.visual_tokens_per_image
+    visual = model.visual_tokens_per_image
     found = []
-    for share, skipped, passed in ways(source):
-        keep = Level("", "", share).kept(total)
+    for share, skipped, frozen in grid(source):
+        point = OperatingPoint(share, skipped, frozen)
+        kept = point.kept(visual)
         runs = layers_to_run(model.num_layers, skipped, range(model.num_layers))
-        route = Route(total, tuple(range(keep)), runs, frozen_layers=layers_passed(runs, passed, range(model.num_layers)))
-        cost = flops_ratio(model.config, route, total + text, shape.flops(total, min(text, WORDS), keep))
-        found.append(Rung(share, skipped, passed, round(cost, 4)))
-    return sorted(found, key=lambda rung: rung.cost)
+        frozen_layers = layers_to_freeze(runs, frozen, range(model.num_layers))
+        route = Route(visual, tuple(range(kept)), runs, frozen_layers=frozen_layers)
+        cost = flops_ratio(model.config, route, visual + text, config.flops(visual, min(text, MAX_TEXT), kept))
+        found.append(replace(point, cost=round(cost, 4)))
+    return sorted(found, key=lambda point: point.cost)
 
 
-def clearness(
-    levels: Sequence[Level], source: Checkpoint, router: Router, watched: Watched, questions: Tensor,
-    advance: Callable[[int], None],
-) -> Tensor:  # fmt: skip
-    """How clearly each answer stays what the un-pruned model says, see `gaze.margins`: float32 [questions, levels]. All questions
-    about a picture are one pass."""
-    found = torch.zeros(len(questions), len(levels))
+def profile(
+    config: TrainingConfig, source: Checkpoint, router: Router, data: RouterDataset, state: RunState, progress: Progress
+) -> RouterRecord:
+    """Fit `router.agreement` and find the levels' cost weights, all on held-out questions. Returns the manifest's section."""
+    held_out = data.of((data.picture >= config.training_pictures).nonzero()[:, 0])
+    points = operating_points(source, router.config, int((data.prompt >= 0).sum(1).median()))
+    served, embed = router.serving(source.model.dtype), source.model.embed
+    task = progress.add_task("profiling", total=len(held_out.picture) * (len(points) - 1))
+    stored = state.read_tensors("margins")
+    if stored is None:
+        found = measure(points[:-1], source, served, held_out, lambda done: progress.advance(task, done))
+        state.write_tensors("margins", {"margins": found}, {})
+    else:
+        found = stored[0]["margins"]
+    with torch.no_grad():
+        outputs = [score(served, embed, held_out.of(part)).output for part in torch.split(torch.arange(len(found)), 64)]
+        features = torch.cat([served.pooled_features(output) for output in outputs]).cpu()
+    head, expected = fit_and_validate(features, found, held_out.picture)
+    router.agreement.load_state_dict(head.state_dict())
+    stayed = F.pad(found > 0, (0, 1), value=True)
+    shares = [round(share, 4) for share in stayed.float().mean(0).tolist()]
+    points = [replace(point, agreement=share) for point, share in zip(points, shares, strict=True)]
+    measured = HeldOut(F.pad(expected, (0, 1), value=1.0), stayed, points)
+    first = measured.of(~held_out.follow_up)
+    return RouterRecord(
+        config=router.config, checkpoint=source.fingerprint, training=config.model_dump(), operating_points=tuple(points),
+        levels=find_levels(measured, held_out.follow_up, config.target_agreement), cost_weight_sweep=sweep(first),
+        report={
+            "questions": len(data.picture), "explained_variance": explained_variance(router, embed, held_out),
+            "area_under_roc": [area_under_roc(expected[:, i], stayed[:, i]) for i in range(expected.shape[1])],
+        },
+    )  # fmt: skip
+
+
+def measure(
+    points: Sequence[OperatingPoint], source: Checkpoint, router: Router, data: RouterDataset, advance: Callable[[int], None]
+) -> Tensor:
+    """By how much each answer stays ahead at each point, see `teacher.margins`: float32 [questions, points]. All questions about a
+    picture are one pass."""
+    found = torch.zeros(len(data.picture), len(points))
     model, change = source.model, source.manifest.layer_change
-    for picture in torch.unique(watched.picture[questions]):
-        here = (watched.picture[questions] == picture).nonzero()[:, 0]
-        asked, readings, made = [], [], []
-        for question in questions[here].tolist():
-            one, words_read, answer = as_asked(watched, question, model.config.image_token_id)
-            asked.append(replace(one, visual=one.visual.to(model.device)))
-            readings.append(read_request(router, model, [asked[-1].image], words_read))
-            made.append(answer)
-        for place, level in enumerate(levels):
+    for picture in torch.unique(data.picture):
+        here = (data.picture == picture).nonzero()[:, 0]
+        prompts, routings, answers = [], [], []
+        for question in here.tolist():
+            prompt, text, answer = data.example(question, model.config.image_token_id)
+            prompts.append(replace(prompt, visual=prompt.visual.to(model.device)))
+            routings.append(score_request(router, model, [prompts[-1].image], text))
+            answers.append(answer)
+        for place, point in enumerate(points):
             routes, routed = [], []
-            for one, reading in zip(asked, readings, strict=True):
-                route, visual = make_route(level, [one.image], model.num_layers, change, "router", 0, reading)
+            for prompt, routing in zip(prompts, routings, strict=True):
+                route, visual = make_route(point, [prompt.image], model.num_layers, change, routing)
                 assert visual is not None
                 routes.append(route)
-                routed.append(replace(one, visual=visual))
-            found[here, place] = torch.tensor(margins(model, routed, made, routes))
+                routed.append(replace(prompt, visual=visual))
+            found[here, place] = torch.tensor(margins(model, routed, answers, routes))
             advance(len(here))
     return found
-
-
-def as_asked(watched: Watched, question: int, image: int) -> tuple[Asked, list[int], list[int]]:
-    """A question with its picture, what the router reads of it, and the answer."""
-    text, words, answer = (
-        [token for token in part[question].tolist() if token >= 0] for part in (watched.text, watched.words, watched.answer)
-    )
-    head = int(watched.head[question])
-    prompt = [*text[:head], *[image] * watched.gaze.shape[1], *text[head:]]
-    return Asked(prompt, watched.visual[watched.picture[question]]), words, answer
-
-
-def judge(
-    lesson: Lesson, source: Checkpoint, router: Router, watched: Watched, work: RunState, progress: Progress
-) -> dict[str, Any]:
-    """Choose the writer's gains, what to expect of each rung, and the levels' prices: `router.write` and `router.trust` are set.
-    Returns the record for the manifest."""
-    held = (watched.picture >= lesson.taught).nonzero()[:, 0]
-    few = held[: -(-len(held) // FEW)]
-    rungs = ladder(source, router.shape, int((watched.text >= 0).sum(1).median()))
-    task = progress.add_task("judging", total=len(few) * len(GAINS) * len(GAINED_AT) + len(held) * (len(rungs) - 1))
-
-    def measured(name: str, levels: Sequence[Level], questions: Tensor) -> Tensor:
-        if (stored := work.read_tensors(name)) is None:
-            found = clearness(levels, source, router, watched, questions, lambda done: progress.advance(task, done))
-            work.write_tensors(name, {"margins": found}, {})
-            return found
-        progress.advance(task, len(questions) * len(levels))
-        return stored[0]["margins"]
-
-    believed = []
-    for gain in GAINS:
-        router.write.gains.fill_(gain)
-        clear = measured(f"gain-{gain:g}", [Level("", "", share) for share in GAINED_AT], few)
-        believed.append((clear > 0).float().mean(0))
-    router.write.gains.copy_(torch.tensor(GAINS)[torch.stack(believed).argmax(0)])
-    clear = measured("rungs", [Level("", "", 1.0).at(rung) for rung in rungs[:-1]], held)
-    chances, discrimination = trust(router, source, watched, held, clear)
-    stayed = torch.cat([clear > 0, torch.ones(len(clear), 1, dtype=torch.bool)], 1)
-    later = watched.later[held]
-    levels, trade = budgets(chances[~later], stayed[~later], rungs)
-    shares = stayed.float().mean(0).tolist()
-    return {
-        "rungs": [asdict(rung) for rung in rungs], "levels": levels, "trade": trade,
-        "measured": {
-            "agreement": [round(share, 4) for share in shares], "discrimination": discrimination,
-            "gains": {f"{gain:g}": [round(x, 4) for x in found.tolist()] for gain, found in zip(GAINS, believed, strict=True)},
-        },
-        "auto": auto(chances, stayed, later, rungs, levels, lesson.target),
-    }  # fmt: skip

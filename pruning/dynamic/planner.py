@@ -1,0 +1,136 @@
+"""The planner: what a request may hold before anything is known of it, and how it runs once its pictures are encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.checkpoint import Checkpoint
+from models.flops import flops_ratio
+from models.route import Route
+from models.vision.features import ImageFeatures
+from pruning.dynamic.levels import AUTO, Level, OperatingPoint, fixed_menu, layers_to_freeze, layers_to_run
+from pruning.dynamic.router import RequestRouting, RouterFailed, score_request, text_window
+from pruning.dynamic.router_file import RouterRecord, load_router
+from pruning.dynamic.token_merging import KeptTokens, merge_tokens
+
+TokenPolicy = Literal["router", "merging"]
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """The most that a request may hold: `cache_rows` of keys and values in all layers together, `prefill_tokens` in a layer."""
+
+    cache_rows: int
+    prefill_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one request runs: its route, and `visual` [all images' tokens, width] as it uses them (None without images).
+
+    `level` is what was asked for, or `off` where the router failed, and `reason` says which. `expected_agreement` is the
+    probability that the answer is the un-pruned model's, where a router chose; `flops_ratio` counts the router's own work.
+    """
+
+    level: str
+    reason: str
+    route: Route
+    visual: Tensor | None
+    flops_ratio: float
+    expected_agreement: float | None = None
+
+
+class Planner:
+    """Plans requests for one checkpoint, by its router where it has one.
+
+    Raises CheckpointError for a router that does not fit, ValueError for policy `router` without one.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, token_policy: TokenPolicy | None = None) -> None:
+        self.model = checkpoint.model
+        self.layer_change = checkpoint.manifest.layer_change
+        self.router = load_router(checkpoint)
+        self.token_policy: TokenPolicy = token_policy or ("router" if self.router else "merging")
+        if self.token_policy == "router" and not self.router:
+            raise ValueError(f"{checkpoint.directory} has no router; train one with `espalier route`, or name another policy")
+        self.menu = load_menu(checkpoint, routed=self.token_policy == "router")
+
+    def reserve(self, level: str, prompt_tokens: int, images: int, max_new_tokens: int) -> Reservation:
+        """The most that any plan for this request will hold."""
+        visual, layers = self.model.visual_tokens_per_image, self.model.num_layers
+        points = self.menu[level].operating_points
+        prefill = [prompt_tokens - images * (visual - point.kept(visual)) for point in points]
+        rows = [(n + max_new_tokens) * (layers - point.skipped_layers) for n, point in zip(prefill, points, strict=True)]
+        return Reservation(max(rows), max(prefill))
+
+    def plan(
+        self, level: str, reason: str, prompt: Sequence[int], images: Sequence[ImageFeatures], *, follow_up: bool = False
+    ) -> Plan:
+        """Choose the operating point, and make the route. A router that fails leaves level `off`, which reserved no more."""
+        asked = self.menu[level]
+        point, expected, routing = asked.operating_points[-1], None, None
+        try:
+            if asked.routed and self.router and images:
+                text = text_window(prompt, self.model.config.image_token_id)
+                routing = score_request(self.router, self.model, images, text)
+                point, expected = asked.choose(routing.expected_agreement, follow_up=follow_up)
+            route, visual = make_route(point, images, self.model.num_layers, self.layer_change, routing)
+        except RouterFailed:
+            return self.plan("off", f"the router failed at level {level}", prompt, images)
+        own = routing.flops(len(route.kept_tokens) // len(images)) if routing else 0
+        return Plan(level, reason, route, visual, flops_ratio(self.model.config, route, len(prompt), own), expected)
+
+
+def load_menu(checkpoint: Checkpoint, *, routed: bool = True) -> dict[str, Level]:
+    """The menu that a checkpoint's manifest describes; without the router (`routed`) its budgets are not what was measured."""
+    manifest = checkpoint.manifest
+    menu = fixed_menu(manifest.layer_change, checkpoint.model.num_layers, manifest.cards)
+    record = RouterRecord.of(manifest) if routed else None
+    if record is None:
+        return menu
+    for name, weights in record.levels.items():
+        first = weights.first
+        target = f"{record.training['target_agreement']:.0%}"
+        wanted = f"what keeps {target} of all answers" if name == AUTO else "what the question needs"
+        text = f"{wanted}: on average {first.visual_ratio:.0%} of the visual tokens and {first.flops_ratio:.0%} of the FLOPs"
+        menu[name] = Level(
+            name, text, first.visual_ratio, record.operating_points, first.cost_weight, weights.follow_up.cost_weight,
+            manifest.cards.get(name),
+        )  # fmt: skip
+    return menu
+
+
+def make_route(
+    point: OperatingPoint, images: Sequence[ImageFeatures], layers: int, layer_change: Sequence[float] | None,
+    routing: RequestRouting | None = None,
+) -> tuple[Route, Tensor | None]:  # fmt: skip
+    """A request's route at an operating point, and its visual tokens. Without `routing` tokens are merged by the picture alone, and
+    no layer is frozen."""
+    runs = layers_to_run(layers, point.skipped_layers, layer_change)
+    if not images:
+        return Route(0, (), runs), None
+    if routing is None:
+        kept = [merge_tokens(image.tokens[0], point.kept(image.tokens.shape[1])) for image in images]
+        return join(kept, runs)
+    kept = routing.keep_tokens(point.kept(routing.visual.shape[1]))
+    return join(kept, runs, layers_to_freeze(runs, point.frozen_layers, routing.layer_scores))
+
+
+def join(
+    kept: Sequence[KeptTokens], runs: tuple[bool, ...], frozen_layers: frozenset[int] = frozenset()
+) -> tuple[Route, Tensor]:
+    """A route of all images' kept tokens, and their visual tokens [all images' tokens, width]."""
+    indices: list[int] = []
+    sizes: list[int] = []
+    start = 0
+    for one in kept:
+        indices += [start + i for i in one.indices.tolist()]
+        sizes += one.sizes
+        start += len(one.tokens)
+    route = Route(start, tuple(indices), runs, frozen_layers=frozen_layers, token_sizes=tuple(sizes))
+    return route, torch.cat([one.tokens for one in kept])
