@@ -23,7 +23,7 @@ FASTV_LAYER = 2
 
 def keep_tokens(policy: str, image: ImageFeatures, keep: int, seed: int) -> KeptTokens:
     """Choose `keep` of one image's visual tokens. `merging` and `pooling` change those that stay: each becomes a mean."""
-    tokens, attention = image.tokens[0], image.attention[0]
+    tokens = image.tokens[0]
     total = len(tokens)
     if keep >= total:
         return KeptTokens.all(tokens)
@@ -32,7 +32,9 @@ def keep_tokens(policy: str, image: ImageFeatures, keep: int, seed: int) -> Kept
     if policy == "divprune":
         return KeptTokens(farthest_first(cosine(tokens), keep), tokens)
     if policy == "cls_diversity":
-        return KeptTokens(cls_diversity(tokens, attention, keep).sort().values, tokens)
+        if image.attention is None:
+            raise ValueError("cls_diversity needs a class token, and this vision tower has none; name another policy")
+        return KeptTokens(cls_diversity(tokens, image.attention[0], keep).sort().values, tokens)
     if policy == "random":
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
         return KeptTokens(order[:keep].sort().values.to(tokens.device), tokens)

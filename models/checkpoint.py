@@ -61,8 +61,8 @@ def load(directory: Path, device: str = "cpu", dtype: str = "auto") -> Checkpoin
 
 
 @dataclass
-class Source:
-    """A checkpoint as transformers holds it: what our forward takes its weights from, and what pruning works on."""
+class TransformersCheckpoint:
+    """A checkpoint as transformers loads it: our forward takes its weights from it, and static pruning works on it."""
 
     directory: Path
     name: str
@@ -72,7 +72,7 @@ class Source:
     fingerprint: str
 
 
-def open_transformers(directory: Path, device: str = "cpu", dtype: str = "auto") -> Source:
+def open_transformers(directory: Path, device: str = "cpu", dtype: str = "auto") -> TransformersCheckpoint:
     """Check a checkpoint and open it with transformers. Raises what `load` raises."""
     if dtype not in ("auto", *DTYPES):
         raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
@@ -85,7 +85,7 @@ def open_transformers(directory: Path, device: str = "cpu", dtype: str = "auto")
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted((*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])))
         raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or have another shape, first {wrong[0]}")
-    return Source(
+    return TransformersCheckpoint(
         directory=directory,
         name=manifest.name or directory.resolve().name,
         model=model,

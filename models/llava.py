@@ -1,4 +1,4 @@
-"""LLaVA's weights, fused for our own forward. transformers loads them and maps their names; after that its modules are gone."""
+"""LLaVA's weights, fused for our own forward. transformers loads them and maps their names; its modules are freed afterwards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class UnsupportedCheckpoint(ValueError):
 
 @dataclass
 class DecoderLayer:
-    """One layer of the language model. `qkv` holds queries, keys and values; `gate_up` the gate, then the up projection."""
+    """One layer of the language model. `qkv` and `gate_up` are the fused projections, in this order."""
 
     heads: int
     kv_heads: int
@@ -163,8 +163,8 @@ def check_supported(config: LlavaConfig) -> None:
 def from_transformers(model: LlavaForConditionalGeneration) -> Llava:
     """Take the weights out of a transformers model and leave it empty, so that they are held once.
 
-    Matrices of the language model take the format that `choose_format` finds, one by one. The others stay dense: the vision tower
-    and the projector meet hundreds of rows at a time, and the head is seldom pruned and may share its weight with the embedding.
+    `choose_format` chooses the format of each matrix of the language model. The others stay dense: the vision tower and the
+    projector multiply hundreds of rows at a time, and the head is seldom pruned and may share its weight with the embedding.
     """
     config = model.config
     check_supported(config)
@@ -203,6 +203,6 @@ def from_transformers(model: LlavaForConditionalGeneration) -> Llava:
 
 
 def _return_freed_memory() -> None:
-    """Give back what the unfused matrices held: glibc keeps freed blocks of up to 32 MB, in sum nearly a second copy."""
+    """Return the memory of the unfused matrices: glibc keeps freed blocks of up to 32 MB, in sum nearly a second copy."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

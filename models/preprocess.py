@@ -41,12 +41,12 @@ class Preprocessor:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         return self._expand(self._tokenize(text))
 
-    def question(self, text: str, before: Sequence[tuple[str, str]] = ()) -> list[int]:
-        """The prompt of one question about one picture; `before` are the questions and answers that it follows."""
-        turns = [*(said for turn in before for said in turn), text]
+    def question(self, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """The prompt of one question about one picture; `history` are the questions and answers that it follows."""
+        texts = [*(each for turn in history for each in turn), text]
         messages: list[dict[str, Any]] = [
-            {"role": ("user", "assistant")[number % 2], "content": [{"type": "text", "text": said}]}
-            for number, said in enumerate(turns)
+            {"role": ("user", "assistant")[number % 2], "content": [{"type": "text", "text": each}]}
+            for number, each in enumerate(texts)
         ]
         messages[0]["content"].insert(0, {"type": "image"})
         return self.prompt(messages)

@@ -54,13 +54,13 @@ def layer_change(model: Llava, prompts: Iterable[tuple[list[int], Tensor]]) -> l
     total = torch.zeros(model.num_layers, dtype=torch.float64)
     rows = 0
     for ids, pixels in prompts:
-        before: list[Tensor] = []
+        inputs: list[Tensor] = []
         visual = model.vision(pixels.to(model.device, model.dtype)).tokens.flatten(0, 1)
         route = Route.full(len(visual), model.num_layers)
         cache = model.new_cache(route.rows(len(ids)))
-        work = prefill_input(model, torch.tensor(ids, device=model.device), visual, route, cache)
-        forward(model, [work], layer_hook=lambda _, hidden, seen=before: seen.append(hidden.float()))  # type: ignore[misc]
-        for layer, (x, y) in enumerate(pairwise(before)):
+        prompt = prefill_input(model, torch.tensor(ids, device=model.device), visual, route, cache)
+        forward(model, [prompt], layer_hook=lambda _, hidden, to=inputs: to.append(hidden.float()))  # type: ignore[misc]
+        for layer, (x, y) in enumerate(pairwise(inputs)):
             total[layer] += (1 - F.cosine_similarity(x, y, dim=-1)).sum().item()
         rows += len(ids)
     if not rows:

@@ -222,8 +222,7 @@ class Engine:
             log.warning("request %s runs at level %s: %s", request.id, plan.level, plan.reason)
             self.metrics.degradations.labels(request.level, plan.level).inc()
             request.level = plan.level
-        new_tokens = self._max_new_tokens(request)
-        rows = [n + new_tokens if n else 0 for n in plan.route.rows(len(request.prompt))]
+        rows = plan.route.rows(len(request.prompt), self._max_new_tokens(request))
         with self._changed:
             self.scheduler.shrink(request.id, sum(rows))
         cache = self.kv.allocate(request.id, rows)

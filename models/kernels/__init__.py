@@ -41,7 +41,7 @@ HEAD_DIM_MULTIPLE = 32
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they were not built or this processor cannot run them; said once in the log."""
+    """The compiled kernels, or None where they were not built or this processor cannot run them. The log says which, once."""
     spec = find_spec("models.kernels.native")
     if spec is None or spec.origin is None:
         log.info("native CPU kernels were not built (no C++ compiler at install): small batches run through torch")
@@ -75,7 +75,7 @@ def dense_linear(native: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def packed_linear(native: ctypes.CDLL, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """The same product with the parts of a packed weight, as `models.sparse.PackedLinear` holds them."""
+    """The same product with a packed weight, given as the tensors of `models.sparse.PackedLinear`."""
     x, weight, n = x.contiguous(), _packed(parts), len(parts[-1]) - 1
     y = x.new_empty(len(x), n)
     product = _product(native, "packed", len(x))
@@ -95,28 +95,28 @@ def can_decode_attention(query: Tensor) -> bool:
 
 
 def decode_attention(
-    native: ctypes.CDLL, query: Tensor, seen: Sequence[tuple[Tensor, Tensor]], biases: Sequence[Tensor | None], scale: float
+    native: ctypes.CDLL, query: Tensor, cached: Sequence[tuple[Tensor, Tensor]], biases: Sequence[Tensor | None], scale: float
 ) -> Tensor:
-    """Attention of one row of each request, query [requests, heads, dim], over that request's keys and values, seen
-    [kv_heads, length, dim] each with rows that follow one another, and a bias [length] on its scores or None: as query.
+    """Attention of one row of each request over its own keys and values: [requests, heads, dim], as query.
 
-    All bfloat16 on the CPU; dim a multiple of HEAD_DIM_MULTIPLE.
+    `cached` are keys and values of each request, [kv_heads, length, dim], without gaps between a head's rows; `biases` [length] are
+    added to the scores. All bfloat16 on the CPU; dim a multiple of HEAD_DIM_MULTIPLE.
     """
     requests, heads, dim = query.shape
     words: list[int | None] = []
-    for (keys, values), bias in zip(seen, biases, strict=True):
+    for (keys, values), bias in zip(cached, biases, strict=True):
         words += (keys.data_ptr(), values.data_ptr(), _pointer(bias), keys.shape[1], keys.stride(0), values.stride(0))
     out = query.new_empty(requests, heads, dim)
     table = (COUNT * len(words))(*(word or 0 for word in words))
     native.decode_attention(
-        query.data_ptr(), query.stride(0), table, out.data_ptr(), requests, heads, len(seen[0][0]), dim, scale,
+        query.data_ptr(), query.stride(0), table, out.data_ptr(), requests, heads, len(cached[0][0]), dim, scale,
         torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def rms_norm(native: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm of x [rows, width] times weight [width], both bfloat16 on the CPU."""
+    """RMS norm of x [rows, width] times weight [width], both bfloat16 on the CPU."""
     x = x.contiguous()
     y = torch.empty_like(x)
     native.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, eps, torch.get_num_threads())
@@ -126,7 +126,7 @@ def rms_norm(native: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float) -> Tens
 def swish(native: ctypes.CDLL, x: Tensor, up: Tensor | None, beta: float) -> Tensor:
     """x sigmoid(beta x) (Ramachandran et al. 2017, arXiv 1710.05941), times `up` if there is one, all bfloat16 on the CPU.
 
-    Both [rows, width], a row's values side by side, and rows as far apart in one as in the other.
+    Both [rows, width] with the same strides, values of a row side by side.
     """
     y = x.new_empty(x.shape)
     native.swish(x.data_ptr(), _pointer(up), y.data_ptr(), *x.shape, x.stride(0), beta, torch.get_num_threads())
@@ -134,8 +134,10 @@ def swish(native: ctypes.CDLL, x: Tensor, up: Tensor | None, beta: float) -> Ten
 
 
 def apply_rope(native: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [rows, heads, dim] by cos and sin [rows, 1, dim / 2], all bfloat16 on the CPU; heads side by
-    side, rows of x any distance apart."""
+    """Rotary position embedding of x [rows, heads, dim] by cos and sin [rows, 1, dim / 2], all bfloat16 on the CPU.
+
+    Heads of a row lie side by side; rows may be any distance apart.
+    """
     rows, heads, dim = x.shape
     y = x.new_empty(x.shape)
     native.apply_rope(

@@ -19,10 +19,13 @@ MAX_CPU_BATCH = 2
 
 @dataclass
 class ImageFeatures:
-    """`tokens` [images, visual_tokens, width]; `attention` [images, visual_tokens], the class token's, rows sum to at most 1."""
+    """Visual tokens [images, visual_tokens, width], and the class token's attention to each where the tower has a class token.
+
+    `attention` [images, visual_tokens]; rows sum to at most 1.
+    """
 
     tokens: Tensor
-    attention: Tensor
+    attention: Tensor | None = None
 
 
 class VisionTower(Protocol):
@@ -47,7 +50,8 @@ class VisionEncoder:
         """Encode `pixels` [images, 3, height, width], normalised, in the model's dtype; tokens are as wide as the text model."""
         if pixels.device.type == "cpu" and len(pixels) > MAX_CPU_BATCH:
             parts = [self(part) for part in pixels.split(MAX_CPU_BATCH)]
-            return ImageFeatures(torch.cat([part.tokens for part in parts]), torch.cat([part.attention for part in parts]))
+            attention = [part.attention for part in parts if part.attention is not None]
+            return ImageFeatures(torch.cat([part.tokens for part in parts]), torch.cat(attention) if attention else None)
         features = self.tower(pixels)
         first, second = self.projector
         return ImageFeatures(second(activate(first(features.tokens), self.activation)), features.attention)

@@ -79,6 +79,11 @@ def test_cls_diversity_keeps_what_the_class_token_looks_at():
     assert keep_tokens("cls_diversity", image, 1, seed=0).indices.tolist() == [int(image.attention[0].argmax())]
 
 
+def test_cls_diversity_says_that_there_is_no_class_token():
+    with pytest.raises(ValueError, match="this vision tower has none"):
+        keep_tokens("cls_diversity", ImageFeatures(features(144).tokens), 24, 0)
+
+
 def test_cls_diversity_finds_the_odd_one_that_nobody_looks_at():
     tokens = F.one_hot(torch.zeros(100, dtype=torch.long), 4).float()
     tokens[17] = torch.tensor([0.0, 1.0, 0.0, 0.0])

@@ -71,15 +71,14 @@ def test_an_answer_is_what_the_model_says_on_the_route(engine, tiny, level):
     images = [model.vision(image.pixels[None]) for image in request.images]
     (point,) = engine.menu[level].operating_points
     route, visual = make_route(point, images, LAYERS, tiny.manifest.calibration.layer_change)
-    rows = [n + 8 if n else 0 for n in route.rows(len(request.prompt))]
-    cache = model.new_cache(rows)
-    work = prefill_input(model, torch.tensor(request.prompt), visual, route, cache)
+    cache = model.new_cache(route.rows(len(request.prompt), 8))
+    sequence = prefill_input(model, torch.tensor(request.prompt), visual, route, cache)
     expected, made = [], []
     for place in range(8):
-        logprobs = forward(model, [work])[0].log_softmax(-1)
+        logprobs = forward(model, [sequence])[0].log_softmax(-1)
         made.append(int(logprobs.argmax()))
         expected.append(float(logprobs.max()))
-        work = decode_input(model, torch.tensor(made[-1:]), len(request.prompt) + place, route, cache)
+        sequence = decode_input(model, torch.tensor(made[-1:]), len(request.prompt) + place, route, cache)
     assert reader.text == tiny.preprocessor.tokenizer.decode(made, skip_special_tokens=True).lstrip()
     assert [one.logprob for one in reader.logprobs] == pytest.approx(expected, abs=1e-3)
 

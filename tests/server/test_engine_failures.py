@@ -178,7 +178,7 @@ def test_a_pass_that_raises_for_one_request_fails_it_alone(engine, monkeypatch, 
 
     def flaky(model: Any, batch: list[SequenceInput], *rest: Any) -> torch.Tensor:
         logits = forward(model, batch, *rest)
-        if any(len(work.route.kept_tokens) == victim and max(work.cache.lengths) > reach for work in batch):
+        if any(len(one.route.kept_tokens) == victim and max(one.cache.lengths) > reach for one in batch):
             raise RuntimeError("a broken pass")
         return logits
 

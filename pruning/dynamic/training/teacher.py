@@ -30,7 +30,7 @@ class Prompt:
     @property
     def image(self) -> ImageFeatures:
         """The picture alone, without the class token's attention."""
-        return ImageFeatures(self.visual[None], self.visual.new_empty(1, 0))
+        return ImageFeatures(self.visual[None])
 
 
 def generate(model: Llava, batch: Sequence[Prompt], eos: Collection[int], max_new_tokens: int) -> list[list[int]]:
@@ -137,5 +137,4 @@ def _input(
     model: Llava, prompt: Prompt, answer: Sequence[int], route: Route, reserve: int = 0, logits_to_keep: int = 1
 ) -> SequenceInput:
     ids = torch.tensor([*prompt.ids, *answer], device=model.device)
-    rows = [n + reserve for n in route.rows(len(ids))]
-    return prefill_input(model, ids, prompt.visual, route, model.new_cache(rows), logits_to_keep)
+    return prefill_input(model, ids, prompt.visual, route, model.new_cache(route.rows(len(ids), reserve)), logits_to_keep)

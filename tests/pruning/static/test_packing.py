@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from checkpoints import world
-from models.checkpoint import Source, open_transformers
+from models.checkpoint import TransformersCheckpoint, open_transformers
 from pruning.samples import of_scene, read
 from pruning.static.packing import PackedSample, pack
 from tests.server.tiny import write
@@ -18,16 +18,16 @@ SCENE = world.draw("train", 3)
 
 
 @pytest.fixture(scope="module", name="source")
-def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> TransformersCheckpoint:
     return open_transformers(write(tmp_path_factory.mktemp("tiny") / "tiny"), dtype="float32")
 
 
 @torch.no_grad()
-def answer_logits(source: Source, sample: PackedSample) -> torch.Tensor:
+def answer_logits(source: TransformersCheckpoint, sample: PackedSample) -> torch.Tensor:
     return source.model(**sample.inputs(source.model), use_cache=False).logits[0, sample.before_answers]
 
 
-def test_questions_side_by_side_are_answered_as_each_alone(source: Source) -> None:
+def test_questions_side_by_side_are_answered_as_each_alone(source: TransformersCheckpoint) -> None:
     together = pack(source.preprocessor, of_scene(SCENE))
     logits, segments = answer_logits(source, together), together.segments[together.answers]
     for segment, question in enumerate(SCENE.questions, 1):
@@ -37,7 +37,7 @@ def test_questions_side_by_side_are_answered_as_each_alone(source: Source) -> No
         assert_close(logits[segments == segment][0], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_the_answers_are_told_apart_and_end(source: Source) -> None:
+def test_the_answers_are_told_apart_and_end(source: TransformersCheckpoint) -> None:
     sample = pack(source.preprocessor, of_scene(SCENE))
     tokenizer = source.preprocessor.tokenizer
     for segment, question in enumerate(SCENE.questions, 1):
@@ -45,7 +45,7 @@ def test_the_answers_are_told_apart_and_end(source: Source) -> None:
         assert tokenizer.decode(said) == f" {question.answer}{tokenizer.eos_token}"
 
 
-def test_every_turn_of_a_conversation_is_a_question_of_its_own(source: Source, tmp_path: Path) -> None:
+def test_every_turn_of_a_conversation_is_a_question_of_its_own(source: TransformersCheckpoint, tmp_path: Path) -> None:
     SCENE.image.save(tmp_path / "a.png")
     line = (
         '{"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "one"},'

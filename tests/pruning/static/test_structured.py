@@ -271,7 +271,7 @@ def answers(model: Llava, ids: list[int], pixels: Tensor, steps: int) -> list[Te
     """Logits of a prompt and of so many greedy tokens after it."""
     visual = model.vision(pixels).tokens[0]
     route = Route.full(len(visual), model.num_layers)
-    cache = model.new_cache([n + steps for n in route.rows(len(ids))])
+    cache = model.new_cache(route.rows(len(ids), steps))
     found = [forward(model, [prefill_input(model, torch.tensor(ids), visual, route, cache)])[0]]
     for step in range(steps):
         token = found[-1].argmax()[None]
