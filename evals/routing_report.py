@@ -19,20 +19,26 @@ Entry = dict[str, Any]
 HEAD = """# What routing costs the embedded checkpoints
 
 Made by `make tables` from `docs/runs/routes.jsonl`. Accuracy is exact match on every question of {pictures} held-out test
-pictures ({questions} questions), teacher-forced; in brackets, its share of what the same checkpoint reaches at `off`, then the
-prefill FLOPs over the dense ones, the router's own included. Where a router was trained with several seeds, the mean ± the
-half-width of its 95 % interval (Student's t). A router's budgets are averages: each question takes what it needs, but for the row
-"as much for each question". One run's 95 % bootstrap interval over pictures is about ± 0.5 points.
-A budget in FLOPs is PAR's (arXiv 2412.06458, table 1), which kept 95.8, 93.8, 92.8 and 91.1 % of LLaVA-1.5-7B's accuracy there.
+pictures ({questions} questions), teacher-forced. In brackets: its share of the accuracy at `off`, then the FLOPs ratio, the
+router's own FLOPs included. A policy whose router was trained with several seeds has their mean ± the half-width of its 95 %
+interval (Student's t). Budgets of a router are averages: each question takes what it needs, but for the row
+"as much for each question". One run's 95 % bootstrap interval over pictures is about ± 0.5 points. The budgets in FLOPs are
+PAR's (arXiv 2412.06458, table 1), which kept 95.8, 93.8, 92.8 and 91.1 % of LLaVA-1.5-7B's accuracy there.
 """
 LEVELS = """### Levels
 
-From `docs/runs/levels.jsonl`: agreement with the un-pruned model's own greedy answer, accuracy, and FLOPs ratio, of questions that
-open a chat and of the same questions after another one about the same picture; means over {seeds} router(s), with a run's 95 %
-bootstrap interval over pictures for agreement.
+From `docs/runs/levels.jsonl`: agreement with the same checkpoint's answer at `off`, accuracy, and FLOPs ratio, of opening
+questions and of the same questions as follow-ups of another one about the same picture. Means over {seeds} router(s); agreement
+with a run's 95 % bootstrap interval over pictures.
 
-| level | first: agreement | accuracy | FLOPs | follow-up: agreement | accuracy | FLOPs |
+| level | opening: agreement | accuracy | FLOPs | follow-up: agreement | accuracy | FLOPs |
 |---|---|---|---|---|---|---|"""
+AUTO = """What `auto` saves against the cheapest budget that agrees as often: of budgets that are the same for all questions, and of
+levels, which are budgets on average. Last: follow-up less opening questions, each against `off`, in points. In brackets, 95 %
+intervals.
+
+| router | `auto` agrees | FLOPs | same for all | FLOPs | saved | level | FLOPs | saved | follow-up: agreement | accuracy |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def main(
@@ -60,29 +66,27 @@ def _levels(runs: Sequence[Entry]) -> list[str]:
     for name in ["off", *menu]:
         cells = [cell for place in ("first", "follow_up") for cell in _level_cells([run["levels"][place][name] for run in runs])]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append("")
+    lines += ["", AUTO]
     for run in sorted(runs, key=lambda run: run["seed"]):
         auto = run["levels"]["first"]["auto"]
-        lines.append(
-            f"- Router {run['seed']}: `auto` agrees at {auto['agreement']:.2%} with {auto['flops_ratio']:.1%} of the FLOPs. "
-            f"The cheapest budget that agrees as often is, of those that are the same for all questions, "
-            f"{_saved(run['against_fixed'])}; of levels, which are budgets on average, {_saved(run['against_levels'])}. "
-            f"Of follow-up questions, and against `off` there, it gains {_points(run, 'agreement')} in agreement and "
-            f"{_points(run, 'accuracy')} in accuracy."
-        )
+        cells = [str(run["seed"]), f"{auto['agreement']:.2%}", f"{auto['flops_ratio']:.1%}"]
+        cells += [*_saved(run["against_fixed"]), *_saved(run["against_levels"])]
+        cells += [_points(run, "agreement"), _points(run, "accuracy")]
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def _saved(other: Entry) -> str:
+def _saved(other: Entry) -> list[str]:
+    """The cells of a budget: its name, its FLOPs ratio, and what `auto` saves of it."""
     low, high = (f"{bound:.1%}" for bound in other["saved_interval"])
-    return f"{other['level']}, at {other['flops_ratio']:.1%}, of which `auto` saves {other['saved']:.1%} ({low} to {high})"
+    return [other["level"], f"{other['flops_ratio']:.1%}", f"{other['saved']:.1%} ({low} to {high})"]
 
 
 def _points(run: Entry, what: str) -> str:
-    """How much better or worse than of first questions, in points."""
+    """How much better or worse follow-up questions are, in points."""
     found = run["follow_up_against_first"]
     low, high = (f"{100 * bound:+.2f}" for bound in found[f"{what}_interval"])
-    return f"{100 * found[what]:+.2f} points ({low} to {high})"
+    return f"{100 * found[what]:+.2f} ({low} to {high})"
 
 
 def _level_cells(found: Sequence[Entry]) -> list[str]:

@@ -138,6 +138,12 @@ def test_named_settings_exist(path: Path) -> None:
     assert [name for name in names if name.lower() not in Settings.model_fields] == []
 
 
+@documents
+def test_named_metrics_exist(path: Path) -> None:
+    names = set(re.findall(r"\bespalier_([a-z_]+)", path.read_text()))
+    assert [name for name in names if f'"{name}"' not in (ROOT / "server/metrics.py").read_text()] == []
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
