@@ -180,3 +180,8 @@ def test_readme_shows_the_cards_of_the_embedded_checkpoint() -> None:
         f"{card['kv_bytes'] / 1e3:.0f} kB | {card['first_token_seconds'] * 1e3:.1f} ms |"
         for level, card in cards.items()
     }
+
+
+def test_names_of_tests_are_short() -> None:
+    names = [name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())]
+    assert [name for name in names if len(name) > 60] == []
