@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test install check tables
+.PHONY: help serve test install check tables gpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,11 @@ test: .venv/.installed-dev ## run the tests
 tables: .venv/.installed-dev ## make docs/pruning_results.md and docs/routing_results.md from the stored runs
 	@$(BIN)/python -m evals.pruning_report
 	@$(BIN)/python -m evals.routing_report
+
+gpu: ## on a CUDA card, in nine minutes: tests, parity, and speed at 7B against transformers and the card's limits
+	@python=$(PYTHON); if ! $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then \
+		python=$(BIN)/python; [ -e .venv/.installed-dev ] || $(MAKE) .venv/.installed-dev; fi; \
+	$$python -m benchmarks.gpu $(ARGS)
 
 install: .venv/.installed ## prepare .venv, nothing else
 

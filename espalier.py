@@ -15,6 +15,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rich.console import Console
+from rich.markup import escape
 
 from pruning.dynamic.training.config import TrainingConfig
 from pruning.static.recipe import Recipe
@@ -194,7 +195,7 @@ def bench_engine(
     route: Annotated[list[str] | None, typer.Option(help="Visual tokens x layers, such as 128x22; may repeat.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens each request makes.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each side, in turn; medians are reported.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are reported.")] = 3,
     device: DEVICE = "cpu",
     dtype: DTYPE = "bfloat16",
     sparsity: Annotated[float | None, typer.Option(help="Measure pruned weights too, with this share of zeros.")] = None,
@@ -202,7 +203,7 @@ def bench_engine(
     router: Annotated[bool, typer.Option("--router", help="Let an untrained router of real size choose the tokens.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
 ) -> None:
-    """Random weights at real geometry: the ceiling first, then us and transformers in the same run."""
+    """Random weights at real geometry: the roofline first, then us and transformers in the same run."""
     from benchmarks.engine import run
 
     with _plain_errors():
@@ -219,9 +220,9 @@ def bench_http(
     json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
 ) -> None:
     """Load a running server at a given concurrency and mix of levels."""
-    from benchmarks.http import run
-
     with _plain_errors():
+        from benchmarks.http import run
+
         run(url, concurrency, requests, levels, max_tokens, quiet=json)
 
 
@@ -236,7 +237,7 @@ def _plain_errors() -> Iterator[None]:
         except (CheckpointError, ValueError, OSError) as error:
             if pressed:
                 raise KeyboardInterrupt from error
-            errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+            errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
 

@@ -1,9 +1,9 @@
-"""How fast is the model alone? Random weights at real geometry: the ceiling first, then us and transformers in turn."""
+"""How fast is the model alone? Random weights at real geometry: the roofline first, then us and transformers in turn."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -11,28 +11,30 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig
 
 from benchmarks import roofline
 from benchmarks.memory import peak_bytes
 from benchmarks.report import finish
 from benchmarks.runners import (
     TEXT_TOKENS,
-    Questions,
-    Run,
-    answer,
-    draw_questions,
-    generate,
-    prune,
+    EspalierRunner,
+    Prompts,
+    Runner,
+    Timing,
+    TransformersRunner,
+    prune_randomly,
+    random_prompts,
     share_weights,
     transformers_only_bytes,
 )
-from models.checkpoint import DTYPES
 from models.flops import flops_ratio
 from models.llava import Llava
 from models.random_llava import geometry_config, random_model
 from models.route import Route
 from pruning.dynamic.router import Router, RouterConfig, default_width
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(
@@ -41,56 +43,56 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure and print; the last line is one JSON document, which is also returned.
 
-    TTFT and time per token are those of the whole batch, answered at once. transformers answers one request after
-    another and does not prune, so that its one figure, times the batch, is the baseline of every route. Memory is that
-    of one request on the full route. With a `sparsity` every route runs twice, on the dense weights and, as `... sparse`, on
-    pruned ones. With `routed`, an untrained router of real size chooses each route's tokens. `new_tokens` is at
-    least 2. Raises ValueError for what cannot be run.
+    TTFT and TPOT are those of the whole batch, answered at once. transformers answers one request after another and does not
+    prune, so that its one figure, times the batch, is the baseline of every route. Memory is that of one request on the full
+    route. With a `sparsity` every route runs twice, on the dense weights and, as `... sparse`, on pruned ones. With `routed`, an
+    untrained router of real size chooses each route's tokens. `new_tokens` is at least 2. Raises ValueError for what cannot be run.
     """
     console = Console(stderr=True, quiet=quiet)
     config, place, precision = geometry_config(geometry), pick_device(device), pick_dtype(dtype)
     chosen = {name: parse_route(name, config) for name in routes or default_routes(config)}
     check_sparsity(sparsity, pattern)
     limits = roofline.measure(place, precision)
-    memory, matrices = limits.bytes_per_s / 1e9, limits.flops_per_s / 1e9
-    console.print(f"{place}, {dtype}: memory {memory:.1f} GB/s, matrices {matrices:,.0f} GFLOP/s")
+    memory, compute = limits.bytes_per_s / 1e9, limits.flops_per_s / 1e9
+    console.print(f"{place}, {dtype}: memory {memory:.1f} GB/s, matrix products {compute:,.0f} GFLOP/s")
     reference = random_model(config, dtype=precision, device=str(place))
     model = share_weights(reference)
-    questions = draw_questions(model, batch)
-    prompt = questions.ids.shape[1]
+    prompts = random_prompts(model, batch)
+    length = prompts.ids.shape[1]
     full = Route.full(config.image_seq_length, model.num_layers)
     # Before transformers has run for the first time and left its own buffers, and before there are pruned weights.
-    peak = peak_bytes(lambda: answer(model, questions.first(), full, new_tokens), place)
-    sides = {name: (model, route) for name, route in chosen.items()}
+    peak = peak_bytes(lambda: EspalierRunner(model, full).run(prompts.first(), new_tokens), place)
+    router = untrained_router(model) if routed else None
+    runners = {name: EspalierRunner(model, route, router) for name, route in chosen.items()}
     sparse: dict[str, Any] = {}
     if sparsity is not None:
-        pruned = prune(model, sparsity, pattern)
-        sides |= {f"{name} sparse": (pruned, route) for name, route in chosen.items()}
+        pruned = prune_randomly(model, sparsity, pattern)
+        runners |= {f"{name} sparse": EspalierRunner(pruned, route, router) for name, route in chosen.items()}
         sparse = {"sparsity": sparsity, "pattern": pattern, **describe(pruned, model, full)}
     bounds = {
-        name: {"ttft_s": limits.ttft(side, route, prompt, batch), "tpot_s": limits.tpot(side, route, batch)}
-        for name, (side, route) in sides.items()
+        name: {"ttft_s": limits.ttft(one.model, one.route, length, batch), "tpot_s": limits.tpot(one.model, one.route, batch)}
+        for name, one in runners.items()
     }
     for name, bound in bounds.items():
-        console.print(f"ceiling of {name}: first token {bound['ttft_s']:.3g} s, then {bound['tpot_s']:.3g} s each")
-    router = untrained_router(model) if routed else None
-    ours, theirs = measure(sides, reference, questions, new_tokens, repeats, console, router)
+        console.print(f"roofline of {name}: first token {bound['ttft_s']:.3g} s, then {bound['tpot_s']:.3g} s each")
+    ours, baseline = measure(runners, TransformersRunner(reference), prompts, new_tokens, repeats, console)
+    over_dense = {name: speedups(ours[f"{name} sparse"], ours[name]) for name in chosen} if sparse else {}
     document = {
         "geometry": geometry,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
         "dtype": dtype,
         "batch": batch,
-        "prompt_tokens": prompt,
+        "prompt_tokens": length,
         "new_tokens": new_tokens,
         "repeats": repeats,
         "threads": torch.get_num_threads(),
-        "ceiling": {"bytes_per_s": limits.bytes_per_s, "flops_per_s": limits.flops_per_s, "routes": bounds},
+        "roofline": {"bytes_per_s": limits.bytes_per_s, "flops_per_s": limits.flops_per_s, "routes": bounds},
         "routes": {
-            name: compare(runs, theirs, bounds[name], batch) | parts(config, sides[name][1], router, ours, name, prompt)
-            for name, runs in ours.items()
+            name: compare(timings, baseline, bounds[name], batch) | stages(config, runners[name], ours, name, length)
+            for name, timings in ours.items()
         },
-        "sparse": sparse | {"over_dense": {name: gain(ours[f"{name} sparse"], ours[name]) for name in chosen}} if sparse else None,
-        "transformers": summarise(theirs, 1),
+        "sparse": sparse | {"over_dense": over_dense} if sparse else None,
+        "transformers": summarise(baseline, 1),
         "peak_bytes": peak,  # vision layers that only transformers runs, counted next, lie in it too
         "transformers_only_bytes": transformers_only_bytes(reference, model),
         "weight_bytes": model.weight_bytes,
@@ -115,7 +117,8 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}: random weights were never saved in any")
-    return DTYPES[name]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def check_sparsity(sparsity: float | None, pattern: str) -> None:
@@ -151,64 +154,69 @@ def parse_route(name: str, config: LlavaConfig) -> Route:
 
 
 def measure(
-    sides: dict[str, tuple[Llava, Route]], reference: LlavaForConditionalGeneration, questions: Questions,
-    new_tokens: int, repeats: int, console: Console, router: Router | None = None,
-) -> tuple[dict[str, list[Run]], list[Run]]:  # fmt: skip
-    """Every model on its route and transformers in turn, `repeats` times, so that a machine that slows down slows all."""
-    for model, route in sides.values():
-        answer(model, questions, route, 2, router)
-    generate(reference, questions.first(), 2)
-    ours: dict[str, list[Run]] = {name: [] for name in sides}
+    runners: Mapping[str, Runner], baseline: Runner, prompts: Prompts, new_tokens: int, repeats: int, console: Console
+) -> tuple[dict[str, list[Timing]], list[Timing]]:
+    """Every runner and the baseline in turn, `repeats` times, so that a machine that slows down slows all."""
+    for runner in (*runners.values(), baseline):
+        runner.run(prompts, 2)
+    ours: dict[str, list[Timing]] = {name: [] for name in runners}
     theirs = []
     for _ in track(range(repeats), "measuring", console=console):
-        for name, (model, route) in sides.items():
-            ours[name].append(answer(model, questions, route, new_tokens, router))
-        theirs.append(generate(reference, questions.first(), new_tokens))
+        for name, runner in runners.items():
+            ours[name].append(runner.run(prompts, new_tokens))
+        theirs.append(baseline.run(prompts, new_tokens))
     return ours, theirs
 
 
-def summarise(runs: Sequence[Run], batch: int) -> dict[str, float]:
-    """Medians over the runs: tokens a second while decoding, and whole answers a second, from picture to last token."""
-    tpot = median(run.tpot for run in runs)
+def summarise(timings: Sequence[Timing], batch: int) -> dict[str, float]:
+    """Medians, and throughput: tokens a second while decoding, and whole answers a second, from picture to last token."""
+    tpot = median(timing.tpot for timing in timings)
     return {
-        "ttft_s": median(run.ttft for run in runs),
+        "ttft_s": median(timing.ttft for timing in timings),
         "tpot_s": tpot,
         "tokens_per_s": batch / tpot,
-        "requests_per_s": batch / median(run.total for run in runs),
+        "requests_per_s": batch / median(timing.e2e for timing in timings),
     }
 
 
-def compare(ours: Sequence[Run], theirs: Sequence[Run], bound: dict[str, float], batch: int) -> dict[str, float]:
-    """A route's medians, its speedups (medians over pairs of runs) and how many times its ceiling it takes."""
-    pairs = list(zip(ours, theirs, strict=True))
+def compare(ours: Sequence[Timing], baseline: Sequence[Timing], bound: dict[str, float], batch: int) -> dict[str, float]:
+    """A route's medians, its speedups over the baseline and how many times its roofline it takes."""
     own = summarise(ours, batch)
-    return own | {
-        "ttft_speedup": median(batch * b.ttft / a.ttft for a, b in pairs),
-        "tpot_speedup": median(batch * b.tpot / a.tpot for a, b in pairs),
-        "requests_speedup": median(batch * b.total / a.total for a, b in pairs),
-        "ttft_over_ceiling": own["ttft_s"] / bound["ttft_s"],
-        "tpot_over_ceiling": own["tpot_s"] / bound["tpot_s"],
+    return own | speedups(ours, baseline, batch) | {
+        "ttft_over_roofline": own["ttft_s"] / bound["ttft_s"],
+        "tpot_over_roofline": own["tpot_s"] / bound["tpot_s"],
+    }  # fmt: skip
+
+
+def speedups(ours: Sequence[Timing], others: Sequence[Timing], times: int = 1) -> dict[str, float]:
+    """How many times as fast as `others`, run so many `times` one after another: medians over pairs of runs."""
+    pairs = list(zip(ours, others, strict=True))
+    return {
+        "ttft_speedup": median(times * b.ttft / a.ttft for a, b in pairs),
+        "tpot_speedup": median(times * b.tpot / a.tpot for a, b in pairs),
+        "requests_speedup": median(times * b.e2e / a.e2e for a, b in pairs),
     }
 
 
-def parts(
-    config: LlavaConfig, route: Route, router: Router | None, ours: dict[str, list[Run]], name: str, prompt: int
+def stages(
+    config: LlavaConfig, runner: EspalierRunner, ours: Mapping[str, Sequence[Timing]], name: str, prompt: int
 ) -> dict[str, float]:
     """Where a route's first token goes, and its arithmetic: share of the dense prefill's FLOPs, the router's own beside it, and how
     many times that share its prompt takes of the full route's time in the same run (0 where that was not run). Medians."""
+    route, router = runner.route, runner.router
     full = f"{config.image_seq_length}x{len(route.layers)}" + name.removeprefix(name.split()[0])
     share = flops_ratio(config, route, prompt)
     pairs = zip(ours[name], ours.get(full, []), strict=False)
-    times = [run.prefill / dense.prefill for run, dense in pairs]
+    ratios = [timing.prefill / dense.prefill for timing, dense in pairs]
     own = router.config.flops(route.visual_tokens, TEXT_TOKENS, len(route.kept_tokens)) if router and route.dropped else 0
     return {
-        "encode_s": median(run.encode for run in ours[name]),
-        "route_s": median(run.route for run in ours[name]),
-        "prefill_s": median(run.prefill for run in ours[name]),
+        "encode_s": median(timing.encode for timing in ours[name]),
+        "route_s": median(timing.route for timing in ours[name]),
+        "prefill_s": median(timing.prefill for timing in ours[name]),
         "kv_bytes": ours[name][0].kv_bytes,
         "flops_ratio": share,
         "router_flops_ratio": flops_ratio(config, route, prompt, own) - share,
-        "prefill_over_flops": median(times) / share if times else 0.0,
+        "prefill_over_flops": median(ratios) / share if ratios else 0.0,
     }
 
 
@@ -220,7 +228,7 @@ def untrained_router(model: Llava) -> Router:
 
 
 def describe(pruned: Llava, model: Llava, full: Route) -> dict[str, Any]:
-    """What pruning left of the language layers: zeros, bytes by form, and resident bytes over the dense ones."""
+    """What pruning left of the language layers: zeros, bytes by weight format, and resident bytes over the dense ones."""
     head = model.head.bytes
     return {
         "zeros": pruned.sparsity()["language"],
@@ -229,18 +237,8 @@ def describe(pruned: Llava, model: Llava, full: Route) -> dict[str, Any]:
     }
 
 
-def gain(sparse: Sequence[Run], dense: Sequence[Run]) -> dict[str, float]:
-    """How many times as fast the sparse weights are as our own dense ones, medians over pairs of runs."""
-    pairs = list(zip(sparse, dense, strict=True))
-    return {
-        "ttft_speedup": median(b.ttft / a.ttft for a, b in pairs),
-        "tpot_speedup": median(b.tpot / a.tpot for a, b in pairs),
-        "requests_speedup": median(b.total / a.total for a, b in pairs),
-    }
-
-
 def show(document: dict[str, Any], console: Console) -> None:
-    table = Table("route", "first token s", "each next s", "then tokens/s", "requests/s", title=document["geometry"])
+    table = Table("route", "TTFT s", "TPOT s", "tokens/s", "requests/s", title=document["geometry"])
     for name, row in (document["routes"] | {"transformers": document["transformers"]}).items():
         ratios = {key: f" ({value:.2f}×)" for key, value in row.items() if key.endswith("speedup")}
         table.add_row(

@@ -16,7 +16,6 @@ from math import ceil
 from random import Random
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -24,34 +23,39 @@ from rich.table import Table
 from benchmarks.report import finish
 from checkpoints.world import draw
 
+try:
+    import httpx
+except ImportError as error:
+    raise ValueError("espalier bench http needs httpx; install it with `pip install 'espalier[bench]'`") from error
+
 TIMEOUT_S = 300.0
 TRIES = 50
 """How often a request comes back after 429 before it counts as not answered."""
 
 
 @dataclass(frozen=True)
-class Ask:
+class ChatRequest:
     level: str
     body: bytes
 
 
 @dataclass(frozen=True)
-class Reply:
-    """One answer; seconds count from the first attempt, so that being refused is paid for."""
+class Completion:
+    """One answer: seconds to its first token and end to end, both from the first attempt, so that being refused is paid for."""
 
     level: str
     ttft: float
-    total: float
+    e2e: float
     tokens: int
 
 
-class NoAnswer(Exception):
+class RequestFailed(Exception):
     """The request came to nothing; the message is what errors are counted by."""
 
 
 @dataclass
-class Tally:
-    replies: list[Reply] = field(default_factory=list)
+class Results:
+    completions: list[Completion] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     """By status, every 429 included; other failures by name."""
 
@@ -62,14 +66,14 @@ def run(url: str, concurrency: int, requests: int, levels: str, max_tokens: int,
     Raises ValueError for a mix that makes no sense and ConnectionError when no server answers at `url`.
     """
     console = Console(stderr=True, quiet=quiet)
-    asks = draw_asks(parse_mix(levels), requests, max_tokens)
-    tally = Tally()
+    drawn = draw_requests(parse_mix(levels), requests, max_tokens)
+    results = Results()
     try:
-        seconds = asyncio.run(load(url, asks, concurrency, tally, console))
+        seconds = asyncio.run(load(url, drawn, concurrency, results, console))
     except httpx.InvalidURL as error:
         raise ValueError(f"url {url!r}: {error}") from error
     asked = {"url": url, "concurrency": concurrency, "requests": requests, "max_tokens": max_tokens}
-    document = asked | summarise(tally, seconds)
+    document = asked | summarise(results, seconds)
     show(document, console)
     return finish(document)
 
@@ -85,11 +89,11 @@ def parse_mix(text: str) -> dict[str, int]:
     return mix
 
 
-def draw_asks(mix: dict[str, int], count: int, max_tokens: int) -> list[Ask]:
+def draw_requests(mix: dict[str, int], count: int, max_tokens: int) -> list[ChatRequest]:
     """Requests with held-out pictures, made before the clock starts; levels in their exact shares, in no order."""
     levels = list(islice(cycle(level for level, weight in mix.items() for _ in range(weight)), count))
     Random(0).shuffle(levels)
-    return [Ask(level, json.dumps(chat_body(index, max_tokens)).encode()) for index, level in enumerate(levels)]
+    return [ChatRequest(level, json.dumps(chat_body(index, max_tokens)).encode()) for index, level in enumerate(levels)]
 
 
 def chat_body(index: int, max_tokens: int) -> dict[str, Any]:
@@ -108,18 +112,18 @@ def chat_body(index: int, max_tokens: int) -> dict[str, Any]:
     }
 
 
-async def load(url: str, asks: Sequence[Ask], concurrency: int, tally: Tally, console: Console) -> float:
+async def load(url: str, requests: Sequence[ChatRequest], concurrency: int, results: Results, console: Console) -> float:
     """Ask everything, `concurrency` at a time, each next one when an answer is whole; returns the seconds it took."""
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as client:
         await check_server(client)
-        queue = iter(asks)
+        queue = iter(requests)
         with Progress(console=console) as progress:
-            task = progress.add_task("asking", total=len(asks))
+            task = progress.add_task("requests", total=len(requests))
 
             async def worker() -> None:
-                for ask in queue:
-                    await answer(client, ask, tally)
+                for request in queue:
+                    await send(client, request, results)
                     progress.advance(task)
 
             start = time.perf_counter()
@@ -139,33 +143,33 @@ async def check_server(client: httpx.AsyncClient) -> None:
         raise ConnectionError(f"{client.base_url} answers GET /v1/models with {status}; is it an Espalier server?")
 
 
-async def answer(client: httpx.AsyncClient, ask: Ask, tally: Tally) -> None:
+async def send(client: httpx.AsyncClient, request: ChatRequest, results: Results) -> None:
     """Ask until it is answered; what is refused with 429 comes back when the server says so."""
     start = time.perf_counter()
     for _ in range(TRIES):
         try:
-            wait = await attempt(client, ask, start, tally)
-        except NoAnswer as error:
-            tally.errors[str(error)] += 1
+            wait = await attempt(client, request, start, results)
+        except RequestFailed as error:
+            results.errors[str(error)] += 1
             return
         except httpx.HTTPError as error:
-            tally.errors[type(error).__name__] += 1
+            results.errors[type(error).__name__] += 1
             return
         if wait is None:
             return
         await asyncio.sleep(wait)
 
 
-async def attempt(client: httpx.AsyncClient, ask: Ask, start: float, tally: Tally) -> float | None:
-    """Stream one answer into the tally, or return the seconds to wait after a 429. Raises NoAnswer, httpx.HTTPError."""
-    headers = {"Content-Type": "application/json", "X-Pruning-Level": ask.level}
-    async with client.stream("POST", "/v1/chat/completions", content=ask.body, headers=headers) as response:
+async def attempt(client: httpx.AsyncClient, request: ChatRequest, start: float, results: Results) -> float | None:
+    """Stream one answer into the results, or return the seconds to wait after a 429. Raises RequestFailed, httpx.HTTPError."""
+    headers = {"Content-Type": "application/json", "X-Pruning-Level": request.level}
+    async with client.stream("POST", "/v1/chat/completions", content=request.body, headers=headers) as response:
         if response.status_code == 429:
-            tally.errors["429"] += 1
+            results.errors["429"] += 1
             after = response.headers.get("retry-after", "")
             return float(after) if after.isdecimal() else 1.0
         if response.status_code != 200:
-            raise NoAnswer(str(response.status_code))
+            raise RequestFailed(str(response.status_code))
         first, tokens = None, None
         async for line in response.aiter_lines():
             chunk = read_event(line)
@@ -174,9 +178,9 @@ async def attempt(client: httpx.AsyncClient, ask: Ask, start: float, tally: Tall
             tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
     end = time.perf_counter()
     if tokens is None:
-        raise NoAnswer("cut short")
+        raise RequestFailed("cut short")
     first = first or end  # an empty answer has no first word
-    tally.replies.append(Reply(ask.level, first - start, end - start, tokens))
+    results.completions.append(Completion(request.level, first - start, end - start, tokens))
     return None
 
 
@@ -187,35 +191,35 @@ def read_event(line: str) -> dict[str, Any]:
         return {}
     chunk: dict[str, Any] = json.loads(data)
     if "error" in chunk:
-        raise NoAnswer("error in stream")
+        raise RequestFailed("error in stream")
     return chunk
 
 
-def summarise(tally: Tally, seconds: float) -> dict[str, Any]:
-    replies = tally.replies
-    levels = sorted({reply.level for reply in replies})
+def summarise(results: Results, seconds: float) -> dict[str, Any]:
+    completions = results.completions
+    levels = sorted({one.level for one in completions})
     return {
         "seconds": seconds,
-        "answered": len(replies),
-        "errors": dict(sorted(tally.errors.items())),
-        **throughput(replies, seconds),
-        "levels": {level: summarise_level([r for r in replies if r.level == level], seconds) for level in levels},
+        "answered": len(completions),
+        "errors": dict(sorted(results.errors.items())),
+        **throughput(completions, seconds),
+        "levels": {level: summarise_level([one for one in completions if one.level == level], seconds) for level in levels},
     }
 
 
-def summarise_level(replies: list[Reply], seconds: float) -> dict[str, Any]:
+def summarise_level(completions: list[Completion], seconds: float) -> dict[str, Any]:
     return {
-        "answered": len(replies),
-        **throughput(replies, seconds),
-        "ttft_s": percentiles([reply.ttft for reply in replies]),
-        "total_s": percentiles([reply.total for reply in replies]),
+        "answered": len(completions),
+        **throughput(completions, seconds),
+        "ttft_s": percentiles([one.ttft for one in completions]),
+        "e2e_s": percentiles([one.e2e for one in completions]),
     }
 
 
-def throughput(replies: list[Reply], seconds: float) -> dict[str, float]:
+def throughput(completions: list[Completion], seconds: float) -> dict[str, float]:
     """Over the whole run, so that levels add up."""
-    tokens = sum(reply.tokens for reply in replies)
-    return {"requests_per_s": len(replies) / seconds, "tokens_per_s": tokens / seconds}
+    tokens = sum(one.tokens for one in completions)
+    return {"requests_per_s": len(completions) / seconds, "tokens_per_s": tokens / seconds}
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -225,10 +229,10 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 def show(document: dict[str, Any], console: Console) -> None:
-    columns = ("level", "answered", "requests/s", "tokens/s", "first token", "whole answer")
+    columns = ("level", "answered", "requests/s", "tokens/s", "TTFT", "end to end")
     table = Table(*columns, title=f"{document['concurrency']} at once; seconds at p50, p95, p99")
     for name, row in (document["levels"] | {"all": document}).items():
-        spread = [" ".join(f"{s:.3g}" for s in row[key].values()) for key in ("ttft_s", "total_s") if key in row]
+        spread = [" ".join(f"{s:.3g}" for s in row[key].values()) for key in ("ttft_s", "e2e_s") if key in row]
         table.add_row(name, str(row["answered"]), f"{row['requests_per_s']:.2f}", f"{row['tokens_per_s']:.1f}", *spread)
     console.print(table)
     if document["errors"]:

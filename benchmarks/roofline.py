@@ -1,4 +1,7 @@
-"""What the machine can do at best, measured, and what a route asks of it: no model answers faster than its ceiling."""
+"""The roofline (Williams et al. 2009): what the machine can do at best, measured, and what a route asks of it.
+
+No model answers faster than its roofline.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ REPEATS = 7
 
 
 @dataclass(frozen=True)
-class Ceiling:
+class Roofline:
     """The best that was measured of a machine: bytes read from memory, and arithmetic in matrix products."""
 
     bytes_per_s: float
@@ -37,7 +40,7 @@ class Ceiling:
     def ttft(self, model: Llava, route: Route, prompt: int, batch: int) -> float:
         """First tokens of `batch` requests, each of one image in a prompt of `prompt` tokens; weights are read once.
 
-        The arithmetic is that of dense weights, in which every form meets so many rows.
+        The arithmetic is that of dense weights, in which every weight format meets so many rows.
         """
         config = model.config
         flops = batch * (vision_flops(config) + prefill_flops(config, route, prompt))
@@ -50,8 +53,8 @@ class Ceiling:
         return self.seconds(flops, decode_bytes(model, route))
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> Ceiling:
-    """Time a streaming read and a matrix product; the best of several, since a ceiling is not a typical value."""
+def measure(device: torch.device, dtype: torch.dtype) -> Roofline:
+    """Time a streaming read and a matrix product; the best of several, since a limit is not a typical value."""
     stream = torch.ones(STREAM_BYTES // 4, device=device)  # pages never written would all be the same zero page
     reading = best_seconds(stream.sum, device)
     del stream
@@ -59,7 +62,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Ceiling:
     x = torch.randn(rows, inputs, device=device).to(dtype)
     weight = torch.randn(outputs, inputs, device=device).to(dtype)
     multiplying = best_seconds(lambda: F.linear(x, weight), device)
-    return Ceiling(STREAM_BYTES / reading, 2 * rows * inputs * outputs / multiplying)
+    return Roofline(STREAM_BYTES / reading, 2 * rows * inputs * outputs / multiplying)
 
 
 def best_seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""The two sides of the comparison, our forward and transformers, on one copy of the weights and the same questions."""
+"""The two runners of the comparison, our forward and transformers, on one copy of the weights and the same prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Size, Tensor, nn
@@ -25,31 +25,33 @@ from pruning.dynamic.router import Router, score_request, text_window
 from pruning.dynamic.training.teacher import Prompt
 
 TEXT_TOKENS = 40
+PAIRS = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool)
+"""The ways to keep two of four weights."""
 
 
 @dataclass(frozen=True)
-class Questions:
+class Prompts:
     """A picture and some words each: `ids` [batch, prompt], image tokens expanded; `pixels` [batch, 3, size, size]."""
 
     ids: Tensor
     pixels: Tensor
 
-    def first(self) -> Questions:
-        return Questions(self.ids[:1], self.pixels[:1])
+    def first(self) -> Prompts:
+        return Prompts(self.ids[:1], self.pixels[:1])
 
 
 @dataclass(frozen=True)
-class Run:
-    """One timed run. `ttft`, the median `tpot` of the later tokens and `total` in seconds; `tokens` [request][step].
+class Timing:
+    """One timed run, in seconds: `ttft` to the first tokens of all prompts, `tpot` from a token to the next (median), `e2e` in all.
 
-    Of `ttft`, `encode` and `route` went to the pictures and to the router, `prefill` to the prompts, as far as that can be told.
-    `kv_bytes` are those of one request's cache.
+    Of `ttft`, `encode` went to the pictures and `route` to the router, `prefill` to the prompts, as far as that can be told.
+    `kv_bytes` are those of one request's cache; `output_ids` are [request][step].
     """
 
     ttft: float
     tpot: float
-    total: float
-    tokens: list[list[int]]
+    e2e: float
+    output_ids: list[list[int]]
     encode: float = 0.0
     route: float = 0.0
     kv_bytes: int = 0
@@ -59,13 +61,98 @@ class Run:
         return self.ttft - self.encode - self.route
 
     @classmethod
-    def of(cls, start: float, marks: Sequence[float], tokens: list[list[int]], **parts: Any) -> Run:
-        """`marks` are the times when each token was in the caller's hands."""
-        steps = [after - before for before, after in pairwise(marks)]
-        return cls(marks[0] - start, median(steps), marks[-1] - start, tokens, **parts)
+    def of(cls, start: float, token_times: Sequence[float], output_ids: list[list[int]], **stages: Any) -> Timing:
+        """`token_times` are when the caller had each token."""
+        steps = [after - before for before, after in pairwise(token_times)]
+        return cls(token_times[0] - start, median(steps), token_times[-1] - start, output_ids, **stages)
 
 
-def draw_questions(model: Llava, batch: int) -> Questions:
+class Runner(Protocol):
+    def run(self, prompts: Prompts, new_tokens: int) -> Timing:
+        """Answer greedily with `new_tokens` tokens each, at least 2."""
+
+
+@dataclass(frozen=True)
+class EspalierRunner:
+    """Our forward: all prompts in one batch. A `router` chooses the visual tokens, as many as the route keeps."""
+
+    model: Llava
+    route: Route
+    router: Router | None = None
+
+    @torch.inference_mode()
+    def run(self, prompts: Prompts, new_tokens: int) -> Timing:
+        model, route, start = self.model, self.route, time.perf_counter()
+        length = prompts.ids.shape[1]
+        caches = [model.new_cache(route.rows(length, new_tokens - 1)) for _ in prompts.ids]
+        visual = model.vision(prompts.pixels).tokens
+        encoded = _finished(model)
+        routed = [self._route(ids, tokens) for ids, tokens in zip(prompts.ids, visual, strict=True)]
+        routed_at = _finished(model)
+        inputs = [
+            prefill_input(model, ids, tokens, own, cache)
+            for ids, (own, tokens), cache in zip(prompts.ids, routed, caches, strict=True)
+        ]
+        token_times, steps = [], []
+        for position in range(length, length + new_tokens):
+            ids = forward(model, inputs).argmax(-1)
+            steps.append(ids.tolist())  # waits for the device, as a server must to send the token
+            token_times.append(time.perf_counter())
+            inputs = [
+                decode_input(model, token, position, own.route, own.cache)
+                for token, own in zip(ids.split(1), inputs, strict=True)
+            ]
+        output_ids = [list(tokens) for tokens in zip(*steps, strict=True)]
+        stages = {"encode": encoded - start, "route": routed_at - encoded, "kv_bytes": caches[0].nbytes}
+        return Timing.of(start, token_times, output_ids, **stages)
+
+    def _route(self, ids: Tensor, visual: Tensor) -> tuple[Route, Tensor]:
+        """The route with the tokens that the router keeps, and the visual tokens [visual tokens, width] as it leaves them."""
+        if not (self.router and self.route.dropped):
+            return self.route, visual
+        prompt = Prompt(ids.tolist(), visual)
+        routing = score_request(self.router, self.model, [prompt.image], text_window(prompt.ids, self.model.config.image_token_id))
+        (kept,) = routing.keep_tokens(len(self.route.kept_tokens))
+        return replace(self.route, kept_tokens=tuple(kept.indices.tolist()), token_sizes=kept.sizes), kept.tokens
+
+
+@dataclass(frozen=True)
+class TransformersRunner:
+    """transformers' `generate`: the first prompt alone, all visual tokens and layers."""
+
+    model: LlavaForConditionalGeneration
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Timing:
+        first, streamer, start = prompts.first(), TokenTimes(), time.perf_counter()
+        out = self.model.generate(
+            input_ids=first.ids, attention_mask=torch.ones_like(first.ids), pixel_values=first.pixels,
+            do_sample=False, use_cache=True, max_new_tokens=new_tokens, streamer=streamer,
+            eos_token_id=None,  # random weights may say anything, the end included
+        )  # fmt: skip
+        return Timing.of(start, streamer.times[1:], out[:, first.ids.shape[1] :].tolist())  # the first time is the prompt's
+
+
+class TokenTimes(BaseStreamer):
+    """When `generate` hands over each token; by then the device has finished it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to note."""
+
+
+def _finished(model: Llava) -> float:
+    """The time, once the device has done what it was given."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def random_prompts(model: Llava, batch: int) -> Prompts:
     """Random words, and a picture of its own for each request."""
     config, random = model.config, torch.Generator().manual_seed(0)
     image, size = config.image_token_id, config.vision_config.image_size
@@ -73,11 +160,11 @@ def draw_questions(model: Llava, batch: int) -> Questions:
     picture = torch.full((batch, model.visual_tokens_per_image), image)
     pixels = torch.randn(batch, config.vision_config.num_channels, size, size, generator=random)
     ids = torch.cat([text[:, :1], picture, text[:, 1:]], dim=1)
-    return Questions(ids.to(model.device), pixels.to(model.device, model.dtype))
+    return Prompts(ids.to(model.device), pixels.to(model.device, model.dtype))
 
 
 def share_weights(reference: LlavaForConditionalGeneration) -> Llava:
-    """Fuse the weights of a transformers model for our forward and lend them back: both run on the same single copy.
+    """Fuse the weights of a transformers model for our forward and give them back as views: both run on the same single copy.
 
     The vision layers that LLaVA never reads go back as well, for transformers runs them.
     """
@@ -88,22 +175,22 @@ def share_weights(reference: LlavaForConditionalGeneration) -> Llava:
     tower = model.vision.tower
     assert isinstance(tower, ClipTower)
     for layer, vision in zip(layers, tower.layers, strict=False):
-        lend(vision.qkv, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
-        lend(vision.out, layer.self_attn.out_proj)
-        lend(vision.up, layer.mlp.fc1)
-        lend(vision.down, layer.mlp.fc2)
+        give_back(vision.qkv, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        give_back(vision.out, layer.self_attn.out_proj)
+        give_back(vision.up, layer.mlp.fc1)
+        give_back(vision.down, layer.mlp.fc2)
     for layer, block in zip(reference.model.language_model.layers, model.decoder_layers, strict=True):
-        lend(block.qkv, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
-        lend(block.out, layer.self_attn.o_proj)
-        lend(block.gate_up, layer.mlp.gate_proj, layer.mlp.up_proj)
-        lend(block.down, layer.mlp.down_proj)
+        give_back(block.qkv, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        give_back(block.out, layer.self_attn.o_proj)
+        give_back(block.gate_up, layer.mlp.gate_proj, layer.mlp.up_proj)
+        give_back(block.down, layer.mlp.down_proj)
     for matrix, module in zip(model.vision.projector, (projector.linear_1, projector.linear_2), strict=True):
-        lend(matrix, module)
-    lend(model.head, reference.lm_head)
+        give_back(matrix, module)
+    give_back(model.head, reference.lm_head)
     return model
 
 
-def lend(fused: AnyLinear, *modules: nn.Linear) -> None:
+def give_back(fused: AnyLinear, *modules: nn.Linear) -> None:
     """Undo `models.linear.fuse` without a copy: rows of a fused [out, in] matrix lie together, and multiply as fast."""
     assert isinstance(fused, Linear), "random weights have no zeros, for which loading would compress them"
     sizes = [module.out_features for module in modules]
@@ -114,25 +201,22 @@ def lend(fused: AnyLinear, *modules: nn.Linear) -> None:
             module.bias = nn.Parameter(bias, requires_grad=False)
 
 
-PAIRS = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool)
-"""The ways to keep two of four weights."""
-
-
-def prune(model: Llava, sparsity: float, pattern: str) -> Llava:
-    """The same model with random weights of its language layers set to zero, and each matrix in the form that loading chooses.
+def prune_randomly(model: Llava, sparsity: float, pattern: str) -> Llava:
+    """The same model with random weights of its language layers set to zero, and each matrix in the format that loading chooses.
 
     What is not pruned is shared. `pattern` is `unstructured`, or `2:4`, which is a sparsity of one half.
     """
-    random = torch.Generator().manual_seed(0)
+    random, device = torch.Generator(model.device).manual_seed(0), model.device
 
-    def kept(shape: Size) -> Tensor:
+    def mask(shape: Size) -> Tensor:
         if pattern == "2:4":
-            return PAIRS[torch.randint(len(PAIRS), (shape[0], shape[1] // 4), generator=random)].view(shape)
-        return torch.rand(shape, generator=random) >= sparsity
+            chosen = torch.randint(len(PAIRS), (shape[0], shape[1] // 4), generator=random, device=device)
+            return PAIRS.to(device)[chosen].view(shape)
+        return torch.rand(shape, generator=random, device=device) >= sparsity
 
     def pruned(matrix: AnyLinear) -> AnyLinear:
         assert isinstance(matrix, Linear), "dense before it is pruned"
-        return choose_format(Linear(matrix.weight * kept(matrix.weight.shape).to(matrix.weight.device), matrix.bias))
+        return choose_format(Linear(matrix.weight * mask(matrix.weight.shape), matrix.bias))
 
     layers = [
         replace(b, qkv=pruned(b.qkv), out=pruned(b.out), gate_up=pruned(b.gate_up), down=pruned(b.down))
@@ -144,74 +228,3 @@ def prune(model: Llava, sparsity: float, pattern: str) -> Llava:
 def transformers_only_bytes(reference: LlavaForConditionalGeneration, model: Llava) -> int:
     unused = reference.model.vision_tower.encoder.layers[max(feature_layers(model.config)) :]
     return sum(parameter.nbytes for parameter in unused.parameters())
-
-
-@torch.inference_mode()
-def answer(model: Llava, questions: Questions, route: Route, new_tokens: int, router: Router | None = None) -> Run:
-    """All questions at once, greedily: one pass for the pictures, one for the prompts, then one per new token.
-
-    With a `router` it is that which chooses the visual tokens, as many as the route keeps.
-    """
-    start = time.perf_counter()
-    prompt = questions.ids.shape[1]
-    caches = [model.new_cache(route.rows(prompt, new_tokens - 1)) for _ in questions.ids]
-    visual = model.vision(questions.pixels).tokens
-    encoded = _finished(model)
-    chosen = [(route, seen) for seen in visual]
-    if router and route.dropped:
-        chosen = [choose_tokens(router, model, ids, seen, route) for ids, seen in zip(questions.ids, visual, strict=True)]
-    routed = _finished(model)
-    work = [
-        prefill_input(model, ids, seen, own, cache)
-        for ids, (own, seen), cache in zip(questions.ids, chosen, caches, strict=True)
-    ]
-    marks, steps = [], []
-    for position in range(prompt, prompt + new_tokens):
-        tokens = forward(model, work).argmax(-1)
-        steps.append(tokens.tolist())  # waits for the device, as a server must to send the token
-        marks.append(time.perf_counter())
-        work = [
-            decode_input(model, token, position, own.route, own.cache)
-            for token, own in zip(tokens.split(1), work, strict=True)
-        ]
-    made = [list(tokens) for tokens in zip(*steps, strict=True)]
-    return Run.of(start, marks, made, encode=encoded - start, route=routed - encoded, kv_bytes=caches[0].nbytes)
-
-
-def choose_tokens(router: Router, model: Llava, ids: Tensor, visual: Tensor, route: Route) -> tuple[Route, Tensor]:
-    """The route with the tokens that the router keeps, and the visual tokens [visual tokens, width] as it leaves them."""
-    prompt = Prompt(ids.tolist(), visual)
-    routing = score_request(router, model, [prompt.image], text_window(prompt.ids, model.config.image_token_id))
-    (kept,) = routing.keep_tokens(len(route.kept_tokens))
-    return replace(route, kept_tokens=tuple(kept.indices.tolist()), token_sizes=kept.sizes), kept.tokens
-
-
-def _finished(model: Llava) -> float:
-    """The time, once the device has done what it was given."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
-
-
-class Marks(BaseStreamer):
-    """Notes when `generate` hands over each token, by when the device has finished it."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.at.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to note."""
-
-
-def generate(reference: LlavaForConditionalGeneration, question: Questions, new_tokens: int) -> Run:
-    """One question through transformers, greedily, all visual tokens and layers."""
-    marks, start = Marks(), time.perf_counter()
-    out = reference.generate(
-        input_ids=question.ids, attention_mask=torch.ones_like(question.ids), pixel_values=question.pixels,
-        do_sample=False, use_cache=True, max_new_tokens=new_tokens, streamer=marks,
-        eos_token_id=None,  # random weights may say anything, the end included
-    )  # fmt: skip
-    return Run.of(start, marks.at[1:], out[:, question.ids.shape[1] :].tolist())  # the first mark is the prompt's

@@ -37,8 +37,11 @@ def text_config(
 
 
 def geometry_config(name: str) -> LlavaConfig:
+    """A geometry at real size, or `tiny`. Raises ValueError for another name."""
+    if name == "tiny":
+        return tiny_config()
     if name not in GEOMETRIES:
-        raise ValueError(f"geometry {name!r} is not one of {', '.join(GEOMETRIES)}")
+        raise ValueError(f"geometry {name!r} is not one of {', '.join(GEOMETRIES)}, tiny")
     vision = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
         patch_size=14, projection_dim=768,
