@@ -61,7 +61,3 @@ def test_the_openai_client_example_runs_and_three_ways_agree(port: int) -> None:
     assert len(others) == 3
     # The same answer by the same route; only the reason tells which way the level was chosen.
     assert len({re.sub("'reason': '[a-z]+'", "", line) for line in others}) == 1
-
-
-def test_it_is_short() -> None:
-    assert len(README.splitlines()) <= 150
