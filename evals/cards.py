@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints.world import Question, Scene
-from evals.scenes import LIMITS, Answer, ask_all, make_request, normalise
+from evals.scenes import LIMITS, RecordedAnswer, ask_all, make_request, normalise
 from evals.statistics import wilson
 from models.checkpoint import load
 from models.manifest import write_manifest
@@ -19,7 +19,7 @@ from server.engine import Engine
 
 ALONE = 20
 """Questions asked one at a time, for the latency."""
-Results = list[tuple[Scene, Question, Answer]]
+Results = list[tuple[Scene, Question, RecordedAnswer]]
 
 
 def run(checkpoint: Path, limit: int, split: str, device: str, dtype: str, quiet: bool = False) -> dict[str, dict[str, Any]]:
@@ -52,7 +52,7 @@ def card(engine: Engine, level: str, results: Results, off: Results) -> dict[str
     }  # fmt: skip
 
 
-def _kv_bytes(engine: Engine, answer: Answer) -> float:
+def _kv_bytes(engine: Engine, answer: RecordedAnswer) -> float:
     """Of the prompt: rows kept in the layers that run."""
     receipt, model = answer.receipt, engine.model
     assert receipt is not None
@@ -65,7 +65,7 @@ def _first_token(engine: Engine, level: str, results: Results) -> float:
     fresh = Engine(engine.checkpoint, LIMITS)
     seconds = []
     for number, (scene, question, _) in enumerate(results):
-        answer = Answer()
+        answer = RecordedAnswer()
         fresh.submit(make_request(fresh.preprocessor, number, scene, question, level, answer))
         while not fresh.scheduler.idle:
             fresh.step()

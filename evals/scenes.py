@@ -39,7 +39,7 @@ def normalise(answer: str) -> str:
     return answer.strip().rstrip(". \n").lower()
 
 
-class Answer:
+class RecordedAnswer:
     """Collects one request's events."""
 
     def __init__(self) -> None:
@@ -58,7 +58,9 @@ class Answer:
         self.done = self.done or isinstance(event, (Finished, Failed))
 
 
-def make_request(preprocessor: Preprocessor, number: int, scene: Scene, question: Question, level: str, answer: Answer) -> Request:
+def make_request(
+    preprocessor: Preprocessor, number: int, scene: Scene, question: Question, level: str, answer: RecordedAnswer
+) -> Request:
     image = PreparedImage(preprocessor.pixels(scene.image), sha256(scene.image.tobytes()).hexdigest())
     return Request(
         f"exam-{number}", preprocessor.question(question.text), [image], level, Sampling(max_tokens=MAX_TOKENS), answer
@@ -86,13 +88,13 @@ def run(
     return document
 
 
-def ask_all(engine: Engine, level: str, limit: int, split: str, console: Console) -> list[tuple[Scene, Question, Answer]]:
+def ask_all(engine: Engine, level: str, limit: int, split: str, console: Console) -> list[tuple[Scene, Question, RecordedAnswer]]:
     """An exam at one level, in batches, with a progress bar."""
-    results: list[tuple[Scene, Question, Answer]] = []
+    results: list[tuple[Scene, Question, RecordedAnswer]] = []
     with Progress(console=console) as progress:
         task = progress.add_task(f"{limit} questions at {level}", total=limit)
         for number, (scene, question) in enumerate(exam(split, limit)):
-            answer = Answer()
+            answer = RecordedAnswer()
             engine.submit(make_request(engine.preprocessor, number, scene, question, level, answer))
             results.append((scene, question, answer))
             while len(engine.scheduler.waiting) >= 16:
@@ -104,7 +106,7 @@ def ask_all(engine: Engine, level: str, limit: int, split: str, console: Console
     return results
 
 
-def summarise(results: list[tuple[Scene, Question, Answer]], level: str, split: str, policy: str) -> dict[str, Any]:
+def summarise(results: list[tuple[Scene, Question, RecordedAnswer]], level: str, split: str, policy: str) -> dict[str, Any]:
     right = [normalise(answer.text) == normalise(question.answer) for _, question, answer in results]
     families: dict[str, list[bool]] = defaultdict(list)
     types: dict[str, list[bool]] = defaultdict(list)
@@ -133,7 +135,7 @@ def summarise(results: list[tuple[Scene, Question, Answer]], level: str, split: 
     }
 
 
-def _show(document: dict[str, Any], results: list[tuple[Scene, Question, Answer]], console: Console) -> None:
+def _show(document: dict[str, Any], results: list[tuple[Scene, Question, RecordedAnswer]], console: Console) -> None:
     table = Table("question", "n", "right", title=f"{document['checkpoint']} at level {document['level']}")
     for name, cell in document["types"].items():
         table.add_row(name, str(cell["n"]), f"{cell['accuracy']:.1%}")

@@ -35,8 +35,6 @@ SCORE_WEIGHT = 0.3
 CORRECTION = {1 / 18: 1.0, 1 / 9: 1.0, 1 / 4: 0.5, 1 / 2: 0.0}
 """Share of the tokens that stay: share of the correction that is added. The more tokens stay, the less there is to put right. Both
 shipped routers kept most held-out answers with these (docs/log.md)."""
-MEMBERS, HIDDEN = 4, 64
-"""Networks of the agreement head, and the hidden values of each."""
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
 """Of a picture's token scores, which the agreement head reads."""
 MAX_TEXT = 64
@@ -53,7 +51,7 @@ def text_window(prompt: Sequence[int], image_token: int) -> list[int]:
 class RouterConfig:
     """The language model's width and layers; the router's own `width`, `depth` in layers, and `heads`.
 
-    `operating_points`: how many it predicts the agreement of, the whole model aside.
+    `operating_points`: how many it predicts the agreement of, the whole model aside, by a head of `agreement_width`.
     """
 
     model_width: int
@@ -62,6 +60,7 @@ class RouterConfig:
     depth: int = 2
     heads: int = 4
     operating_points: int = 17
+    agreement_width: int = 64
 
     def flops(self, visual: int, text: int, kept: int) -> int:
         """Multiply-adds times two for a picture of `visual` tokens, of which `kept` stay, and a question of `text` tokens. Where
@@ -153,23 +152,16 @@ class MergeCorrector(nn.Module):
 
 
 class AgreementHead(nn.Module):
-    """How likely an answer stays at each operating point: small networks that err differently, and the mean of their logits."""
+    """How likely an answer stays at each operating point."""
 
-    def __init__(self, features: int, points: int) -> None:
+    def __init__(self, features: int, width: int, points: int) -> None:
         super().__init__()
-        self.hidden = nn.Parameter((2 * torch.rand(MEMBERS, features, HIDDEN) - 1) / features**0.5)
-        self.hidden_bias = nn.Parameter(torch.zeros(MEMBERS, 1, HIDDEN))
-        self.out = nn.Parameter((2 * torch.rand(MEMBERS, HIDDEN, points) - 1) / HIDDEN**0.5)
-        self.out_bias = nn.Parameter(torch.zeros(MEMBERS, 1, points))
+        self.hidden, self.out = nn.Linear(features, width), nn.Linear(width, points)
 
-    def members(self, features: Tensor, dropout: float = 0.0) -> Tensor:
-        """Each network's logits, [MEMBERS, n, points], of features [MEMBERS or 1, n, features]."""
-        hidden = F.dropout(F.gelu(features @ self.hidden + self.hidden_bias), dropout, training=dropout > 0)
-        return hidden @ self.out + self.out_bias
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits [n, points] of features [n, features]."""
-        return self.members(features[None]).mean(0)
+    def forward(self, features: Tensor, dropout: float = 0.0) -> Tensor:
+        """Logits [n, points] of pooled features [n, features]."""
+        logits: Tensor = self.out(F.dropout(F.gelu(self.hidden(features)), dropout))
+        return logits
 
 
 class Router(nn.Module):
@@ -183,7 +175,8 @@ class Router(nn.Module):
         self.norm = nn.RMSNorm(width)
         self.token_head, self.layer_head = nn.Linear(width, 1), nn.Linear(width, 1)
         self.corrector = MergeCorrector(config)
-        self.agreement = AgreementHead(4 * width + config.model_layers + len(QUANTILES), config.operating_points)
+        features = 4 * width + config.model_layers + len(QUANTILES)
+        self.agreement = AgreementHead(features, config.agreement_width, config.operating_points)
 
     def forward(self, visual: Tensor, text: Tensor, text_mask: Tensor | None = None) -> RouterOutput:
         """Score pictures, each with a question.

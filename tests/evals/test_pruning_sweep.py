@@ -10,7 +10,7 @@ import pytest
 from checkpoints.shipped import SHIPPED
 from checkpoints.world import draw
 from evals import exact_match, pruning_report, pruning_sweep
-from evals.scenes import Answer, make_request, normalise
+from evals.scenes import RecordedAnswer, make_request, normalise
 from models.checkpoint import load, open_transformers
 from server.engine import Engine, Limits
 from tests.server.tiny import write
@@ -24,7 +24,7 @@ def test_one_pass_says_what_greedy_decoding_says() -> None:
     seen: dict[str, list[list[bool]]] = {family: [] for family in found}
     for index in range(8):
         scene = draw("test", index)
-        answers = [Answer() for _ in scene.questions]
+        answers = [RecordedAnswer() for _ in scene.questions]
         for number, (question, answer) in enumerate(zip(scene.questions, answers, strict=True)):
             engine.submit(make_request(checkpoint.preprocessor, 100 * index + number, scene, question, "off", answer))
         while not engine.scheduler.idle:

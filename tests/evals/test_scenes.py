@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from checkpoints.world import FAMILIES, Question, Scene, draw
 from evals import cards
-from evals.scenes import Answer, exam, normalise, run, summarise
+from evals.scenes import RecordedAnswer, exam, normalise, run, summarise
 from evals.statistics import wilson
 from models.checkpoint import load
 from server.engine import Engine
@@ -21,8 +21,10 @@ from tests.server.tiny import LAYERS, VISUAL, write
 RECEIPT = Receipt("strong", "default", 24, 144, 7, 8, 0.25, "fp_1")
 
 
-def result(scene: Scene, question: Question, text: str, receipt: Receipt | None = RECEIPT) -> tuple[Scene, Question, Answer]:
-    answer = Answer()
+def result(
+    scene: Scene, question: Question, text: str, receipt: Receipt | None = RECEIPT
+) -> tuple[Scene, Question, RecordedAnswer]:
+    answer = RecordedAnswer()
     for piece in text.partition(" "):
         answer(Delta(piece))
     answer(Finished("stop", 10, 2, receipt, {}) if receipt else Failed("broken"))

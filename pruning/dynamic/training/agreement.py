@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruning.dynamic.levels import AUTO, OperatingPoint, choose, costs_of
-from pruning.dynamic.router import MEMBERS, AgreementHead
+from pruning.dynamic.router import AgreementHead
 from pruning.dynamic.router_file import LevelRecord, Measured
 
 BUDGETS = {"light": 0.6, "balanced": 0.4, "strong": 0.25}
@@ -60,7 +60,7 @@ class HeldOut:
         )  # fmt: skip
 
 
-def fit_and_validate(features: Tensor, margins: Tensor, picture: Tensor) -> tuple[AgreementHead, Tensor]:
+def fit_and_validate(features: Tensor, margins: Tensor, picture: Tensor, width: int) -> tuple[AgreementHead, Tensor]:
     """Fit a head to which answers stay, from features [n, d] and `margins`, float32 [n, points] (see `teacher.margins`); the whole
     model is not among the points.
 
@@ -70,13 +70,13 @@ def fit_and_validate(features: Tensor, margins: Tensor, picture: Tensor) -> tupl
     labels, fold = (SHARPNESS * margins).sigmoid(), picture % FOLDS
     expected = torch.zeros_like(labels)
     for left_out in range(FOLDS):
-        head = fit(features[fold != left_out], labels[fold != left_out])
+        head = fit(features[fold != left_out], labels[fold != left_out], width)
         expected[fold == left_out] = head(features[fold == left_out]).sigmoid()
-    return fit(features, labels), expected
+    return fit(features, labels, width), expected
 
 
-def fit(features: Tensor, labels: Tensor) -> AgreementHead:
-    """Networks that predict labels [n, points], probabilities, from features [n, d]: each is drawn questions of its own.
+def fit(features: Tensor, labels: Tensor, width: int) -> AgreementHead:
+    """A head that predicts labels [n, points], probabilities, from features [n, d].
 
     Seeded, and torch's own generator is left as it was.
     """
@@ -84,17 +84,17 @@ def fit(features: Tensor, labels: Tensor) -> AgreementHead:
     normal = (features - middle) / spread
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        head = AgreementHead(features.shape[1], labels.shape[1])
+        head = AgreementHead(features.shape[1], width, labels.shape[1])
         optimizer = torch.optim.AdamW(head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         for _ in range(min(STEPS, 50 + len(normal) // 8)):
-            drawn = torch.randint(len(normal), (MEMBERS, BATCH))
-            loss = F.binary_cross_entropy_with_logits(head.members(normal[drawn], DROPOUT), labels[drawn])
+            drawn = torch.randint(len(normal), (BATCH,))
+            loss = F.binary_cross_entropy_with_logits(head(normal[drawn], DROPOUT), labels[drawn])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     head.requires_grad_(False)
-    head.hidden.div_(spread[:, None])
-    head.hidden_bias.sub_(middle @ head.hidden[:, None])
+    head.hidden.weight.div_(spread)
+    head.hidden.bias.sub_(head.hidden.weight @ middle)
     return head
 
 

@@ -77,7 +77,7 @@ def profile(
     with torch.no_grad():
         outputs = [score(served, embed, held_out.of(part)).output for part in torch.split(torch.arange(len(found)), 64)]
         features = torch.cat([served.pooled_features(output) for output in outputs]).cpu()
-    head, expected = fit_and_validate(features, found, held_out.picture)
+    head, expected = fit_and_validate(features, found, held_out.picture, router.config.agreement_width)
     router.agreement.load_state_dict(head.state_dict())
     stayed = F.pad(found > 0, (0, 1), value=True)
     shares = [round(share, 4) for share in stayed.float().mean(0).tolist()]

@@ -29,8 +29,8 @@ RISING = [0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0
 
 def expect(router: Router, agreement: Sequence[float]) -> None:
     """Whatever it reads, the router expects the answer to stay at each operating point with these probabilities."""
-    router.agreement.out.zero_()
-    router.agreement.out_bias.copy_(torch.tensor(agreement).logit())
+    router.agreement.out.weight.zero_()
+    router.agreement.out.bias.copy_(torch.tensor(agreement).logit())
 
 
 @pytest.fixture(scope="session", name="plain")

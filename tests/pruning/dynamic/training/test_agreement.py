@@ -21,10 +21,10 @@ def test_the_head_finds_what_separates_and_says_how_sure_it_is():
     true = torch.stack([(features[:, 1] - 5).sigmoid(), ((features[:, 2] - 5) * (features[:, 3] - 5) / 3).sigmoid()], 1)
     happened = (torch.rand(3000, 2, generator=generator) < true).float()
     before = torch.random.get_rng_state()
-    head = fit(features[:2000], happened[:2000])
+    head = fit(features[:2000], happened[:2000], 64)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert (head(features[2000:]).sigmoid() - true[2000:]).abs().mean() < 0.1
-    assert torch.equal(fit(features[:2000], happened[:2000])(features), head(features))
+    assert torch.equal(fit(features[:2000], happened[:2000], 64)(features), head(features))
 
 
 def test_no_picture_tells_of_itself():
@@ -32,7 +32,7 @@ def test_no_picture_tells_of_itself():
     picture = torch.arange(60).repeat_interleave(5)
     features = F.one_hot(picture, 60).float()
     margins = torch.randn(60, 1, generator=torch.Generator().manual_seed(1)).sign()[picture] * 5
-    head, expected = fit_and_validate(features, margins, picture)
+    head, expected = fit_and_validate(features, margins, picture, 64)
     known, unseen = ((agreement > 0.5) == (margins > 0) for agreement in (head(features).sigmoid(), expected))
     assert known.float().mean() > 0.9
     assert unseen.float().mean() < 0.7

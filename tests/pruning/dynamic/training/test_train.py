@@ -23,7 +23,7 @@ from tests.pruning.kills import Killed, die_at
 def test_the_manifest_says_what_was_measured(routed):
     record = RouterRecord.of(read_manifest(routed))
     assert record.config.operating_points == POINTS
-    assert record.training == TrainingConfig(**QUICK).model_dump()
+    assert record.training == TrainingConfig(**QUICK, data="world").model_dump(), "what the checkpoint was trained on"
     costs = [point.cost for point in record.operating_points]
     assert len(costs) == POINTS + 1
     assert costs == sorted(costs)
