@@ -97,7 +97,7 @@ def _show_forms(checkpoint: Checkpoint) -> None:
         for layer, found in enumerate(held):
             table.add_row(f"language.{layer}", *(f"{m.format} {m.nonzeros / m.size:.1%}" for m in found.values()))
         console.print(table)
-    console.print("held as " + ", ".join(f"{form}: {size / 1e6:.1f} MB" for form, size in model.bytes_by_format().items()))
+    console.print("held as " + ", ".join(f"{name}: {size / 1e6:.1f} MB" for name, size in model.bytes_by_format().items()))
 
 
 def _show_levels(checkpoint: Checkpoint, menu: dict[str, Level]) -> None:
