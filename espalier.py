@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from importlib import metadata
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import FrameType
@@ -20,9 +21,7 @@ from rich.markup import escape
 from pruning.dynamic.training.config import TrainingConfig
 from pruning.static.recipe import Recipe
 
-app = typer.Typer(
-    help="Serve LLaVA checkpoints that prune themselves per request.", no_args_is_help=True, pretty_exceptions_enable=False
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 bench = typer.Typer(help="Measure: the model alone, or a running server.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 errors = Console(stderr=True)
@@ -64,6 +63,19 @@ def options_from(settings: type[BaseModel]) -> Callable[[Callable[..., None]], C
         return wrapper
 
     return decorate
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"espalier {metadata.version('espalier')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Serve LLaVA checkpoints that prune themselves per request."""
 
 
 @app.command()

@@ -51,6 +51,21 @@ class Preprocessor:
         messages[0]["content"].insert(0, {"type": "image"})
         return self.prompt(messages)
 
+    def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """A text to ids as it stands, special tokens read as such; `special` begins it as the tokenizer begins a text."""
+        return list(self.tokenizer(text, add_special_tokens=special).input_ids)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)  # type: ignore[no-any-return]
+
+    def count_images(self, ids: Sequence[int]) -> int:
+        """Image tokens among `ids`."""
+        return sum(token == self._image_id for token in ids)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer)
+
     def _tokenize(self, text: str) -> list[int]:
         first, *rest = text.split(_BREAK)
         bos = self.tokenizer.bos_token

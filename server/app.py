@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
 from http import HTTPStatus
 from importlib import metadata
@@ -17,6 +17,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers, UploadFile
@@ -26,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.chat import (
     AnswerStream,
+    Chunk,
     PreparedRequest,
     fold,
     model_names,
@@ -36,8 +38,9 @@ from server.chat import (
     unknown_model,
     vqa_reply,
 )
-from server.errors import EspalierError, NotReady, PayloadTooLarge
-from server.schemas import ChatRequest, VqaRequest, invalid
+from server.completions import as_completions, completion_reply, detokenize, read_completion, tokenize
+from server.errors import EspalierError, NotReady, PayloadTooLarge, UnknownPath
+from server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, VqaRequest, invalid
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -46,7 +49,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Shape = Callable[[dict[str, Any]], dict[str, Any]]
+StreamShape = Callable[[AsyncIterator[Chunk]], AsyncIterator[Chunk]]
 
+BODIES = (ChatRequest, CompletionRequest, VqaRequest, TokenizeRequest, DetokenizeRequest)
 READERS = 4
 """Requests read at once: decoding a picture at the pixel limit takes some hundred megabytes for a moment."""
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -67,13 +72,15 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
     readers = CapacityLimiter(READERS)
 
-    async def answer(request: Request, read: Callable[[], PreparedRequest], shape: Shape = dict) -> Response:
+    async def answer(
+        request: Request, read: Callable[[], PreparedRequest], shape: Shape = dict, stream: StreamShape = as_chat
+    ) -> Response:
         arrived = time.monotonic()
 
         async def work() -> Response:
             # Parsing, decoding and tokenising take too long for the event loop.
             prepared = await to_thread.run_sync(read, limiter=readers)
-            return await reply(AnswerStream(engine, prepared, arrived), prepared, shape)
+            return await reply(AnswerStream(engine, prepared, arrived), prepared, shape, stream)
 
         return await unless_gone(request, work())
 
@@ -83,6 +90,14 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
         body, level = await request.body(), request.headers.get("x-pruning-level")
         return await answer(request, lambda: read_chat(engine, settings, body, level))
 
+    @app.post("/v1/completions", openapi_extra=_body(CompletionRequest.__name__))
+    async def completions(request: Request) -> Response:
+        """OpenAI's older completions: a text in, its continuation out. The level is set as for chat completions."""
+        body, level = await request.body(), request.headers.get("x-pruning-level")
+        return await answer(
+            request, lambda: read_completion(engine, settings, body, level), completion_reply, as_completions
+        )
+
     @app.post("/v1/vqa", openapi_extra=_body(VqaRequest.__name__, form=True))
     async def vqa(request: Request) -> Response:
         """One question about one or several pictures, as a form with files or as JSON."""
@@ -90,6 +105,18 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
         body = await form_fields(request, settings.max_images) if is_form else await request.body()
         level = request.headers.get("x-pruning-level")
         return await answer(request, lambda: read_vqa(engine, settings, body, level), vqa_reply)
+
+    @app.post("/tokenize", openapi_extra=_body(TokenizeRequest.__name__))
+    async def tokens(request: Request) -> dict[str, Any]:
+        """The tokens of a text, or of a chat with each image as its visual tokens before pruning."""
+        body = await request.body()
+        return await to_thread.run_sync(lambda: tokenize(engine, body), limiter=readers)
+
+    @app.post("/detokenize", openapi_extra=_body(DetokenizeRequest.__name__))
+    async def text(request: Request) -> dict[str, str]:
+        """The text of tokens."""
+        body = await request.body()
+        return await to_thread.run_sync(lambda: detokenize(engine, body), limiter=readers)
 
 
 def _add_menu(app: FastAPI, engine: Engine) -> None:
@@ -148,17 +175,22 @@ def _add_operations(app: FastAPI, engine: Engine) -> None:
 # ---- a question's answer
 
 
-async def reply(answer: AnswerStream, prepared: PreparedRequest, shape: Shape) -> Response:
-    """A stream as soon as its headers are known, or `shape` of the whole reply."""
+def as_chat(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    """The form in which answers are made."""
+    return chunks
+
+
+async def reply(answer: AnswerStream, prepared: PreparedRequest, shape: Shape, stream: StreamShape) -> Response:
+    """`stream` of the chunks as soon as their headers are known, or `shape` of the whole reply."""
     if prepared.stream:
-        return await _start_stream(answer, prepared.include_usage)
+        return await _start_stream(answer, prepared.include_usage, stream)
     try:
         return JSONResponse(shape(await fold(answer.chunks())), headers=answer.headers())
     finally:
         answer.abort()
 
 
-async def _start_stream(answer: AnswerStream, include_usage: bool) -> Response:
+async def _start_stream(answer: AnswerStream, include_usage: bool, shape: StreamShape) -> Response:
     chunks = answer.chunks()
     try:
         while not (first := await anext(chunks)):
@@ -166,7 +198,7 @@ async def _start_stream(answer: AnswerStream, include_usage: bool) -> Response:
     except BaseException:
         answer.abort()
         raise
-    return EventStream(answer, sse(prepend(first, chunks), include_usage))
+    return EventStream(answer, sse(shape(prepend(first, chunks)), include_usage))
 
 
 class EventStream(StreamingResponse):
@@ -217,7 +249,7 @@ class Envelope:
     """Around all routes: an id on every reply, a bounded body, and OpenAI's error object when something breaks.
 
     The body is counted while it is read, so that a chunked one without a length is bounded too. The client's id is an
-    echo, and never names anything inside.
+    echo, and never names anything inside. HEAD is GET without its body, and slashes that are doubled or trail mean nothing.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
@@ -229,6 +261,9 @@ class Envelope:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        head = scope["method"] == "HEAD"
+        path = re.sub("/+", "/", scope["path"]).removesuffix("/") or "/"
+        scope = {**scope, "path": path, "method": "GET" if head else scope["method"]}
         length, given = headers.get("content-length", ""), headers.get("x-request-id", "")
         size = int(length) if length.isdecimal() else 0
         request_id = given if SANE_ID.fullmatch(given) else uuid4().hex
@@ -248,6 +283,8 @@ class Envelope:
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -262,7 +299,7 @@ class Envelope:
 
 def _add_error_handlers(app: FastAPI, engine: Engine) -> None:
     async def refuse(request: Request, error: Exception) -> Response:
-        refusal = _as_ours(error)
+        refusal = _unknown_path(app, request) if getattr(error, "status_code", None) == 404 else _as_ours(error)
         # Probes and look-ups are no work refused, and a failure is the engine's to count.
         if request.method == "POST" and refusal.status != 500:
             engine.metrics.rejected(refusal.code or refusal.type)
@@ -275,6 +312,11 @@ def _add_error_handlers(app: FastAPI, engine: Engine) -> None:
     for kind in (EspalierError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, refuse)
     app.add_exception_handler(ClientDisconnect, hung_up)
+
+
+def _unknown_path(app: FastAPI, request: Request) -> UnknownPath:
+    routes = ", ".join(f"{' '.join(route.methods)} {route.path}" for route in app.routes if isinstance(route, APIRoute))
+    return UnknownPath(f"There is no {request.scope['path'][:100]} here. This server has: {routes}.")
 
 
 def _as_ours(error: Exception) -> EspalierError:
@@ -307,7 +349,7 @@ def _body(schema: str, *, form: bool = False) -> dict[str, Any]:
 
 def _document_bodies(app: FastAPI) -> None:
     _, definitions = models_json_schema(
-        [(ChatRequest, "validation"), (VqaRequest, "validation")], ref_template="#/components/schemas/{model}"
+        [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"
     )
     app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
 

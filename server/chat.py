@@ -23,7 +23,7 @@ from server.errors import (
     UnknownModel,
 )
 from server.request import Delta, Event, Failed, Finished, PreparedImage, Receipt, Request, Sampling, Started, TokenLogprob
-from server.schemas import MAX_INT64, ChatRequest, Generation, ImagePart, ImageUrl, Message, VqaRequest, parse
+from server.schemas import MAX_INT64, ChatRequest, Generation, ImagePart, ImageUrl, Message, OpenAIRequest, VqaRequest, parse
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DETAIL_LEVELS = {"low": "strong", "high": "off"}
+DETAIL_LEVELS = {"low": "strong", "high": "off", "original": "off"}
 CHARS_PER_TOKEN = 64
 """More characters than this per token of context cannot fit, so they are refused before they are tokenised."""
 MIN_LOGPROB = -9999.0
@@ -71,14 +71,10 @@ def read_chat(engine: Engine, settings: Settings, body: bytes, header: str | Non
     """A chat body to a prepared request; `header` is X-Pruning-Level. Raises a 4xx of `server.errors` for anything wrong in it."""
     request = parse(ChatRequest, body)
     turns, images = conversation(request.messages)
-    prepared = _prepare(
-        engine, settings, request, turns, [(place, image.url) for place, image in images],
-        header=header,
-        body=request.pruning.level if request.pruning else None,
-        detail=hinted_level(engine, [image.detail for _, image in images]),
-    )  # fmt: skip
-    usage = bool(request.stream_options and request.stream_options.include_usage)
-    return replace(prepared, n=request.n or 1, stream=bool(request.stream), include_usage=usage)
+    level = request.pruning.level if request.pruning else None
+    detail = hinted_level(engine, [image.detail for _, image in images])
+    sources: list[ImageSource] = [(place, image.url) for place, image in images]
+    return _prepare_turns(engine, settings, request, turns, sources, header=header, body=level, detail=detail)
 
 
 def read_vqa(engine: Engine, settings: Settings, body: bytes | Mapping[str, Any], header: str | None) -> PreparedRequest:
@@ -89,21 +85,36 @@ def read_vqa(engine: Engine, settings: Settings, body: bytes | Mapping[str, Any]
     content = [*({"type": "image"} for _ in request.image), {"type": "text", "text": request.question}]
     sources = [(f"image[{i}]", _data_url(image)) for i, image in enumerate(request.image)]
     turns = [{"role": "user", "content": content}]
-    return _prepare(engine, settings, request, turns, sources, header=header, body=request.level, detail=None)
+    return _prepare_turns(engine, settings, request, turns, sources, header=header, body=request.level)
 
 
-def _prepare(
+def _prepare_turns(
     engine: Engine, settings: Settings, request: Generation, turns: list[Turn], sources: list[ImageSource],
-    *, header: str | None, body: str | None, detail: str | None,
+    *, header: str | None, body: str | None, detail: str | None = None,
 ) -> PreparedRequest:  # fmt: skip
-    model, alias = split_model(engine, request.model)
-    level, reason = choose_level(engine, header=header, body=body, alias=alias, detail=detail)
-    sampling = request.sampling(settings.default_max_tokens)
+    # The menu first: what is refused for its level costs no decoding.
+    prepared = prepare(engine, settings, request, [], header=header, body=body, detail=detail)
     start = time.perf_counter()
     prompt, images = prompt_and_images(engine, settings, turns, sources)
     seconds = time.perf_counter() - start
     follow_up = any(turn["role"] == "assistant" for turn in turns)
-    return PreparedRequest(f"chatcmpl-{uuid4().hex}", model, prompt, images, seconds, level, reason, sampling, follow_up)
+    return replace(prepared, prompt=prompt, images=images, image_seconds=seconds, follow_up=follow_up)
+
+
+def prepare(
+    engine: Engine, settings: Settings, request: Generation, prompt: list[int],
+    *, header: str | None, body: str | None, detail: str | None = None, kind: str = "chatcmpl",
+) -> PreparedRequest:  # fmt: skip
+    """What a request says beside its prompt: model, level, sampling, form of the reply."""
+    model, alias = split_model(engine, request.model)
+    level, reason = choose_level(engine, header=header, body=body, alias=alias, detail=detail)
+    prepared = PreparedRequest(
+        f"{kind}-{uuid4().hex}", model, prompt, [], 0.0, level, reason, request.sampling(settings.default_max_tokens)
+    )
+    if not isinstance(request, OpenAIRequest):
+        return prepared
+    usage = bool(request.stream_options and request.stream_options.include_usage)
+    return replace(prepared, n=request.n or 1, stream=bool(request.stream), include_usage=usage)
 
 
 def _data_url(image: str | bytes) -> str | bytes:
@@ -142,15 +153,19 @@ def prompt_and_images(
     if len(sources) > settings.max_images:
         message = f"A request may hold at most {settings.max_images} images, not {len(sources)}."
         raise PayloadTooLarge(message, param=sources[settings.max_images][0])
-    chars = sum(len(part.get("text", "")) for turn in turns for part in turn["content"])
-    if chars > CHARS_PER_TOKEN * engine.context_length:
-        message = f"{chars:,} characters cannot fit a context of {engine.context_length:,} tokens."
-        raise ContextTooLong(message, param="messages")
+    check_length(engine, sum(len(part.get("text", "")) for turn in turns for part in turn["content"]), "messages")
     images = [_picture(engine, settings, source) for source in sources]
     try:
         return engine.preprocessor.prompt(turns), images
     except ValueError as error:  # the chat template refuses the order of the roles
         raise InvalidRequest(str(error), param="messages") from error
+
+
+def check_length(engine: Engine, chars: int, param: str) -> None:
+    """Raises ContextTooLong for a text that no tokenizer can make fit."""
+    if chars > CHARS_PER_TOKEN * engine.context_length:
+        message = f"{chars:,} characters cannot fit a context of {engine.context_length:,} tokens."
+        raise ContextTooLong(message, param=param)
 
 
 def _picture(engine: Engine, settings: Settings, source: ImageSource) -> PreparedImage:

@@ -5,6 +5,7 @@ EspalierError
 │   ├── ContextTooLong    400  never fits: prompt and answer exceed the context or the KV cache
 │   └── UnknownLevel      400  not on the menu
 ├── UnknownModel          404
+├── UnknownPath           404  no such route; the message lists those that exist
 ├── PayloadTooLarge       413  body, image bytes, pixels or number of images
 ├── UnsupportedMedia      415  not a JPEG, PNG or WebP picture
 ├── Overloaded            429  not now: the queue is full; carries retry_after seconds
@@ -59,6 +60,10 @@ class UnknownLevel(InvalidRequest):
 
 class UnknownModel(EspalierError):
     status, type, code = 404, "invalid_request_error", "model_not_found"
+
+
+class UnknownPath(EspalierError):
+    status, type, code = 404, "invalid_request_error", "not_found"
 
 
 class PayloadTooLarge(EspalierError):

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from server.errors import InvalidRequest
 from server.request import Sampling
@@ -18,11 +27,18 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
+Detail = Literal["auto", "low", "high", "original"]
+
+
 class ImageUrl(Body):
     url: str = Field(description="A base64 data URL of a JPEG, PNG or WebP picture. Other URLs are not fetched.")
-    detail: Literal["auto", "low", "high"] = Field(
-        "auto", description="`low` asks for level `strong`, `high` for `off`, unless the request names a level."
+    detail: Detail = Field(
+        "auto", description="`low` asks for level `strong`, `high` and `original` for `off`, unless the request names a level."
     )
+
+
+def _url(image: Any) -> Any:
+    return {"url": image} if isinstance(image, str) else image
 
 
 class TextPart(Body):
@@ -32,7 +48,7 @@ class TextPart(Body):
 
 class ImagePart(Body):
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: Annotated[ImageUrl, BeforeValidator(_url, json_schema_input_type=str | ImageUrl)]
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -93,16 +109,21 @@ class Generation(Body):
         )
 
 
-class ChatRequest(Generation):
-    """`POST /v1/chat/completions`."""
+class OpenAIRequest(Generation):
+    """What OpenAI's two endpoints share beyond that."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1024)
     n: int | None = Field(None, ge=1, le=8, description="Answers to draw for the same question.")
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token; requires `logprobs`.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     pruning: PruningOptions | None = Field(None, description="How much of the model to run.")
+
+
+class ChatRequest(OpenAIRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1024)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token; requires `logprobs`.")
 
     @field_validator("top_logprobs")
     @classmethod
@@ -114,6 +135,54 @@ class ChatRequest(Generation):
     def sampling(self, default_max_tokens: int) -> Sampling:
         alternatives = (self.top_logprobs or 0) if self.logprobs else None
         return replace(super().sampling(default_max_tokens), logprobs=alternatives)
+
+
+class CompletionRequest(OpenAIRequest):
+    """`POST /v1/completions`: a text, or its tokens, to go on with."""
+
+    prompt: str | list[int]
+    logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token.")
+    echo: bool | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_prompt(cls, value: Any) -> Any:
+        if isinstance(value, str) or (isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)):
+            return value
+        raise ValueError("must be one text, or the list of its tokens")
+
+    @field_validator("echo")
+    @classmethod
+    def _no_echo(cls, value: bool | None) -> bool | None:
+        if value:
+            raise ValueError("is not supported: the reply holds the continuation alone")
+        return value
+
+    def sampling(self, default_max_tokens: int) -> Sampling:
+        return replace(super().sampling(default_max_tokens), logprobs=self.logprobs)
+
+
+class TokenizeRequest(Body):
+    """`POST /tokenize`: a text or a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=1024)
+    add_special_tokens: bool | None = Field(None, description="Begin a text as the model's prompts begin; a chat always does.")
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("send either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
 
 
 class VqaRequest(Generation):

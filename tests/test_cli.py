@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,11 @@ def test_every_setting_is_an_option_with_its_default(command: str, model: type[B
     for name, field in model.model_fields.items():
         option = re.search(rf"--{name.replace('_', '-')} .*?\[default: \((.*?)\)\]", shown)
         assert option and option[1] == (str(field.default) if field.default != () else "all"), name
+
+
+def test_the_version_is_told() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"espalier {metadata.version('espalier')}\n")
 
 
 def test_help_opens_without_torch() -> None:

@@ -7,7 +7,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -41,6 +41,18 @@ class FakePreprocessor:
         self.busy.set()
         self.may_finish.wait(30)
         return torch.zeros(3, 2, 2)
+
+    vocab_size = 1000
+
+    def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """Numbers of words in order of appearance, behind a 0; `<image>` is 999."""
+        return [0] * special + [999 if word == "<image>" else number for number, word in enumerate(text.split(), 1)]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return " ".join(f"w{token}" for token in ids)
+
+    def count_images(self, ids: Sequence[int]) -> int:
+        return ids.count(999)
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         self.turns = messages

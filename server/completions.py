@@ -1,0 +1,106 @@
+"""OpenAI's older completions, a text in and its continuation out, as a form of the chat's chunks; and the tokenizer's routes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from server.chat import Chunk, PreparedRequest, check_length, conversation, prepare, split_model
+from server.errors import InvalidRequest
+from server.schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.engine import Engine
+
+
+def read_completion(engine: Engine, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:
+    """A completion's body to a prepared request. Its special tokens count as such: the caller writes the whole prompt."""
+    request = parse(CompletionRequest, body)
+    prompt = _prompt(engine, request.prompt)
+    level = request.pruning.level if request.pruning else None
+    return prepare(engine, settings, request, prompt, header=header, body=level, kind="cmpl")
+
+
+def _prompt(engine: Engine, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        check_length(engine, len(prompt), "prompt")
+        tokens = engine.preprocessor.tokenize(prompt)
+    else:
+        tokens = prompt
+        _check_tokens(engine, tokens, "prompt")
+    if not tokens:
+        raise InvalidRequest("prompt: must not be empty", param="prompt")
+    if engine.preprocessor.count_images(tokens):
+        raise InvalidRequest("prompt: a completion holds no images; ask about them at /v1/chat/completions", param="prompt")
+    return tokens
+
+
+def _check_tokens(engine: Engine, tokens: list[int], param: str) -> None:
+    if tokens and max(tokens) >= engine.preprocessor.vocab_size:
+        raise InvalidRequest(f"{param}: the vocabulary ends at token {engine.preprocessor.vocab_size - 1}", param=param)
+
+
+def tokenize(engine: Engine, body: bytes) -> dict[str, Any]:
+    """vLLM's reply to `POST /tokenize`: the tokens of a text, or of a chat with each image as its visual tokens."""
+    request = parse(TokenizeRequest, body)
+    split_model(engine, request.model)
+    if request.messages is not None:
+        turns, _ = conversation(request.messages)
+        check_length(engine, sum(len(part.get("text", "")) for turn in turns for part in turn["content"]), "messages")
+        tokens = engine.preprocessor.prompt(turns)
+    else:
+        assert request.prompt is not None
+        check_length(engine, len(request.prompt), "prompt")
+        tokens = engine.preprocessor.tokenize(request.prompt, special=request.add_special_tokens is not False)
+    reply: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.context_length, "tokens": tokens}
+    spell = engine.preprocessor.detokenize
+    return reply | {"token_strs": [spell([token]) for token in tokens] if request.return_token_strs else None}
+
+
+def detokenize(engine: Engine, body: bytes) -> dict[str, str]:
+    """vLLM's reply to `POST /detokenize`."""
+    request = parse(DetokenizeRequest, body)
+    split_model(engine, request.model)
+    _check_tokens(engine, request.tokens, "tokens")
+    return {"prompt": engine.preprocessor.detokenize(request.tokens)}
+
+
+# ---- the older form of an answer
+
+
+async def as_completions(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    """A chat's stream in the form of a completion's; what only names the speaker is left out."""
+    seen: dict[int, int] = {}
+    async for chunk in chunks:
+        choices = [_choice(piece, piece["delta"].get("content", ""), seen) for piece in chunk.get("choices", ())
+                   if "role" not in piece["delta"]]  # fmt: skip
+        if choices or not chunk.get("choices"):
+            yield chunk | {"object": "text_completion", "choices": choices} if chunk else chunk
+
+
+def completion_reply(reply: dict[str, Any]) -> dict[str, Any]:
+    """A chat's whole reply in the form of a completion's."""
+    choices = [_choice(choice, choice["message"]["content"], {}) for choice in reply["choices"]]
+    return reply | {"object": "text_completion", "choices": choices}
+
+
+def _choice(chat: dict[str, Any], text: str, seen: dict[int, int]) -> dict[str, Any]:
+    """One choice. `seen` counts by choice the characters before this one, for `text_offset`."""
+    index, entries = chat["index"], (chat["logprobs"] or {}).get("content")
+    logprobs = None if entries is None else _logprobs(entries, seen.get(index, 0))
+    seen[index] = seen.get(index, 0) + len(text)
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": chat["finish_reason"]}
+
+
+def _logprobs(entries: list[dict[str, Any]], offset: int) -> dict[str, Any]:
+    offsets = []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(bytes(entry["bytes"]).decode(errors="ignore"))
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
+        "text_offset": offsets,
+    }
