@@ -28,15 +28,19 @@ class Preprocessor:
         batch = self._processor.image_processor(image, return_tensors="pt")
         return batch["pixel_values"][0].float()
 
-    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+    def prompt(self, messages: list[dict[str, Any]], *, generation: bool = True, continued: bool = False) -> list[int]:
         """Render a chat (transformers' message format) and tokenise it; each image becomes its visual tokens.
+
+        `generation` lets the assistant's turn begin; `continued` ends within the last message, which must be text.
 
         A special token spelled out in a message, `<image>` among them, stays text. Raises ValueError if the chat template
         refuses the messages.
         """
         guarded = [{**message, "content": self._guard(message["content"])} for message in messages]
         try:
-            text = self._processor.apply_chat_template(guarded, add_generation_prompt=True)
+            text = self._processor.apply_chat_template(
+                guarded, add_generation_prompt=generation, continue_final_message=continued
+            )
         except Exception as error:  # templates raise jinja2's own errors, with a message meant for the caller
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         return self._expand(self._tokenize(text))

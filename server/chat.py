@@ -23,7 +23,18 @@ from server.errors import (
     UnknownModel,
 )
 from server.request import Delta, Event, Failed, Finished, PreparedImage, Receipt, Request, Sampling, Started, TokenLogprob
-from server.schemas import MAX_INT64, ChatRequest, Generation, ImagePart, ImageUrl, Message, OpenAIRequest, VqaRequest, parse
+from server.schemas import (
+    MAX_INT64,
+    ChatRequest,
+    Generation,
+    ImagePart,
+    ImageUrl,
+    Message,
+    OpenAIRequest,
+    TokenizeRequest,
+    VqaRequest,
+    parse,
+)
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -74,7 +85,9 @@ def read_chat(engine: Engine, settings: Settings, body: bytes, header: str | Non
     level = request.pruning.level if request.pruning else None
     detail = hinted_level(engine, [image.detail for _, image in images])
     sources: list[ImageSource] = [(place, image.url) for place, image in images]
-    return _prepare_turns(engine, settings, request, turns, sources, header=header, body=level, detail=detail)
+    # The menu first: what is refused for its level costs no decoding.
+    prepared = prepare(engine, settings, request, [], header=header, body=level, detail=detail)
+    return _with_turns(engine, settings, prepared, turns, sources, **turn_options(request))
 
 
 def read_vqa(engine: Engine, settings: Settings, body: bytes | Mapping[str, Any], header: str | None) -> PreparedRequest:
@@ -85,17 +98,22 @@ def read_vqa(engine: Engine, settings: Settings, body: bytes | Mapping[str, Any]
     content = [*({"type": "image"} for _ in request.image), {"type": "text", "text": request.question}]
     sources = [(f"image[{i}]", _data_url(image)) for i, image in enumerate(request.image)]
     turns = [{"role": "user", "content": content}]
-    return _prepare_turns(engine, settings, request, turns, sources, header=header, body=request.level)
+    prepared = prepare(engine, settings, request, [], header=header, body=request.level)
+    return _with_turns(engine, settings, prepared, turns, sources)
 
 
-def _prepare_turns(
-    engine: Engine, settings: Settings, request: Generation, turns: list[Turn], sources: list[ImageSource],
-    *, header: str | None, body: str | None, detail: str | None = None,
+def turn_options(request: ChatRequest | TokenizeRequest) -> dict[str, bool]:
+    """How the chat's template ends."""
+    continued = bool(request.continue_final_message)
+    return {"continued": continued, "generation": request.add_generation_prompt is not False and not continued}
+
+
+def _with_turns(
+    engine: Engine, settings: Settings, prepared: PreparedRequest, turns: list[Turn], sources: list[ImageSource],
+    **template: bool,
 ) -> PreparedRequest:  # fmt: skip
-    # The menu first: what is refused for its level costs no decoding.
-    prepared = prepare(engine, settings, request, [], header=header, body=body, detail=detail)
     start = time.perf_counter()
-    prompt, images = prompt_and_images(engine, settings, turns, sources)
+    prompt, images = prompt_and_images(engine, settings, turns, sources, **template)
     seconds = time.perf_counter() - start
     follow_up = any(turn["role"] == "assistant" for turn in turns)
     return replace(prepared, prompt=prompt, images=images, image_seconds=seconds, follow_up=follow_up)
@@ -108,9 +126,10 @@ def prepare(
     """What a request says beside its prompt: model, level, sampling, form of the reply."""
     model, alias = split_model(engine, request.model)
     level, reason = choose_level(engine, header=header, body=body, alias=alias, detail=detail)
-    prepared = PreparedRequest(
-        f"{kind}-{uuid4().hex}", model, prompt, [], 0.0, level, reason, request.sampling(settings.default_max_tokens)
-    )
+    sampling = request.sampling(settings.default_max_tokens)
+    check_tokens(engine, sampling.stop_token_ids, "stop_token_ids")
+    check_tokens(engine, [token for token, _ in sampling.logit_bias], "logit_bias")
+    prepared = PreparedRequest(f"{kind}-{uuid4().hex}", model, prompt, [], 0.0, level, reason, sampling)
     if not isinstance(request, OpenAIRequest):
         return prepared
     usage = bool(request.stream_options and request.stream_options.include_usage)
@@ -147,7 +166,7 @@ def conversation(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[st
 
 
 def prompt_and_images(
-    engine: Engine, settings: Settings, turns: list[Turn], sources: list[ImageSource]
+    engine: Engine, settings: Settings, turns: list[Turn], sources: list[ImageSource], **template: bool
 ) -> tuple[list[int], list[PreparedImage]]:
     """The prompt's tokens and the images' pixels, after every limit has been checked."""
     if len(sources) > settings.max_images:
@@ -156,7 +175,7 @@ def prompt_and_images(
     check_length(engine, sum(len(part.get("text", "")) for turn in turns for part in turn["content"]), "messages")
     images = [_picture(engine, settings, source) for source in sources]
     try:
-        return engine.preprocessor.prompt(turns), images
+        return engine.preprocessor.prompt(turns, **template), images
     except ValueError as error:  # the chat template refuses the order of the roles
         raise InvalidRequest(str(error), param="messages") from error
 
@@ -166,6 +185,12 @@ def check_length(engine: Engine, chars: int, param: str) -> None:
     if chars > CHARS_PER_TOKEN * engine.context_length:
         message = f"{chars:,} characters cannot fit a context of {engine.context_length:,} tokens."
         raise ContextTooLong(message, param=param)
+
+
+def check_tokens(engine: Engine, tokens: Sequence[int], param: str) -> None:
+    """Raises InvalidRequest for a token that the vocabulary does not have."""
+    if max(tokens, default=0) >= (size := engine.preprocessor.vocab_size):
+        raise InvalidRequest(f"{param}: the vocabulary ends at token {size - 1}", param=param)
 
 
 def _picture(engine: Engine, settings: Settings, source: ImageSource) -> PreparedImage:

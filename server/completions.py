@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from server.chat import Chunk, PreparedRequest, check_length, conversation, prepare, split_model
+from server.chat import Chunk, PreparedRequest, check_length, check_tokens, conversation, prepare, split_model, turn_options
 from server.errors import InvalidRequest
 from server.schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from server.settings import Settings
@@ -17,28 +17,23 @@ if TYPE_CHECKING:
 def read_completion(engine: Engine, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:
     """A completion's body to a prepared request. Its special tokens count as such: the caller writes the whole prompt."""
     request = parse(CompletionRequest, body)
-    prompt = _prompt(engine, request.prompt)
+    prompt = _prompt(engine, request)
     level = request.pruning.level if request.pruning else None
     return prepare(engine, settings, request, prompt, header=header, body=level, kind="cmpl")
 
 
-def _prompt(engine: Engine, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, str):
-        check_length(engine, len(prompt), "prompt")
-        tokens = engine.preprocessor.tokenize(prompt)
+def _prompt(engine: Engine, request: CompletionRequest) -> list[int]:
+    if isinstance(request.prompt, str):
+        check_length(engine, len(request.prompt), "prompt")
+        tokens = engine.preprocessor.tokenize(request.prompt, special=request.add_special_tokens is not False)
     else:
-        tokens = prompt
-        _check_tokens(engine, tokens, "prompt")
+        tokens = request.prompt
+        check_tokens(engine, tokens, "prompt")
     if not tokens:
         raise InvalidRequest("prompt: must not be empty", param="prompt")
     if engine.preprocessor.count_images(tokens):
         raise InvalidRequest("prompt: a completion holds no images; ask about them at /v1/chat/completions", param="prompt")
     return tokens
-
-
-def _check_tokens(engine: Engine, tokens: list[int], param: str) -> None:
-    if tokens and max(tokens) >= engine.preprocessor.vocab_size:
-        raise InvalidRequest(f"{param}: the vocabulary ends at token {engine.preprocessor.vocab_size - 1}", param=param)
 
 
 def tokenize(engine: Engine, body: bytes) -> dict[str, Any]:
@@ -48,7 +43,7 @@ def tokenize(engine: Engine, body: bytes) -> dict[str, Any]:
     if request.messages is not None:
         turns, _ = conversation(request.messages)
         check_length(engine, sum(len(part.get("text", "")) for turn in turns for part in turn["content"]), "messages")
-        tokens = engine.preprocessor.prompt(turns)
+        tokens = engine.preprocessor.prompt(turns, **turn_options(request))
     else:
         assert request.prompt is not None
         check_length(engine, len(request.prompt), "prompt")
@@ -62,7 +57,7 @@ def detokenize(engine: Engine, body: bytes) -> dict[str, str]:
     """vLLM's reply to `POST /detokenize`."""
     request = parse(DetokenizeRequest, body)
     split_model(engine, request.model)
-    _check_tokens(engine, request.tokens, "tokens")
+    check_tokens(engine, request.tokens, "tokens")
     return {"prompt": engine.preprocessor.detokenize(request.tokens)}
 
 

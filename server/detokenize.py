@@ -16,10 +16,15 @@ class Detokenizer:
         self._prefix = self._read = 0  # the tail is ids[prefix:]; ids[:read] have given their text
         self._pending = ""
         self._started = False
+        self._may_stop = True
         self.stopped = False
 
-    def push(self, token: int) -> str:
-        """Add a token; return the text that is now certain. Sets `stopped` when a stop string is complete."""
+    def push(self, token: int, may_stop: bool = True) -> str:
+        """Add a token; return the text that is now certain. Sets `stopped` when a stop string is complete.
+
+        Before it `may_stop`, a stop string is text like any other.
+        """
+        self._may_stop = may_stop
         self._ids.append(token)
         before = self._decode(self._ids[self._prefix : self._read])
         after = self._decode(self._ids[self._prefix :])
@@ -45,6 +50,9 @@ class Detokenizer:
         if not self._started:
             text = text.lstrip()  # "ASSISTANT: red": the blank belongs to the prompt
             self._started = bool(text)
+        if not self._may_stop:
+            self._pending = ""
+            return text
         cut = min((at for at in (text.find(s) for s in self._stop) if at >= 0), default=-1)
         if cut >= 0:
             self.stopped, self._pending = True, ""

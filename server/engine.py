@@ -53,6 +53,7 @@ class Running:
     input: SequenceInput
     text: Detokenizer
     generator: torch.Generator
+    ends: frozenset[int]  # tokens that end the answer
     output_ids: list[int] = field(default_factory=list)
     last_token: float = 0.0
     decode_seconds: float = 0.0
@@ -232,7 +233,8 @@ class Engine:
         self.metrics.routed(receipt, len(request.prompt))
         text = Detokenizer(self.preprocessor.tokenizer, request.sampling.stop)
         generator = new_generator(request.sampling.seed)
-        self._running[request.id] = Running(request, plan, receipt, cache, prompt, text, generator)
+        ends = frozenset(request.sampling.stop_token_ids) | (frozenset() if request.sampling.ignore_eos else self.checkpoint.eos)
+        self._running[request.id] = Running(request, plan, receipt, cache, prompt, text, generator, ends)
 
     def _encode(self, digest: str, pixels: torch.Tensor) -> ImageFeatures:
         """An image's features [1, visual_tokens, width], remembered by content: encoding does not depend on the level."""
@@ -272,12 +274,15 @@ class Engine:
         if not torch.isfinite(logits).all():
             raise ArithmeticError("logits are not finite")
         self._record_token_time(request, one)
-        greedy = is_greedy(request.sampling)
-        token = int(logits.argmax()) if greedy else sample(logits, one.output_ids, request.sampling, one.generator)
+        sampling = request.sampling
+        if is_greedy(sampling):
+            token = int(logits.argmax())
+        else:
+            token = sample(logits, one.output_ids, sampling, one.generator, request.prompt, one.ends)
         one.output_ids.append(token)
         self.metrics.generated_tokens.inc()
-        ends = token in self.checkpoint.eos
-        text = "" if ends else one.text.push(token)
+        ends = token in one.ends
+        text = "" if ends else one.text.push(token, may_stop=len(one.output_ids) > sampling.min_tokens)
         full = len(one.output_ids) >= self._max_new_tokens(request)
         reason: FinishReason | None = "stop" if ends or one.text.stopped else "length" if full else None
         if reason:

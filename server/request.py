@@ -14,7 +14,8 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy; `logprobs` is how many alternatives to report, None for none at all."""
+    """How tokens are drawn, and when to stop. Temperature 0 is greedy; `top_k` 0 or -1 is all; `logit_bias` is by token id; no
+    end and no stop comes before `min_tokens`; `logprobs` is how many alternatives to report, None for none at all."""
 
     max_tokens: int = 64
     temperature: float = 0.0
@@ -25,6 +26,12 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logprobs: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""From logits to a token: penalties, temperature, top-k, top-p; each a pure function over one row."""
+"""From logits to a token: penalties and bias, temperature, top-k, top-p, min-p; each a pure function over one row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -20,39 +20,52 @@ def new_generator(seed: int | None) -> torch.Generator:
 
 
 def is_greedy(sampling: Sampling) -> bool:
-    """Whether the token is simply the largest logit, so that a whole batch can be answered by one argmax."""
-    return sampling.temperature == 0 and not sampling.frequency_penalty and not sampling.presence_penalty
+    """Whether the token is simply the model's largest logit."""
+    touched = sampling.frequency_penalty or sampling.presence_penalty or sampling.logit_bias or sampling.min_tokens
+    return sampling.temperature == 0 and not touched and sampling.repetition_penalty == 1
 
 
-def penalize(logits: Tensor, made: Sequence[int], sampling: Sampling) -> Tensor:
-    """OpenAI's penalties on tokens already made: presence once, frequency per time. `logits` [vocab]."""
-    if not made or not (sampling.frequency_penalty or sampling.presence_penalty):
-        return logits
-    tokens, counts = torch.tensor(made, device=logits.device).unique(return_counts=True)  # type: ignore[no-untyped-call]
+def penalize(logits: Tensor, made: Sequence[int], sampling: Sampling, prompt: Sequence[int] = ()) -> Tensor:
+    """Penalties on tokens seen. OpenAI's on those made: presence once, frequency per time. The repetition penalty (CTRL,
+    arXiv 1909.05858, as transformers and vLLM apply it) divides positive and multiplies negative logits of the prompt's and
+    the made tokens. `logits` [vocab] are copied."""
     logits = logits.clone()
-    logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*prompt, *made}), dtype=torch.long, device=logits.device)
+        logits[seen] *= torch.where(logits[seen] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
+    if made:
+        tokens, counts = torch.tensor(made, device=logits.device).unique(return_counts=True)  # type: ignore[no-untyped-call]
+        logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     return logits
 
 
-def sample(logits: Tensor, made: Sequence[int], sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw one token from float32 `logits` [vocab] given the tokens `made` so far."""
-    logits = penalize(logits, made, sampling)
+def sample(
+    logits: Tensor, made: Sequence[int], sampling: Sampling, generator: torch.Generator,
+    prompt: Sequence[int] = (), ends: Collection[int] = (),
+) -> int:  # fmt: skip
+    """Draw one token from float32 `logits` [vocab] given the tokens `made` so far; none of `ends` before `min_tokens`."""
+    logits = penalize(logits, made, sampling, prompt)
+    for token, bias in sampling.logit_bias:
+        logits[token] += bias
+    if len(made) < sampling.min_tokens:
+        logits[list(ends)] = -torch.inf
     if sampling.temperature == 0:
         return int(logits.argmax())
     # The largest logit is made zero first: divided by next to nothing, it would overflow.
     scaled = (logits - logits.max()).cpu() / max(sampling.temperature, 1e-6)
-    probabilities = truncate(scaled.softmax(-1), sampling.top_k, sampling.top_p)
+    probabilities = truncate(scaled.softmax(-1), sampling.top_k, sampling.top_p, sampling.min_p)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def truncate(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Keep the `top_k` most likely tokens (0: all) and the fewest whose mass reaches `top_p`; always at least one."""
-    if top_k == 0 and top_p == 1:
+def truncate(probabilities: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
+    """Keep the `top_k` most likely tokens (0 or -1: all), the fewest whose mass reaches `top_p`, and of these the ones of at
+    least `min_p` of the likeliest one's probability; always at least one."""
+    if top_k <= 0 and top_p == 1 and min_p == 0:
         return probabilities
     ordered, tokens = probabilities.sort(descending=True)
-    keep = ordered.cumsum(-1) - ordered < top_p
+    keep = (ordered.cumsum(-1) - ordered < top_p) & (ordered >= min_p * ordered[0])
     keep[0] = True
-    if top_k:
+    if top_k > 0:
         keep[top_k:] = False
     return torch.zeros_like(probabilities).scatter(0, tokens[keep], ordered[keep])
 

@@ -1,4 +1,5 @@
-"""The bodies that clients send, as types. Unknown fields are tolerated, for clients send many; wrong types never are."""
+"""The bodies that clients send, as types. Unknown fields are tolerated, for clients send many; wrong types never are, nor known
+fields that would change the answer and are not obeyed."""
 
 from __future__ import annotations
 
@@ -22,9 +23,42 @@ from server.request import Sampling
 
 MAX_INT64 = 2**63 - 1
 
+NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")
+"""Values by which a client asks for nothing."""
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "audio": (), "best_of": (1,), "echo": (), "function_call": ("none", "auto"), "functions": (), "logprobs": (),
+    "modalities": (["text"],), "moderation": (), "n": (1,), "parallel_tool_calls": (True,), "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},), "stream": (), "suffix": (), "tool_choice": ("none", "auto"), "tools": (),
+    "top_logprobs": (0,), "verbosity": ("medium",), "web_search_options": (),
+    # vLLM
+    "add_special_tokens": (), "allowed_token_ids": (), "bad_words": (), "chat_template": (), "chat_template_kwargs": (),
+    "documents": (), "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (), "include_reasoning": (True,),
+    "include_stop_str_in_output": (), "kv_transfer_params": (), "length_penalty": (1,), "logits_processors": (),
+    "media_io_kwargs": (), "mm_processor_kwargs": (), "prompt_embeds": (), "prompt_logprobs": (), "repetition_detection": (),
+    "return_token_ids": (), "return_tokens_as_token_ids": (), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "structured_outputs": (), "thinking_token_budget": (), "truncate_prompt_tokens": (),
+    "use_beam_search": (), "vllm_xargs": (),
+    # SGLang
+    "custom_logit_processor": (), "custom_params": (), "ebnf": (), "input_ids": (), "json_schema": (), "lora_path": (),
+    "no_stop_trim": (), "regex": (), "return_hidden_states": (), "return_routed_experts": (), "separate_reasoning": (True,),
+    "session_params": (), "stop_regex": (), "stream_reasoning": (True,),
+}  # fmt: skip
+"""Fields of other servers' requests that change the answer and are not obeyed where a body does not have them; each with the
+values that ask for nothing, beside NEUTRAL. Fields that are in neither table change no answer and are ignored."""
+MISPLACED = {"level": "pruning.level", "pruning": "level"}
+"""Where our own fields belong in the bodies that do not have them."""
+
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
 
 
 Detail = Literal["auto", "low", "high", "original"]
@@ -67,6 +101,8 @@ class Message(Body):
 
 
 class PruningOptions(Body):
+    model_config = ConfigDict(extra="forbid")
+
     level: str | None = Field(None, description="A name from `GET /v1/pruning/levels`.")
 
 
@@ -81,11 +117,23 @@ def _many(value: Any) -> Any:
 # The cap on a stop string bounds the search for half-seen ones at every step.
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[list[StopString] | None, BeforeValidator(_many, json_schema_input_type=str | list[str] | None)]
+
+
+def _bias(value: Any) -> Any:
+    """JSON's keys are text."""
+    if not isinstance(value, dict) or not all(str(token).isdecimal() and len(str(token)) < 10 for token in value):
+        raise ValueError("must map token ids to numbers from -100 to 100")
+    return {int(token): bias for token, bias in value.items()}
+
+
+TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[dict[int, Bias] | None, BeforeValidator(_bias, json_schema_input_type=dict[str, Bias] | None)]
 Images = Annotated[list[str | bytes], BeforeValidator(_many, json_schema_input_type=str | list[str])]
 
 
 class Generation(Body):
-    """What both endpoints let a client say about the answer. A null means the default, as it does for OpenAI."""
+    """What every endpoint lets a client say about the answer. A null means the default, as it does for OpenAI."""
 
     model: str | None = Field(None, description="The served model, or `model@level`.")
     max_tokens: int | None = Field(None, ge=1, description="Length limit of the answer; the server has a default.")
@@ -93,20 +141,48 @@ class Generation(Body):
     temperature: float | None = Field(
         None, ge=0, le=2, description="0, the default, is greedy: a question about a picture has one best answer."
     )
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, description="Draw from so many best tokens; 0 for all.")
+    top_p: float | None = Field(None, ge=0, le=1, description="Draw from the best tokens of this mass; 0 takes the best one.")
+    top_k: int | None = Field(None, ge=-1, description="Draw from so many best tokens; 0 or -1 for all.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Draw from tokens of this share of the best one's probability.")
     seed: int | None = Field(None, ge=-MAX_INT64, le=MAX_INT64)
     stop: Stop = Field(None, max_length=4)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=100, description="Divides the logits of tokens seen before.")
+    logit_bias: LogitBias = Field(None, max_length=1024, description="By token id, what is added to its logit.")
+    min_tokens: int | None = Field(None, ge=0, description="No end and no stop before so many tokens.")
+    ignore_eos: bool | None = Field(None, description="Go on when the model ends its answer.")
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=64, description="End at these tokens, which are not shown.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nothing(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if name in cls.model_fields or _is_one_of(value, NEUTRAL):
+                continue
+            if name in MISPLACED:
+                raise InvalidRequest(f"{name}: is not known here; send {MISPLACED[name]}", param=name)
+            if name in UNSUPPORTED and not _is_one_of(value, UNSUPPORTED[name]):
+                raise InvalidRequest(f"{name}: is not supported here; leave it out", param=name)
+        return values
 
     def sampling(self, default_max_tokens: int) -> Sampling:
-        same = {"temperature", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty"}
+        same = {
+            "temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty",
+            "min_tokens", "ignore_eos",
+        }  # fmt: skip
         return Sampling(
             max_tokens=self.max_completion_tokens or self.max_tokens or default_max_tokens,
             stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias=tuple((self.logit_bias or {}).items()),
             **self.model_dump(include=same, exclude_none=True),
         )
+
+
+def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """By value and type: 0 is not False."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
 class OpenAIRequest(Generation):
@@ -122,13 +198,25 @@ class ChatRequest(OpenAIRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, max_length=1024)
+    add_generation_prompt: bool | None = Field(None, description="Let the assistant's turn begin; the default.")
+    continue_final_message: bool | None = Field(None, description="Go on with the last message, the assistant's own.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token; requires `logprobs`.")
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _continues_an_answer(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        messages = info.data.get("messages")
+        if value and messages and messages[-1].role != "assistant":
+            raise ValueError("the last message must be the assistant's")
+        if value and info.data.get("add_generation_prompt"):
+            raise ValueError("excludes `add_generation_prompt: true`")
+        return value
 
     @field_validator("top_logprobs")
     @classmethod
     def _needs_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and not info.data.get("logprobs"):
+        if value and not info.data.get("logprobs"):
             raise ValueError("requires `logprobs: true`")
         return value
 
@@ -142,7 +230,7 @@ class CompletionRequest(OpenAIRequest):
 
     prompt: str | list[int]
     logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token.")
-    echo: bool | None = None
+    add_special_tokens: bool | None = Field(None, description="Begin the prompt as the model's prompts begin; the default.")
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -150,13 +238,6 @@ class CompletionRequest(OpenAIRequest):
         if isinstance(value, str) or (isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)):
             return value
         raise ValueError("must be one text, or the list of its tokens")
-
-    @field_validator("echo")
-    @classmethod
-    def _no_echo(cls, value: bool | None) -> bool | None:
-        if value:
-            raise ValueError("is not supported: the reply holds the continuation alone")
-        return value
 
     def sampling(self, default_max_tokens: int) -> Sampling:
         return replace(super().sampling(default_max_tokens), logprobs=self.logprobs)
@@ -169,6 +250,8 @@ class TokenizeRequest(Body):
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=1024)
     add_special_tokens: bool | None = Field(None, description="Begin a text as the model's prompts begin; a chat always does.")
+    add_generation_prompt: bool | None = Field(None, description="Let the assistant's turn begin; the default.")
+    continue_final_message: bool | None = Field(None, description="End within the last message.")
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -182,7 +265,7 @@ class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[TokenId]
 
 
 class VqaRequest(Generation):
@@ -210,7 +293,7 @@ def invalid(errors: Sequence[Any]) -> InvalidRequest:
     """What pydantic found wrong, as our own refusal. Its messages do not quote what the client sent, so they are short."""
     first = errors[0]
     param = _path(first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
+    message = "is not known here" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
     return InvalidRequest(f"{param}: {message}" if param else message, param=param or None)
 
 
@@ -224,5 +307,5 @@ def _path(loc: Sequence[int | str]) -> str:
         if isinstance(step, int):
             path += f"[{step}]"
         elif step != before:
-            path += f".{step}" if path else step
+            path += f".{step[:100]}" if path else step[:100]
     return path

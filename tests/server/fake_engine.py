@@ -35,6 +35,7 @@ class FakePreprocessor:
         self.may_finish.set()
         self.seen: list[Image.Image] = []
         self.turns: list[dict[str, Any]] = []
+        self.template: dict[str, bool] = {}
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         self.seen.append(image)
@@ -54,8 +55,8 @@ class FakePreprocessor:
     def count_images(self, ids: Sequence[int]) -> int:
         return ids.count(999)
 
-    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        self.turns = messages
+    def prompt(self, messages: list[dict[str, Any]], **template: bool) -> list[int]:
+        self.turns, self.template = messages, template
         if messages[0]["role"] == "assistant":
             raise ValueError("the chat template refuses these messages: the user speaks first")
         parts = [part for message in messages for part in message["content"]]

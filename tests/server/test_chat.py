@@ -11,7 +11,7 @@ import pytest
 from server import chat
 from server.errors import InvalidRequest, UnknownLevel, UnknownModel
 from server.request import Sampling
-from server.schemas import ChatRequest, VqaRequest, parse
+from server.schemas import NEUTRAL, UNSUPPORTED, ChatRequest, CompletionRequest, Generation, VqaRequest, parse
 from server.settings import Settings
 from tests.server.fake_engine import FakeEngine
 
@@ -81,9 +81,9 @@ def test_conversations_that_ask_nothing_or_misplace_pictures(messages: list[dict
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "0.5"}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_p": float("inf")}, "top_p"),
-        ({"top_k": -1}, "top_k"),
+        ({"top_k": -2}, "top_k"),
         ({"seed": 2**63}, "seed"),
         ({"seed": 1.5}, "seed"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -103,6 +103,15 @@ def test_conversations_that_ask_nothing_or_misplace_pictures(messages: list[dict
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"pruning": {"level": 3}}, "pruning.level"),
         ({"pruning": "strong"}, "pruning"),
+        ({"pruning": {"levle": "strong"}}, "pruning.levle"),
+        ({"level": "strong"}, "level"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"red": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"continue_final_message": True}, "continue_final_message"),
         ({"model": 3}, "model"),
     ],
 )
@@ -122,15 +131,57 @@ def test_a_body_that_is_no_json_object(body: bytes) -> None:
 def test_nulls_and_unknown_fields_are_tolerated() -> None:
     names = [name for name in ChatRequest.model_fields if name != "messages"]
     assert chat_request(**dict.fromkeys(names)).sampling(64) == Sampling(max_tokens=64)
-    assert chat_request(ignore_eos=True, stream_options={"continuous_usage_stats": 1}).sampling(64) == Sampling(64)
+    assert chat_request(user="me", stream_options={"continuous_usage_stats": 1}).sampling(64) == Sampling(64)
+    image = {"type": "image_url", "image_url": {"url": "data:", "detail": None}}
+    options: dict[str, Any] = {"stream_options": {"include_usage": None}, "pruning": {"level": None}}
+    nested = chat_request(messages=[{"role": "user", "content": [image]}], **options)
+    assert nested.messages[0].content[0].image_url.detail == "auto"  # type: ignore[union-attr]
+
+
+REAL_VALUES: dict[str, Any] = {"n": 2, "top_logprobs": 1, "length_penalty": 0.5, "best_of": 2}
+
+
+@pytest.mark.parametrize("body", [ChatRequest, CompletionRequest, VqaRequest])
+def test_what_would_change_the_answer_is_refused_by_name(body: type[Generation]) -> None:
+    needed = {"messages": ASK, "prompt": "hello", "image": "", "question": "what?"}
+    needed = {name: value for name, value in needed.items() if name in body.model_fields}
+    for name, neutral in UNSUPPORTED.items():
+        if name in body.model_fields:
+            continue
+        for value in (*NEUTRAL, *neutral):
+            parse(body, json.dumps({**needed, name: value}).encode())
+        with pytest.raises(InvalidRequest, match="not supported") as refusal:
+            parse(body, json.dumps({**needed, name: REAL_VALUES.get(name, {"some": "value"})}).encode())
+        assert refusal.value.param == name
+
+
+def test_the_template_may_go_on_with_an_answer() -> None:
+    engine = FakeEngine()
+    messages = [*ASK, {"role": "assistant", "content": "The star is"}]
+    for fields, template in (
+        ({}, {"generation": True, "continued": False}),
+        ({"add_generation_prompt": False}, {"generation": False, "continued": False}),
+        ({"continue_final_message": True}, {"generation": False, "continued": True}),
+    ):
+        chat.read_chat(engine, Settings(), json.dumps({"messages": messages, **fields}).encode(), None)
+        assert engine.preprocessor.template == template
+
+
+@pytest.mark.parametrize("fields", [{"stop_token_ids": [1000]}, {"logit_bias": {"1000": 1}}])
+def test_tokens_that_do_not_exist_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="vocabulary ends at token 999"):
+        chat.read_chat(FakeEngine(), Settings(), json.dumps({"messages": ASK, **fields}).encode(), None)
 
 
 def test_sampling_takes_every_field() -> None:
     request = chat_request(
         temperature=1, top_p=0.5, top_k=3, seed=-7, stop="\n", max_tokens=9, max_completion_tokens=5,
-        frequency_penalty=-2, presence_penalty=2, logprobs=True, top_logprobs=4,
+        frequency_penalty=-2, presence_penalty=2, logprobs=True, top_logprobs=4, min_p=0.1, repetition_penalty=1.5,
+        logit_bias={"7": -100}, min_tokens=2, ignore_eos=True, stop_token_ids=[8],
     )  # fmt: skip
-    assert request.sampling(64) == Sampling(5, 1.0, 0.5, 3, -7, ("\n",), -2.0, 2.0, 4)
+    assert request.sampling(64) == Sampling(
+        5, 1.0, 0.5, 3, -7, ("\n",), -2.0, 2.0, 4, 0.1, 1.5, ((7, -100.0),), 2, True, (8,)
+    )
     assert chat_request(logprobs=True).sampling(64).logprobs == 0
     assert chat_request(logprobs=False).sampling(64).logprobs is None
 

@@ -107,6 +107,13 @@ def test_a_half_seen_stop_string_is_held_and_let_go():
     assert text.finish() == ""
 
 
+def test_before_it_may_stop_a_stop_string_is_text():
+    text = Detokenizer(TOKENIZER, ["QX"])
+    assert [text.push(token, may_stop=False) for token in encode("QX")] == ["Q", "X"]
+    assert "".join(text.push(token) for token in encode("AQX")) == "A"
+    assert text.stopped
+
+
 def test_a_held_piece_comes_out_at_the_end():
     text = Detokenizer(TOKENIZER, ["QX"])
     assert [text.push(token) for token in encode("AQ")] == ["A", ""]

@@ -311,3 +311,25 @@ def test_the_cache_takes_a_share_of_free_memory_by_default(tiny):
     engine = Engine(tiny)
     assert 0 < engine.kv.budget <= 8 * engine.context_length * LAYERS
     assert answer(engine).finished
+
+
+def test_an_answer_ends_at_a_token_id_but_not_too_early(engine: Engine) -> None:
+    whole, _ = submit(engine, max_tokens=6)
+    running = []
+    while not engine.scheduler.idle:
+        engine.step()
+        running = [one.output_ids for one in engine._running.values()] or running
+    third = running[0][2]
+    assert whole.id
+    first = running[0].index(third)
+    ended = answer(engine, max_tokens=6, stop_token_ids=(third,)).finished
+    assert (ended.reason, ended.completion_tokens) == ("stop", first + 1)
+    later = answer(engine, max_tokens=6, stop_token_ids=(third,), min_tokens=5).finished
+    assert later.completion_tokens >= 6
+
+
+def test_a_model_that_ends_may_be_ignored(engine: Engine) -> None:
+    eos = min(engine.checkpoint.eos)
+    assert answer(engine, max_tokens=4, logit_bias=((eos, 100.0),)).answer == ("", 1, "stop")
+    assert answer(engine, max_tokens=4, logit_bias=((eos, 100.0),), ignore_eos=True).answer == ("", 4, "length")
+    assert answer(engine, max_tokens=4, logit_bias=((eos, 100.0),), min_tokens=2).finished.completion_tokens == 3

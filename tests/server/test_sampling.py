@@ -109,6 +109,33 @@ def test_a_penalty_breaks_a_greedy_loop():
     assert made == [0, 0, 1, 0, 1]
 
 
+def test_min_p_keeps_a_share_of_the_best():
+    assert draws(torch.tensor([0.6, 0.3, 0.1]).log(), min_p=0.4).keys() == {0, 1}
+    assert draws(torch.tensor([0.6, 0.3, 0.1]).log(), min_p=1.0).keys() == {0}
+
+
+def test_all_tokens_may_be_called_minus_one():
+    assert draws(torch.zeros(3), top_k=-1).keys() == {0, 1, 2}
+
+
+def test_a_bias_forces_and_forbids():
+    logits = torch.tensor([3.0, 1.0, 0.0])
+    assert draws(logits, logit_bias=((2, 100.0),)).keys() == {2}
+    assert sample(logits, [], Sampling(logit_bias=((0, -100.0),)), new_generator(0)) == 1
+
+
+def test_a_repetition_penalty_counts_the_prompt_and_the_answer():
+    logits = torch.tensor([2.0, 1.5, -1.0, 3.0])
+    after = penalize(logits, [2], Sampling(repetition_penalty=2.0), prompt=[0, 0])
+    assert after.tolist() == [1.0, 1.5, -2.0, 3.0]
+    assert sample(logits, [3], Sampling(repetition_penalty=4.0), new_generator(0)) == 0
+
+
+def test_no_end_before_enough_tokens():
+    logits, options = torch.tensor([5.0, 1.0, 0.0]), Sampling(min_tokens=2)
+    assert [sample(logits, [1] * made, options, new_generator(0), ends={0}) for made in range(3)] == [1, 1, 0]
+
+
 @given(logits=logit_rows, count=st.integers(0, 60), data=st.data())
 def test_logprobs_are_the_models_own(logits, count, data):
     token = data.draw(st.integers(0, len(logits) - 1))
