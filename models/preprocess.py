@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
+from tokenizers import decoders
 from transformers import LlavaConfig, LlavaProcessor
 
+# What stands for each byte in a byte-level vocabulary (GPT-2): itself where it prints, else the next code from 256 on.
+_PRINTS = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTS]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTS} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's byte tokens
 # Splits a special token's spelling in user text, so that it is read as text; a private-use character nobody types.
 _BREAK = "\ue000"
 
@@ -21,6 +28,10 @@ class Preprocessor:
         self._image_id = int(config.image_token_index)
         # Those that the tokenizer names (beginning, end), and those that it merely turns into one id wherever they stand.
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        self._special_ids = frozenset(
+            {*self.tokenizer.all_special_ids, *(id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special)}
+        )
+        self._byte_level = isinstance(self.tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
         self._specials = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
@@ -65,6 +76,28 @@ class Preprocessor:
     def count_images(self, ids: Sequence[int]) -> int:
         """Image tokens among `ids`."""
         return sum(token == self._image_id for token in ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text, byte for byte, half characters and leading blanks included; of a special token, nothing.
+
+        For the two families of tokenizers that LLaVA's language models have: byte-level, and SentencePiece with byte tokens.
+        """
+        if token in self._special_ids or not 0 <= token < self.vocab_size:
+            return b""
+        if (added := self.tokenizer.added_tokens_decoder.get(token)) is not None:
+            return str(added).encode()
+        spelling: str = self.tokenizer.convert_ids_to_tokens(token)
+        if self._byte_level:
+            return bytes(_BYTE_OF[char] for char in spelling)
+        if _BYTE_TOKEN.fullmatch(spelling):
+            return bytes([int(spelling[3:5], 16)])
+        return spelling.replace("\u2581", " ").encode()
+
+    def token_text(self, token: int) -> str:
+        """A token's name: its text, or what it is called if it is a special one."""
+        if token in self._special_ids:
+            return str(self.tokenizer.convert_ids_to_tokens(token))
+        return self.token_bytes(token).decode(errors="replace")
 
     @property
     def vocab_size(self) -> int:

@@ -372,10 +372,10 @@ def _usage(finished: Sequence[Finished]) -> dict[str, Any]:
 
 
 def _logprobs(tokens: Iterable[TokenLogprob]) -> dict[str, Any] | None:
-    def entry(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(token.encode())}
+    def entry(one: TokenLogprob) -> dict[str, Any]:
+        return {"token": one.token, "logprob": max(one.logprob, MIN_LOGPROB), "bytes": list(one.bytes)}
 
-    content = [{**entry(t.token, t.logprob), "top_logprobs": [entry(*top) for top in t.top]} for t in tokens]
+    content = [{**entry(one), "top_logprobs": [entry(other) for other in one.top]} for one in tokens]
     return {"content": content} if content else None
 
 

@@ -1,23 +1,33 @@
-"""From tokens to text as it grows: never half a character, never a stop string."""
+"""From tokens to text as it grows: never half a character, never a stop string; and their log-probabilities with it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from server.request import TokenLogprob
+
+BLANKS = " \t\r\n"
+"""Stripped from the beginning of an answer. "ASSISTANT: red": the blank belongs to the prompt."""
 
 
 class Detokenizer:
-    """Text of one answer. Decodes a short tail at a time, so that an answer of n tokens costs n, not n squared."""
+    """Text of one answer. `token_bytes` says what a token adds to it."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, token_bytes: Callable[[int], bytes], stop: Sequence[str] = ()) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = getincrementaldecoder("utf-8")("replace")
         self._stop = [s for s in stop if s]
-        self._ids: list[int] = []
-        self._prefix = self._read = 0  # the tail is ids[prefix:]; ids[:read] have given their text
         self._pending = ""
         self._started = False
         self._may_stop = True
         self.stopped = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether a character or a stop string is half seen."""
+        return bool(self._pending or self._decoder.getstate()[0])
 
     def push(self, token: int, may_stop: bool = True) -> str:
         """Add a token; return the text that is now certain. Sets `stopped` when a stop string is complete.
@@ -25,30 +35,20 @@ class Detokenizer:
         Before it `may_stop`, a stop string is text like any other.
         """
         self._may_stop = may_stop
-        self._ids.append(token)
-        before = self._decode(self._ids[self._prefix : self._read])
-        after = self._decode(self._ids[self._prefix :])
-        if after.endswith("\ufffd"):  # an unfinished character
-            return ""
-        self._prefix, self._read = self._read, len(self._ids)
-        return self._release(after[len(before) :])
+        return self._release(self._decoder.decode(self._token_bytes(token)))
 
     def finish(self) -> str:
         """The text still held back when the answer ends."""
         if self.stopped:
             return ""
-        before = self._decode(self._ids[self._prefix : self._read])
-        rest = self._release(self._decode(self._ids[self._prefix :])[len(before) :])
+        rest = self._release(self._decoder.decode(b"", final=True))
         pending, self._pending = self._pending, ""
         return rest + pending
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
 
     def _release(self, text: str) -> str:
         text = self._pending + text
         if not self._started:
-            text = text.lstrip()  # "ASSISTANT: red": the blank belongs to the prompt
+            text = text.lstrip(BLANKS)
             self._started = bool(text)
         if not self._may_stop:
             self._pending = ""
@@ -60,6 +60,38 @@ class Detokenizer:
         held = max((_overlap(text, s) for s in self._stop), default=0)
         self._pending = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+class LogprobQueue:
+    """Log-probabilities of one answer, each handed out with the text of its token, so that the bytes of all are the content:
+    leading blanks, which are not shown, and what a stop string cuts off are taken from the bytes of the tokens that had them."""
+
+    def __init__(self) -> None:
+        self._held: list[TokenLogprob] = []
+        self._shown = 0  # bytes of text that came out while these were held
+        self._leading = True
+
+    def push(self, entry: TokenLogprob, text: str, *, holds: bool, stopped: bool) -> tuple[TokenLogprob, ...]:
+        """Add a token's, and the `text` that came out with it; return those that may go out. The flags are the detokenizer's."""
+        if self._leading:
+            entry = replace(entry, bytes=entry.bytes.lstrip(BLANKS.encode()))
+            self._leading = not entry.bytes
+        self._held.append(entry)
+        self._shown += len(text.encode())
+        if holds:
+            return ()
+        out = _cut(self._held, self._shown) if stopped else self._held
+        self._held, self._shown = [], 0
+        return tuple(out)
+
+
+def _cut(entries: Sequence[TokenLogprob], size: int) -> list[TokenLogprob]:
+    """The entries with `size` bytes in all."""
+    out = []
+    for entry in entries:
+        out.append(replace(entry, bytes=entry.bytes[:size]))
+        size -= len(out[-1].bytes)
+    return out
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,7 +21,7 @@ from models.forward import SequenceInput, decode_input, forward, prefill_input
 from models.kv_cache import KVCache, RequestCache
 from models.vision.features import ImageFeatures
 from pruning.dynamic.planner import Plan, Planner, TokenPolicy
-from server.detokenize import Detokenizer
+from server.detokenize import Detokenizer, LogprobQueue
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.metrics import Metrics
 from server.request import Delta, Event, Failed, Finished, FinishReason, Receipt, Request, Started, TokenLogprob
@@ -54,6 +54,7 @@ class Running:
     text: Detokenizer
     generator: torch.Generator
     ends: frozenset[int]  # tokens that end the answer
+    logprobs: LogprobQueue = field(default_factory=LogprobQueue)
     output_ids: list[int] = field(default_factory=list)
     last_token: float = 0.0
     decode_seconds: float = 0.0
@@ -231,7 +232,7 @@ class Engine:
         prompt = prefill_input(self.model, ids, plan.visual, plan.route, cache)
         receipt = _receipt(plan, self.fingerprint)
         self.metrics.routed(receipt, len(request.prompt))
-        text = Detokenizer(self.preprocessor.tokenizer, request.sampling.stop)
+        text = Detokenizer(self.preprocessor.token_bytes, request.sampling.stop)
         generator = new_generator(request.sampling.seed)
         ends = frozenset(request.sampling.stop_token_ids) | (frozenset() if request.sampling.ignore_eos else self.checkpoint.eos)
         self._running[request.id] = Running(request, plan, receipt, cache, prompt, text, generator, ends)
@@ -287,7 +288,7 @@ class Engine:
         reason: FinishReason | None = "stop" if ends or one.text.stopped else "length" if full else None
         if reason:
             text += one.text.finish()
-        logprobs = self._logprobs(request, logits, token)
+        logprobs = self._logprobs(one, logits, token, text)
         if text or logprobs:
             self._emit(request, Delta(text, logprobs))
         if reason:
@@ -308,12 +309,19 @@ class Engine:
             self._emit(request, Started(one.receipt, dict(request.timings)))
         one.last_token = now
 
-    def _logprobs(self, request: Request, logits: torch.Tensor, token: int) -> tuple[TokenLogprob, ...]:
-        if request.sampling.logprobs is None:
+    def _logprobs(self, one: Running, logits: torch.Tensor, token: int, text: str) -> tuple[TokenLogprob, ...]:
+        """Those of the tokens whose text is out with this one's."""
+        count = one.request.sampling.logprobs
+        if count is None:
             return ()
-        own, top = top_logprobs(logits, token, request.sampling.logprobs)
-        spell = self.preprocessor.tokenizer.decode
-        return (TokenLogprob(spell([token]), own, tuple((spell([t]), value) for t, value in top)),)
+        own, top = top_logprobs(logits, token, count)
+        entry = replace(self._entry(token, own), top=tuple(self._entry(*other) for other in top))
+        if token in one.ends:  # it has no text
+            entry = replace(entry, bytes=b"")
+        return one.logprobs.push(entry, text, holds=one.text.holds, stopped=one.text.stopped)
+
+    def _entry(self, token: int, logprob: float) -> TokenLogprob:
+        return TokenLogprob(self.preprocessor.token_text(token), logprob, self.preprocessor.token_bytes(token))
 
     def _complete(self, one: Running, reason: FinishReason) -> None:
         request = one.request

@@ -60,9 +60,12 @@ class Receipt:
 
 @dataclass(frozen=True)
 class TokenLogprob:
+    """A token's log-probability. `bytes` are what it adds to the content; `top` are the likeliest tokens in its place."""
+
     token: str
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    bytes: bytes
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Delta:
-    """More text (maybe none yet: a stop string or a character may be half seen) and the logprobs of the tokens behind it."""
+    """More text and the logprobs of its tokens. What is half seen, a character or a stop string, waits for the rest."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()

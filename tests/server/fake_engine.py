@@ -143,8 +143,8 @@ class FakeEngine:
 def _logprobs(token: str, alternatives: int | None) -> tuple[TokenLogprob, ...]:
     if alternatives is None:
         return ()
-    top = [(token, -0.25), ("\N{SNOWMAN}", float("-inf"))]
-    return (TokenLogprob(token, -0.25, tuple(top[:alternatives])),)
+    own, never = (token, -0.25, token.encode()), ("\N{SNOWMAN}", float("-inf"), "\N{SNOWMAN}".encode())
+    return (TokenLogprob(*own, (TokenLogprob(*own), TokenLogprob(*never))[:alternatives]),)
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (4, 4), mode: str = "RGB", color: Any = "red", **save: Any) -> bytes:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
-import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from server.detokenize import Detokenizer
-from tests.server.tiny import processor
+from models.preprocess import Preprocessor
+from server.detokenize import BLANKS, Detokenizer, LogprobQueue
+from server.request import TokenLogprob
+from tests.server.tiny import config, processor
 
 TOKENIZER = processor().tokenizer
+PREPROCESSOR = Preprocessor(processor(), config(), 1)
+SPELL = PREPROCESSOR.token_bytes
 ALPHABET = "abAB 0.\n\u00e9\u4e2d\U0001f60e"
 texts = st.text(ALPHABET, max_size=30)
 any_tokens = st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=40)
@@ -28,7 +34,7 @@ def decode(ids: Sequence[int]) -> str:
 
 def stream(ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], Detokenizer]:
     """The pieces as the engine asks for them: one per token until it stops, then what is left."""
-    text = Detokenizer(TOKENIZER, stop)
+    text = Detokenizer(SPELL, stop)
     pieces = []
     for token in ids:
         pieces.append(text.push(token))
@@ -40,14 +46,14 @@ def stream(ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], Det
 @given(ids=any_tokens)
 @example(ids=[*encode("\U0001f60e")[:2], *encode("a")])
 def test_pieces_make_the_whole_text_whatever_the_model_says(ids):
-    assert "".join(stream(ids)[0]) == decode(ids).lstrip()
+    assert "".join(stream(ids)[0]) == decode(ids).lstrip(BLANKS)
 
 
 @given(text=texts)
 def test_characters_of_several_bytes_are_never_split(text):
     assume("\ufffd" not in text)
     pieces, _ = stream(encode(text))
-    assert "".join(pieces) == text.lstrip()
+    assert "".join(pieces) == text.lstrip(BLANKS)
     assert not any("\ufffd" in piece for piece in pieces)
 
 
@@ -71,7 +77,7 @@ def test_nothing_of_a_stop_string_or_behind_it_is_ever_seen(text, stop):
     ids = encode(text)
     pieces, detokenizer = stream(ids, stop)
     seen = "".join(pieces)
-    whole = decode(ids).lstrip()
+    whole = decode(ids).lstrip(BLANKS)
     assert not any(s in seen for s in stop)
     assert whole.startswith(seen)
     if detokenizer.stopped:
@@ -86,7 +92,7 @@ def test_stop_strings_hold_for_broken_bytes_too(ids, stop):
     pieces, detokenizer = stream(ids, stop)
     seen = "".join(pieces)
     assert not any(s in seen for s in stop)
-    assert detokenizer.stopped or seen == decode(ids).lstrip()
+    assert detokenizer.stopped or seen == decode(ids).lstrip(BLANKS)
 
 
 @given(text=texts, stop=stops)
@@ -100,7 +106,7 @@ def test_what_is_out_is_final(text, stop):
 
 
 def test_a_half_seen_stop_string_is_held_and_let_go():
-    text = Detokenizer(TOKENIZER, ["QX"])
+    text = Detokenizer(SPELL, ["QX"])
     assert [text.push(token) for token in encode("AQ")] == ["A", ""]
     assert text.push(encode("R")[0]) == "QR"
     assert not text.stopped
@@ -108,21 +114,21 @@ def test_a_half_seen_stop_string_is_held_and_let_go():
 
 
 def test_before_it_may_stop_a_stop_string_is_text():
-    text = Detokenizer(TOKENIZER, ["QX"])
+    text = Detokenizer(SPELL, ["QX"])
     assert [text.push(token, may_stop=False) for token in encode("QX")] == ["Q", "X"]
     assert "".join(text.push(token) for token in encode("AQX")) == "A"
     assert text.stopped
 
 
 def test_a_held_piece_comes_out_at_the_end():
-    text = Detokenizer(TOKENIZER, ["QX"])
+    text = Detokenizer(SPELL, ["QX"])
     assert [text.push(token) for token in encode("AQ")] == ["A", ""]
     assert text.finish() == "Q"
 
 
 def test_the_first_of_several_stop_strings_in_one_token_counts():
     (token,) = encode(" circle")
-    text = Detokenizer(TOKENIZER, ["l", "r", "le"])
+    text = Detokenizer(SPELL, ["l", "r", "le"])
     assert text.push(token) == "ci"
     assert text.stopped
     assert text.finish() == ""
@@ -137,17 +143,52 @@ def test_special_tokens_have_no_text():
     assert "".join(stream(ids)[0]) == "AB"
 
 
-@pytest.mark.parametrize("count", [50, 400])
-def test_the_cost_of_a_token_does_not_grow_with_the_answer(count):
-    class Counting:
-        longest = 0
+def logprobs(ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[str, list[TokenLogprob]]:
+    """The text and what stands behind it, in the order in which the engine asks."""
+    text, queue, pieces, entries = Detokenizer(SPELL, stop), LogprobQueue(), [], []
+    for place, token in enumerate(ids):
+        piece = text.push(token)
+        last = text.stopped or place == len(ids) - 1
+        pieces.append(piece + text.finish() if last else piece)
+        entry = TokenLogprob(PREPROCESSOR.token_text(token), -1.0, SPELL(token))
+        entries += queue.push(entry, pieces[-1], holds=text.holds, stopped=text.stopped)
+        shown = b"".join(entry.bytes for entry in entries).decode(errors="replace")
+        assert "".join(pieces).startswith(shown), "no log-probability comes before its text"
+        if last:
+            break
+    return "".join(pieces), entries
 
-        def decode(self, ids: list[int], **options: object) -> str:
-            self.longest = max(self.longest, len(ids))
-            return TOKENIZER.decode(ids, **options)
 
-    counting = Counting()
-    text = Detokenizer(counting)
-    for token in encode("A B " * count):
-        text.push(token)
-    assert counting.longest < 8
+@given(text=texts, stop=stops)
+@example(text=" aab", stop=["ab"])
+@example(text="\U0001f60eb", stop=["b"])
+def test_bytes_of_log_probabilities_are_the_content(text, stop):
+    ids = encode(text)
+    seen, entries = logprobs(ids, stop)
+    assert b"".join(entry.bytes for entry in entries).decode() == seen
+
+
+@given(ids=any_tokens)
+def test_no_token_goes_without_its_log_probability(ids):
+    assert len(logprobs(ids)[1]) == len(ids)
+
+
+@given(ids=any_tokens)
+def test_token_bytes_joined_are_what_the_tokenizer_decodes(ids):
+    assert b"".join(map(SPELL, ids)).decode(errors="replace") == decode(ids)
+
+
+def test_half_characters_blanks_and_special_tokens_spelled():
+    assert [SPELL(token) for token in encode("\u00e9")] == [b"\xc3", b"\xa9"]
+    (token,) = encode(" circle")
+    assert (SPELL(token), PREPROCESSOR.token_text(token)) == (b" circle", " circle")
+    assert (SPELL(TOKENIZER.eos_token_id), PREPROCESSOR.token_text(TOKENIZER.eos_token_id)) == (b"", "</s>")
+
+
+def test_sentencepiece_tokenizers_spell_too():
+    vocabulary = {"<unk>": 0, "</s>": 1, "<0xC3>": 2, "<0xA9>": 3, "\u2581red": 4, "star": 5}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    spell = Preprocessor(SimpleNamespace(tokenizer=tokenizer), SimpleNamespace(image_token_index=0), 1).token_bytes
+    assert [spell(token) for token in range(7)] == [b"", b"", b"\xc3", b"\xa9", b" red", b"star", b""]

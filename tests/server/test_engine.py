@@ -214,8 +214,8 @@ def test_logprobs_tell_what_was_likely(engine):
     for one in reader.logprobs:
         assert one.logprob <= 0
         assert len(one.top) == 3
-        assert [value for _, value in one.top] == sorted((value for _, value in one.top), reverse=True)
-        assert (one.token, one.logprob) == one.top[0], "greedy takes the likeliest"
+        assert [other.logprob for other in one.top] == sorted((other.logprob for other in one.top), reverse=True)
+        assert (one.token, one.logprob) == (one.top[0].token, one.top[0].logprob), "greedy takes the likeliest"
     assert not answer(engine, 0).logprobs
     assert all(not one.top for one in answer(engine, 0, logprobs=0).logprobs)
 
@@ -333,3 +333,19 @@ def test_a_model_that_ends_may_be_ignored(engine: Engine) -> None:
     assert answer(engine, max_tokens=4, logit_bias=((eos, 100.0),)).answer == ("", 1, "stop")
     assert answer(engine, max_tokens=4, logit_bias=((eos, 100.0),), ignore_eos=True).answer == ("", 4, "length")
     assert answer(engine, max_tokens=4, logit_bias=((eos, 100.0),), min_tokens=2).finished.completion_tokens == 3
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_bytes_of_all_tokens_are_the_content(engine: Engine, stops: bool) -> None:
+    text = answer(engine, max_tokens=12).text
+    stop = text[5:9]
+    reader = answer(engine, max_tokens=12, logprobs=0, stop=(stop,) if stops else ())
+    assert reader.text == (text.partition(stop)[0] if stops else text)
+    assert b"".join(one.bytes for one in reader.logprobs).decode() == reader.text
+    assert len(reader.logprobs) == reader.finished.completion_tokens
+
+
+def test_a_token_that_ends_has_its_name_and_no_bytes(engine: Engine) -> None:
+    eos = min(engine.checkpoint.eos)
+    (only,) = answer(engine, max_tokens=4, logit_bias=((eos, 100.0),), logprobs=1).logprobs
+    assert (only.token, only.bytes) == ("</s>", b"")
