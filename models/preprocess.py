@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,18 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's byte tokens
 _BREAK = "\ue000"
 
 
+def _begins_one_of(specials: Iterable[str]) -> re.Pattern[str]:
+    """Matches the first character of a special token, and of what may become one when a template joins the text with another."""
+
+    def begins(special: str) -> str:
+        rest = ""
+        for char in reversed(special[1:]):
+            rest = rf"(?:\s*\Z|{re.escape(char)}{rest})"
+        return f"{re.escape(special[0])}(?={rest})"
+
+    return re.compile("|".join(begins(special) for special in sorted(specials) if len(special) > 1) or r"(?!)")
+
+
 class Preprocessor:
     def __init__(self, processor: LlavaProcessor, config: LlavaConfig, visual_tokens_per_image: int) -> None:
         self.tokenizer = processor.tokenizer
@@ -32,7 +44,7 @@ class Preprocessor:
             {*self.tokenizer.all_special_ids, *(id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special)}
         )
         self._byte_level = isinstance(self.tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
-        self._specials = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
+        self._begins_special = _begins_one_of({*added, *self.tokenizer.all_special_tokens})
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """An RGB picture to float32 [3, height, width], resized and normalised."""
@@ -44,8 +56,8 @@ class Preprocessor:
 
         `generation` lets the assistant's turn begin; `continued` ends within the last message, which must be text.
 
-        A special token spelled out in a message, `<image>` among them, stays text. Raises ValueError if the chat template
-        refuses the messages.
+        A special token spelled out in messages, `<image>` among them, stays text, also where a template joins two parts. Raises
+        ValueError if the chat template refuses the messages or loses an image.
         """
         guarded = [{**message, "content": self._guard(message["content"])} for message in messages]
         try:
@@ -54,7 +66,11 @@ class Preprocessor:
             )
         except Exception as error:  # templates raise jinja2's own errors, with a message meant for the caller
             raise ValueError(f"the chat template refuses these messages: {error}") from error
-        return self._expand(self._tokenize(text))
+        ids = self._tokenize(text)
+        asked = sum(part["type"] == "image" for message in messages for part in message["content"] if isinstance(part, dict))
+        if (found := self.count_images(ids)) != asked:
+            raise ValueError(f"the chat template makes {found} image tokens of {asked} images")
+        return self._expand(ids)
 
     def question(self, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
         """The prompt of one question about one picture; `history` are the questions and answers that it follows."""
@@ -118,10 +134,7 @@ class Preprocessor:
         return [{**part, "text": self._guard_text(part["text"])} if part["type"] == "text" else part for part in content]
 
     def _guard_text(self, text: str) -> str:
-        text = text.replace(_BREAK, "")
-        for special in self._specials:
-            text = text.replace(special, special[0] + _BREAK + special[1:])
-        return text
+        return self._begins_special.sub(lambda found: found[0] + _BREAK, text.replace(_BREAK, ""))
 
     def _expand(self, ids: list[int]) -> list[int]:
         out: list[int] = []

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
 from http import HTTPStatus
@@ -39,7 +40,7 @@ from server.chat import (
     vqa_reply,
 )
 from server.completions import as_completions, completion_reply, detokenize, read_completion, tokenize
-from server.errors import EspalierError, NotReady, PayloadTooLarge, UnknownPath
+from server.errors import EspalierError, InvalidRequest, NotReady, PayloadTooLarge, UnknownPath, UnsupportedMedia
 from server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, VqaRequest, invalid
 from server.settings import Settings
 
@@ -52,6 +53,8 @@ Shape = Callable[[dict[str, Any]], dict[str, Any]]
 StreamShape = Callable[[AsyncIterator[Chunk]], AsyncIterator[Chunk]]
 
 BODIES = (ChatRequest, CompletionRequest, VqaRequest, TokenizeRequest, DetokenizeRequest)
+GZIP = 16 + zlib.MAX_WBITS
+"""What zlib calls a gzip stream."""
 READERS = 4
 """Requests read at once: decoding a picture at the pixel limit takes some hundred megabytes for a moment."""
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -248,7 +251,7 @@ async def form_fields(request: Request, max_images: int) -> dict[str, Any]:
 class Envelope:
     """Around all routes: an id on every reply, a bounded body, and OpenAI's error object when something breaks.
 
-    The body is counted while it is read, so that a chunked one without a length is bounded too. The client's id is an
+    The body is counted while it is read and unpacked, so that a chunked or packed one is bounded too. The client's id is an
     echo, and never names anything inside. HEAD is GET without its body, and slashes that are doubled or trail mean nothing.
     """
 
@@ -267,12 +270,19 @@ class Envelope:
         length, given = headers.get("content-length", ""), headers.get("x-request-id", "")
         size = int(length) if length.isdecimal() else 0
         request_id = given if SANE_ID.fullmatch(given) else uuid4().hex
+        encoding = headers.get("content-encoding", "").strip().lower() or "identity"
+        gunzip = zlib.decompressobj(GZIP) if encoding in ("gzip", "x-gzip") else None
         read, started = 0, False
 
         async def bounded_receive() -> Message:
             nonlocal read
+            if gunzip is None and encoding != "identity":
+                raise UnsupportedMedia(f"Content-Encoding {encoding[:40]} is not supported; send gzip or none.")
             if max(size, read) <= self.max_body_bytes:
                 message = await receive()
+                if gunzip and message["type"] == "http.request":
+                    room = self.max_body_bytes - read
+                    message = await to_thread.run_sync(unpack, gunzip, message, room)
                 read += len(message.get("body", b""))
             if max(size, read) > self.max_body_bytes:
                 raise PayloadTooLarge(f"A request body may have at most {self.max_body_bytes:,} bytes.")
@@ -295,6 +305,17 @@ class Envelope:
                 raise
             error = EspalierError("The server failed to answer; its log has the details.", code="internal_error")
             await JSONResponse(error.body(), error.status)(scope, receive, labelled_send)
+
+
+def unpack(gunzip: Any, message: Message, room: int) -> Message:
+    """A piece of a gzip body, unpacked to no more than one byte above `room`. Raises InvalidRequest if it is none."""
+    try:
+        body = gunzip.decompress(message.get("body", b""), room + 1)
+    except zlib.error:
+        raise InvalidRequest("The body is not gzip, as its Content-Encoding says.") from None
+    if len(body) <= room and not message.get("more_body") and (not gunzip.eof or gunzip.unused_data):
+        raise InvalidRequest("The gzip body is cut short, or something follows it.")
+    return {**message, "body": body}
 
 
 def _add_error_handlers(app: FastAPI, engine: Engine) -> None:

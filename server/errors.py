@@ -7,7 +7,7 @@ EspalierError
 ├── UnknownModel          404
 ├── UnknownPath           404  no such route; the message lists those that exist
 ├── PayloadTooLarge       413  body, image bytes, pixels or number of images
-├── UnsupportedMedia      415  not a JPEG, PNG or WebP picture
+├── UnsupportedMedia      415  not a JPEG, PNG or WebP picture, or an unknown Content-Encoding
 ├── Overloaded            429  not now: the queue is full; carries retry_after seconds
 ├── ShuttingDown          503  the server is draining
 ├── NotReady              503  a probe's answer: the weights are loading, or the engine is gone

@@ -37,14 +37,17 @@ def refusal(error: ImageError) -> EspalierError:
 
 
 def read_data_url(url: str, max_bytes: int) -> bytes:
+    """The bytes of a base64 data URL, in either alphabet, with or without padding and line breaks."""
     head, comma, payload = url.partition(",")
-    if head[:5].lower() != "data:":
+    head = "".join(head.lower().split())
+    if not head.startswith("data:"):
         raise InvalidRequest("Image URLs are not fetched; send the picture as a data URL, data:image/png;base64,...")
-    if not comma or not head.lower().endswith(";base64"):
+    if not comma or not head.endswith(";base64"):
         raise InvalidRequest("A data URL must be base64: data:image/png;base64,...")
-    if len(payload) > (max_bytes + 2) // 3 * 4:
+    payload = "".join(payload.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    if len(payload) > (max_bytes * 4 + 2) // 3:
         raise PayloadTooLarge(f"A picture may have at most {max_bytes:,} bytes.")
-    return _base64(payload)
+    return _base64(payload + "=" * (-len(payload) % 4))
 
 
 def _base64(text: str) -> bytes:

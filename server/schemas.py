@@ -3,6 +3,7 @@ fields that would change the answer and are not obeyed."""
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
@@ -283,7 +284,7 @@ def parse(model: type[AnyBody], body: bytes | Mapping[str, Any]) -> AnyBody:
     """Read a JSON body, or a form's fields, whose numbers are text. Raises InvalidRequest that names the first fault."""
     try:
         if isinstance(body, bytes):
-            return model.model_validate_json(body)
+            return model.model_validate_json(body.removeprefix(BOM_UTF8))
         return model.model_validate(body, strict=False)
     except ValidationError as error:
         raise invalid(error.errors(include_url=False, include_input=False)) from None

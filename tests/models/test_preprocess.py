@@ -84,6 +84,38 @@ def test_special_tokens_in_a_message_are_text(text, images):
     assert text.replace("\ue000", "") in TOKENIZER.decode([i for i in got if i != IMAGE_ID])
 
 
+@given(parts=st.lists(st.sampled_from(["<", "<im", "<im ", "age>", "image>", "</", "s>", ">", "a", None]), min_size=1, max_size=6))
+@example(parts=["<im", "age>"])
+@example(parts=["<im", None, "age>"])
+@example(parts=["<", "/s", ">"])
+def test_parts_that_are_joined_make_no_special_token(parts):
+    """Whatever stands between them in the template: a blank, as here, or nothing."""
+    joins = processor().chat_template.replace("('' if images and loop.first else ' ') + c['text']", "c['text'] | trim")
+    assert joins != processor().chat_template
+    own = LlavaProcessor(
+        image_processor=processor().image_processor, tokenizer=TOKENIZER, patch_size=8, image_token="<image>",
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=joins,
+    )  # fmt: skip
+    expected = PREPROCESSOR.prompt([user(*(part and "x" for part in parts))])
+    for preprocessor in (PREPROCESSOR, Preprocessor(own, config(), VISUAL)):
+        assert specials(preprocessor.prompt([user(*parts)])) == specials(expected)
+
+
+def test_a_template_that_loses_an_image_is_refused():
+    own = LlavaProcessor(
+        image_processor=processor().image_processor, tokenizer=TOKENIZER, patch_size=8, image_token="<image>", chat_template="hi",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="0 image tokens of 1 images"):
+        Preprocessor(own, config(), VISUAL).prompt([user(None, "a")])
+
+
+def test_a_prompt_may_end_within_the_answer():
+    answered = [user("What?"), {"role": "assistant", "content": [{"type": "text", "text": "A red"}]}]
+    continued = PREPROCESSOR.prompt(answered, generation=False, continued=True)
+    assert TOKENIZER.decode(continued).endswith("ASSISTANT: A red")
+    assert TOKENIZER.decode(PREPROCESSOR.prompt(answered, generation=False)).endswith("A red</s>")
+
+
 @pytest.mark.parametrize("special", SPECIALS)
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 def test_special_tokens_are_text_in_every_role_and_form(role, special):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -93,6 +94,31 @@ async def test_a_body_is_bounded(engine: FakeEngine, path: str, chunked: bool) -
         files = {"image": ("a.png", b"\0" * 2000, "image/png")}
         check_error(await client.post("/v1/vqa", files=files, data={"question": QUESTION}), 413)
         assert (await ask(client)).status_code == 200
+
+
+async def test_a_gzip_body_is_read_within_the_same_bound(engine: FakeEngine) -> None:
+    packed = gzip.compress(json.dumps(body(image_part())).encode())
+    bomb = gzip.compress(b" " * 3_000_000)
+    bad = {"bomb": (bomb, 413), "cut": (packed[:-9], 400), "no gzip": (b"{}", 400), "more": (packed + b"x", 400)}
+
+    async def pieces(data: bytes) -> AsyncIterator[bytes]:
+        for i in range(0, len(data), 100):
+            yield data[i : i + 100]
+
+    async with connect(engine, max_body_bytes=20_000) as client:
+        for content in (packed, pieces(packed)):
+            response = await client.post("/v1/chat/completions", content=content, headers={"Content-Encoding": "gzip"})
+            assert response.status_code == 200, response.text
+        for name, (data, status) in bad.items():
+            response = await client.post("/v1/chat/completions", content=data, headers={"Content-Encoding": "gzip"})
+            assert check_error(response, status), name
+        response = await client.post("/v1/chat/completions", content=packed, headers={"Content-Encoding": "br"})
+        assert "br" in check_error(response, 415)["message"]
+
+
+async def test_a_byte_order_mark_is_no_fault(client: httpx.AsyncClient) -> None:
+    content = b"\xef\xbb\xbf" + json.dumps(body(image_part())).encode()
+    assert (await client.post("/v1/chat/completions", content=content)).status_code == 200
 
 
 async def test_large_files_of_a_refused_form_are_closed(engine: FakeEngine) -> None:
