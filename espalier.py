@@ -16,10 +16,11 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from pruning.dynamic.training.config import TrainingConfig
 from pruning.static.recipe import Recipe
+from server.settings import Settings, read_settings
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 bench = typer.Typer(help="Measure: the model alone, or a running server.", no_args_is_help=True)
@@ -41,7 +42,7 @@ DTYPE = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or 
 def options_from(settings: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace a command's parameter `given` by one option for each field of `settings`: its name, type, description and default.
 
-    The command gets the options that were used as `given`, by name.
+    The command gets the options that were used as `given`, by name. Fields that it has as parameters of its own are left to it.
     """
 
     def option(name: str, field: FieldInfo) -> Parameter:
@@ -51,14 +52,16 @@ def options_from(settings: type[BaseModel]) -> Callable[[Callable[..., None]], C
         return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, shown])
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in signature(command, eval_str=True).parameters.values()]
+        fields = {name: field for name, field in settings.model_fields.items() if name not in [p.name for p in own]}
+
         @wraps(command)
         def wrapper(**values: Any) -> None:
-            given = {name: values.pop(name) for name in settings.model_fields}
+            given = {name: values.pop(name) for name in fields}
             command(**values, given={name: value for name, value in given.items() if value is not None})
 
-        parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in signature(command, eval_str=True).parameters.values()]
-        at = [p.name for p in parameters].index("given")
-        parameters[at : at + 1] = [option(name, field) for name, field in settings.model_fields.items()]
+        at = [p.name for p in own].index("given")
+        parameters = [*own[:at], *(option(name, field) for name, field in fields.items()), *own[at + 1 :]]
         wrapper.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         return wrapper
 
@@ -79,22 +82,17 @@ def options(
 
 
 @app.command()
+@options_from(Settings)
 def serve(
-    checkpoint: Annotated[str | None, typer.Argument(help="A directory transformers loads, embedded or embedded-dense.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = None,
-    default_level: Annotated[str | None, typer.Option(help="Pruning level of requests that name none.")] = None,
-    token_policy: TOKEN_POLICY = None,
+    checkpoint: Annotated[str | None, typer.Argument(help=Settings.model_fields["checkpoint"].description)] = None,
+    given: Any = None,
 ) -> None:
     """Serve a checkpoint over an OpenAI-compatible API. Every option is also an environment variable, ESPALIER_PORT and so on."""
-    from server.run import run
-
-    given = {"checkpoint": checkpoint, "host": host, "port": port, "device": device, "dtype": dtype,
-             "default_level": default_level, "token_policy": token_policy}  # fmt: skip
     with _plain_errors():
-        run({name: value for name, value in given.items() if value is not None})
+        settings = read_settings(given | ({} if checkpoint is None else {"checkpoint": checkpoint}))
+        from server.run import run  # torch comes with it, once the settings are known to be good
+
+        run(settings)
 
 
 @app.command("eval")
@@ -138,7 +136,7 @@ def calibrate(
     from pruning.layer_importance import calibrate as measure
     from pruning.samples import choose
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     with _plain_errors():
         directory = resolve(checkpoint, write=True)
         found = measure(directory, choose(data, directory), samples, seed, device, dtype)
@@ -165,7 +163,7 @@ def prune(
 
     with _plain_errors():
         run(read(recipe, given), resolve(checkpoint), out, device, dtype, ray)
-        Console().print(f"pruned into {out}; look at it with `espalier inspect {out}`", highlight=False)
+        Console().print(f"pruned into {out}; look at it with `espalier inspect {out}`", highlight=False, markup=False)
 
 
 @app.command()
@@ -183,7 +181,7 @@ def route(
 
     with _plain_errors():
         run(TrainingConfig(**given), resolve(checkpoint), out, device, dtype)
-        Console().print(f"router in {out}; look at it with `espalier inspect {out}`", highlight=False)
+        Console().print(f"router in {out}; look at it with `espalier inspect {out}`", highlight=False, markup=False)
 
 
 @app.command()
@@ -235,7 +233,9 @@ def bench_http(
     with _plain_errors():
         from benchmarks.http import run
 
-        run(url, concurrency, requests, levels, max_tokens, quiet=json)
+        document = run(url, concurrency, requests, levels, max_tokens, quiet=json)
+        if not document["answered"]:
+            raise ValueError(f"nothing was answered: {'; '.join(document['reasons'].values()) or document['errors']}")
 
 
 @contextmanager
@@ -249,7 +249,7 @@ def _plain_errors() -> Iterator[None]:
         except (CheckpointError, ValueError, OSError) as error:
             if pressed:
                 raise KeyboardInterrupt from error
-            errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+            errors.print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True)
             raise typer.Exit(1) from error
 
 

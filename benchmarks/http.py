@@ -58,6 +58,8 @@ class Results:
     completions: list[Completion] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     """By status, every 429 included; other failures by name."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """By status, what the server said first."""
 
 
 def run(url: str, concurrency: int, requests: int, levels: str, max_tokens: int, quiet: bool) -> dict[str, Any]:
@@ -169,7 +171,9 @@ async def attempt(client: httpx.AsyncClient, request: ChatRequest, start: float,
             after = response.headers.get("retry-after", "")
             return float(after) if after.isdecimal() else 1.0
         if response.status_code != 200:
-            raise RequestFailed(str(response.status_code))
+            status = str(response.status_code)
+            results.reasons.setdefault(status, said_by(await response.aread()))
+            raise RequestFailed(status)
         first, tokens = None, None
         async for line in response.aiter_lines():
             chunk = read_event(line)
@@ -182,6 +186,14 @@ async def attempt(client: httpx.AsyncClient, request: ChatRequest, start: float,
     first = first or end  # an empty answer has no first word
     results.completions.append(Completion(request.level, first - start, end - start, tokens))
     return None
+
+
+def said_by(body: bytes) -> str:
+    """The message of OpenAI's error object, or the beginning of whatever came instead."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode(errors="replace")
 
 
 def read_event(line: str) -> dict[str, Any]:
@@ -202,6 +214,7 @@ def summarise(results: Results, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "answered": len(completions),
         "errors": dict(sorted(results.errors.items())),
+        "reasons": dict(sorted(results.reasons.items())),
         **throughput(completions, seconds),
         "levels": {level: summarise_level([one for one in completions if one.level == level], seconds) for level in levels},
     }
@@ -237,3 +250,5 @@ def show(document: dict[str, Any], console: Console) -> None:
     console.print(table)
     if document["errors"]:
         console.print("errors: " + ", ".join(f"{count} × {name}" for name, count in document["errors"].items()))
+        for name, reason in document["reasons"].items():
+            console.print(f"{name}: {reason}", markup=False)

@@ -19,7 +19,7 @@ from checkpoints.world import Question, Scene, draw
 from evals.statistics import wilson
 from models.checkpoint import load
 from models.preprocess import Preprocessor
-from pruning.dynamic.planner import TokenPolicy
+from pruning.dynamic.token_policy import TokenPolicy
 from server.engine import Engine, Limits
 from server.request import Delta, Event, Failed, Finished, PreparedImage, Receipt, Request, Sampling
 

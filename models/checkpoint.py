@@ -76,6 +76,7 @@ def open_transformers(directory: Path, device: str = "cpu", dtype: str = "auto")
     """Check a checkpoint and open it with transformers. Raises what `load` raises."""
     if dtype not in ("auto", *DTYPES):
         raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    check_device(device)
     shards = check_files(directory)
     config = _config(directory)
     check_supported(config)
@@ -93,6 +94,16 @@ def open_transformers(directory: Path, device: str = "cpu", dtype: str = "auto")
         manifest=manifest,
         fingerprint="fp_" + fingerprint(shards),
     )
+
+
+def check_device(name: str) -> None:
+    """Raises CheckpointError for a device that is not here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CheckpointError(f"device {name!r} is not cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (count := torch.cuda.device_count()) <= (device.index or 0):
+        raise CheckpointError(f"device {name!r} is not here: torch sees {count} CUDA devices; use --device cpu")
 
 
 def _config(directory: Path) -> LlavaConfig:

@@ -10,10 +10,9 @@ from typing import Literal
 
 from PIL import Image, ImageOps
 
+from models.image_limits import MAX_PIXELS
+
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 7680 * 4320
-PILLOW_MAX_PIXELS = 89_478_485
-"""Above it Pillow warns of a decompression bomb by itself."""
 MAX_ASPECT = 100
 """Preprocessing scales the short side up to the model's size; a line of pixels would become gigabytes."""
 MAX_SCANS = 64

@@ -87,7 +87,7 @@ class Preprocessor:
         return list(self.tokenizer(text, add_special_tokens=special).input_ids)
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids)  # type: ignore[no-any-return]
+        return str(self.tokenizer.decode(ids))
 
     def count_images(self, ids: Sequence[int]) -> int:
         """Image tokens among `ids`."""

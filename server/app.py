@@ -324,6 +324,8 @@ def _add_error_handlers(app: FastAPI, engine: Engine) -> None:
         # Probes and look-ups are no work refused, and a failure is the engine's to count.
         if request.method == "POST" and refusal.status != 500:
             engine.metrics.rejected(refusal.code or refusal.type)
+            reason, where = refusal.code or refusal.type, request.scope["path"][:100]
+            log.info("refused POST %r: %d %s, param %r", where, refusal.status, reason, refusal.param)
         theirs = error.headers if isinstance(error, HTTPException) else None
         return JSONResponse(refusal.body(), refusal.status, headers={**(theirs or {}), **refusal.headers()})
 
@@ -336,7 +338,7 @@ def _add_error_handlers(app: FastAPI, engine: Engine) -> None:
 
 
 def _unknown_path(app: FastAPI, request: Request) -> UnknownPath:
-    routes = ", ".join(f"{' '.join(route.methods)} {route.path}" for route in app.routes if isinstance(route, APIRoute))
+    routes = ", ".join(f"{' '.join(route.methods or ())} {route.path}" for route in app.routes if isinstance(route, APIRoute))
     return UnknownPath(f"There is no {request.scope['path'][:100]} here. This server has: {routes}.")
 
 

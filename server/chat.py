@@ -22,6 +22,7 @@ from server.errors import (
     UnknownLevel,
     UnknownModel,
 )
+from server.metrics import STAGES
 from server.request import Delta, Event, Failed, Finished, PreparedImage, Receipt, Request, Sampling, Started, TokenLogprob
 from server.schemas import (
     MAX_INT64,
@@ -48,7 +49,6 @@ CHARS_PER_TOKEN = 64
 MIN_LOGPROB = -9999.0
 """What OpenAI reports for a token that cannot be drawn; JSON has no -inf."""
 KEEP_ALIVE_S = 15.0
-STAGES = ("queue", "image", "encode", "route", "prefill", "decode")
 
 Chunk = dict[str, Any]
 Turn = dict[str, Any]

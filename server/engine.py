@@ -20,7 +20,8 @@ from models.checkpoint import Checkpoint
 from models.forward import SequenceInput, decode_input, forward, prefill_input
 from models.kv_cache import KVCache, RequestCache
 from models.vision.features import ImageFeatures
-from pruning.dynamic.planner import Plan, Planner, TokenPolicy
+from pruning.dynamic.planner import Plan, Planner
+from pruning.dynamic.token_policy import TokenPolicy
 from server.detokenize import Detokenizer, LogprobQueue
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.metrics import Metrics
@@ -92,6 +93,7 @@ class Engine:
         self.metrics.watch_load(
             lambda: len(self.scheduler.running), lambda: len(self.scheduler.waiting), lambda: self.scheduler.used / rows
         )
+        self.metrics.start_at_zero(self.menu)
         self.metrics.loaded(self.model.bytes_by_format(), self.model.sparsity())
 
     # What other threads may call.
@@ -337,11 +339,17 @@ class Engine:
             known = self._requests.pop(request.id, None)
             self._aborted.discard(request.id)
             self.scheduler.finish(request.id)
-            self._running.pop(request.id, None)
+            running = self._running.pop(request.id, None)
             self.kv.free(request.id)
             self._changed.notify_all()
         if known:
-            self.metrics.finished(request.level, outcome, time.monotonic() - request.created, request.timings)
+            seconds, made = time.monotonic() - request.created, len(running.output_ids) if running else 0
+            self.metrics.finished(request.level, outcome, seconds, request.timings)
+            stages = " ".join(f"{stage} {value:.3f}" for stage, value in request.timings.items())
+            log.info(
+                "request %s: %s, level %s, %d prompt and %d new tokens, %.3f s (%s)",
+                request.id, outcome, request.level, len(request.prompt), made, seconds, stages,
+            )  # fmt: skip
 
     def _emit(self, request: Request, event: Event) -> None:
         try:

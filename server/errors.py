@@ -94,3 +94,11 @@ class NotReady(EspalierError):
 
 class EngineFailure(EspalierError):
     code = "engine_failure"
+
+
+def rejection_reasons() -> set[str]:
+    """What a refused request is counted by: its code, or its type if it has none."""
+    kinds: list[type[EspalierError]] = [EspalierError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return {"invalid_image", *(kind.code or kind.type for kind in kinds if kind.status != 500)}

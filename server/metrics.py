@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
+from server.errors import rejection_reasons
 from server.request import Receipt
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a timestamp beside every counter doubles the page and nobody reads it
@@ -14,8 +15,12 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a timestamp beside
 _REQUEST = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120)
 _TOKEN = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2)
 _STAGE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_RATIO = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+_RATIO = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 _AGREEMENT = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
+
+
+STAGES = ("queue", "image", "encode", "route", "prefill", "decode")
+OUTCOMES = ("stop", "length", "abort", "error")
 
 
 class Metrics:
@@ -69,6 +74,23 @@ class Metrics:
             self.weight_bytes.labels(format).set(size)
         for module, share in sparsity.items():
             self.weight_sparsity.labels(module).set(share)
+
+    def start_at_zero(self, levels: Iterable[str]) -> None:
+        """Make every labelled series now, so that an alert sees the first change."""
+        for level in levels:
+            for outcome in OUTCOMES:
+                self.requests.labels(level, outcome)
+            for histogram in (self.request_seconds, self.first_token, self.inter_token, self.flops, self.expected):
+                histogram.labels(level)
+            for outcome in ("kept", "dropped"):
+                self.visual_tokens.labels(level, outcome)
+            for outcome in ("run", "skipped", "frozen"):
+                self.layers.labels(level, outcome)
+        for stage in STAGES:
+            self.stage.labels(stage)
+        for reason in rejection_reasons():
+            self.rejections.labels(reason)
+        self.cache_hits.labels("image")
 
     def rejected(self, reason: str) -> None:
         self.rejections.labels(reason).inc()

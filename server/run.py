@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 from contextlib import suppress
+from socket import socket
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -26,19 +26,25 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._engine = engine
 
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Tell where it serves once it does."""
+        await super().startup(sockets=sockets)
+        for server in self.servers if self.started else ():
+            host, port, *_ = server.sockets[0].getsockname()
+            engine = self._engine
+            log.info("serving %s on http://%s:%d, levels %s", engine.model_name, host, port, ", ".join(engine.menu))
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._engine.drain()
         super().handle_exit(sig, frame)
 
 
-def run(given: dict[str, Any]) -> None:
-    """Serve until SIGTERM or Ctrl-C. `given` are settings from the command line; the rest come from the environment."""
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    settings = Settings(**given)
     engine = build_engine(settings)
     engine.start()
     app = create_app(engine, settings)
-    log.info("serving %s on http://%s:%d, levels %s", engine.model_name, settings.host, settings.port, ", ".join(engine.menu))
     grace = settings.shutdown_grace_s
     config = uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=grace)
     server = DrainingServer(config, engine)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from models.images import MAX_PIXELS, PILLOW_MAX_PIXELS
-from pruning.dynamic.planner import TokenPolicy
+from models.image_limits import MAX_PIXELS, PILLOW_MAX_PIXELS
+from pruning.dynamic.token_policy import TokenPolicy
 
 PREFIX = "ESPALIER_"
 
@@ -56,3 +56,14 @@ class Settings(BaseSettings):
             hint = "; in Kubernetes, set enableServiceLinks: false" if PREFIX + "SERVICE_HOST" in strays else ""
             raise ValueError(f"unknown environment variables {', '.join(strays)}{hint}. Known: {', '.join(known)}")
         return values
+
+
+def read_settings(given: dict[str, Any]) -> Settings:
+    """Settings from the caller and the environment. Raises ValueError that names, on one line, everything that is wrong."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False)
+        told = (".".join(map(str, fault["loc"])) for fault in faults)
+        texts = (fault["msg"].removeprefix("Value error, ") for fault in faults)
+        raise ValueError("; ".join(f"{name}: {text}" if name else text for name, text in zip(told, texts, strict=True))) from error

@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from pydantic import BaseModel
+from typer import Exit
 from typer.testing import CliRunner
 
-from espalier import _plain_errors, app
+from espalier import _plain_errors, app, errors
 from models.manifest import Manifest, read_manifest, write_manifest
 from pruning.dynamic.training.config import TrainingConfig
 from pruning.static.recipe import Recipe
+from server.settings import Settings
 from tests.server.tiny import write
 
 COMMAND = [sys.executable, "-m", "espalier", "prune"]
@@ -102,10 +104,12 @@ def test_a_checkpoint_that_is_not_pruned_has_nothing_to_draw(dense: Path, tmp_pa
     assert "is not pruned: there is nothing to draw" in result.output
 
 
-@pytest.mark.parametrize(("command", "model"), [("prune", Recipe), ("route", TrainingConfig)])
+@pytest.mark.parametrize(("command", "model"), [("prune", Recipe), ("route", TrainingConfig), ("serve", Settings)])
 def test_every_setting_is_an_option_with_its_default(command: str, model: type[BaseModel]) -> None:
     shown = " ".join(CliRunner(env={"COLUMNS": "300"}).invoke(app, [command, "--help"]).output.split())
     for name, field in model.model_fields.items():
+        if name == "checkpoint":  # an argument
+            continue
         option = re.search(rf"--{name.replace('_', '-')} .*?\[default: \((.*?)\)\]", shown)
         assert option and option[1] == (str(field.default) if field.default != () else "all"), name
 
@@ -113,6 +117,33 @@ def test_every_setting_is_an_option_with_its_default(command: str, model: type[B
 def test_the_version_is_told() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"espalier {metadata.version('espalier')}\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--port", "99999"], "port: Input should be less than or equal to 65535"),
+        (["--max-batch", "0", "--max-queue", "-1"], "max_batch: Input should be greater than or equal to 1; max_queue: "),
+    ],
+)
+def test_bad_settings_are_refused_before_torch_comes(given: list[str], message: str) -> None:
+    code = "import sys; from typer.testing import CliRunner; from espalier import app\n"
+    code += f"print(CliRunner().invoke(app, ['serve', *{given}]).output, bool({{'torch', 'PIL'}} & sys.modules.keys()))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert f"error: {message}" in shown and shown.endswith("False\n") and shown.count("\n") == 2
+
+
+def test_errors_are_no_markup() -> None:
+    for place in ("/a/[red]/b", "/[/x]", "espalier[plot]"):
+        with errors.capture() as shown, pytest.raises(Exit), _plain_errors():
+            raise ValueError(place)
+        assert shown.get() == f"error: {place}\n"
+
+
+def test_a_device_that_is_not_here_is_one_line(dense: Path) -> None:
+    for device in ("cuda:99", "gpu"):
+        result = CliRunner().invoke(app, ["inspect", str(dense), "--device", device])
+        assert result.exit_code == 1 and f"error: device '{device}' is not" in result.output and "Traceback" not in result.output
 
 
 def test_help_opens_without_torch() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ from pruning.dynamic.levels import AUTO, Level, OperatingPoint, fixed_menu, laye
 from pruning.dynamic.router import RequestRouting, RouterFailed, score_request, text_window
 from pruning.dynamic.router_file import RouterRecord, load_router
 from pruning.dynamic.token_merging import KeptTokens, merge_tokens
-
-TokenPolicy = Literal["router", "merging"]
+from pruning.dynamic.token_policy import TokenPolicy
 
 
 @dataclass(frozen=True)

@@ -349,3 +349,21 @@ def test_a_token_that_ends_has_its_name_and_no_bytes(engine: Engine) -> None:
     eos = min(engine.checkpoint.eos)
     (only,) = answer(engine, max_tokens=4, logit_bias=((eos, 100.0),), logprobs=1).logprobs
     assert (only.token, only.bytes) == ("</s>", b"")
+
+
+def test_a_line_in_the_log_says_how_a_request_went(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "espalier.engine")
+    request, reader = submit(engine, max_tokens=3, text="What secret is it?")
+    drain(engine)
+    (line,) = caplog.messages
+    assert line.startswith(f"request {request.id}: length, level off, {len(request.prompt)} prompt and 3 new tokens")
+    assert "secret" not in line and reader.text not in line
+
+
+def test_series_are_there_before_anything_happens(engine: Engine) -> None:
+    read = engine.metrics.registry.get_sample_value
+    for level in ("off", "strong"):
+        assert read("espalier_requests_total", {"level": level, "outcome": "error"}) == 0
+        assert read("espalier_flops_ratio_bucket", {"level": level, "le": "1.05"}) == 0
+    for reason in ("overloaded", "payload_too_large", "invalid_request_error", "context_length_exceeded"):
+        assert read("espalier_rejections_total", {"reason": reason}) == 0

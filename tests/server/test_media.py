@@ -90,10 +90,7 @@ def test_urls_that_are_no_data(url: str, message: str) -> None:
 
 
 def test_base64_may_be_written_as_people_do() -> None:
-    noise = np.random.default_rng(1).integers(0, 256, (9, 9, 3), np.uint8)
-    file = BytesIO()
-    Image.fromarray(noise).save(file, "PNG")
-    data = file.getvalue() + b"\xff"  # some byte behind the end, so that padding is needed
+    data = bytes(range(256))
     padded, lines = base64.b64encode(data).decode(), base64.encodebytes(data).decode()
     assert padded.endswith("=") and {"+", "/"} <= {*padded}
     safe = base64.urlsafe_b64encode(data).decode()
