@@ -59,7 +59,7 @@ ImageSource = tuple[str, str | bytes]
 @dataclass(frozen=True)
 class PreparedRequest:
     """One POST, parsed, tokenised and decoded: what its `n` engine requests share. `model` is as the client wrote it; `follow_up`
-    says whether an answer stands before the question."""
+    says whether an answer stands before the question, `continues` whether the prompt ends within the answer."""
 
     id: str
     model: str
@@ -70,6 +70,7 @@ class PreparedRequest:
     reason: str
     sampling: Sampling
     follow_up: bool = False
+    continues: bool = False
     n: int = 1
     stream: bool = False
     include_usage: bool = False
@@ -116,7 +117,10 @@ def _with_turns(
     prompt, images = prompt_and_images(engine, settings, turns, sources, **template)
     seconds = time.perf_counter() - start
     follow_up = any(turn["role"] == "assistant" for turn in turns)
-    return replace(prepared, prompt=prompt, images=images, image_seconds=seconds, follow_up=follow_up)
+    continues = template.get("continued", False)
+    return replace(
+        prepared, prompt=prompt, images=images, image_seconds=seconds, follow_up=follow_up, continues=continues
+    )
 
 
 def prepare(
@@ -335,6 +339,7 @@ class AnswerStream:
             emit=emit,
             reason=prepared.reason,
             follow_up=prepared.follow_up,
+            continues=prepared.continues,
             timings={"image": prepared.image_seconds},
             created=self._arrived,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from server.chat import Chunk, PreparedRequest, check_length, check_tokens, conversation, prepare, split_model, turn_options
@@ -19,7 +20,8 @@ def read_completion(engine: Engine, settings: Settings, body: bytes, header: str
     request = parse(CompletionRequest, body)
     prompt = _prompt(engine, request)
     level = request.pruning.level if request.pruning else None
-    return prepare(engine, settings, request, prompt, header=header, body=level, kind="cmpl")
+    prepared = prepare(engine, settings, request, prompt, header=header, body=level, kind="cmpl")
+    return replace(prepared, continues=True)
 
 
 def _prompt(engine: Engine, request: CompletionRequest) -> list[int]:

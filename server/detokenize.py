@@ -13,14 +13,14 @@ BLANKS = " \t\r\n"
 
 
 class Detokenizer:
-    """Text of one answer. `token_bytes` says what a token adds to it."""
+    """Text of one answer. `token_bytes` says what a token adds to it; one that `continues` a text keeps its leading blanks."""
 
-    def __init__(self, token_bytes: Callable[[int], bytes], stop: Sequence[str] = ()) -> None:
+    def __init__(self, token_bytes: Callable[[int], bytes], stop: Sequence[str] = (), continues: bool = False) -> None:
         self._token_bytes = token_bytes
         self._decoder = getincrementaldecoder("utf-8")("replace")
         self._stop = [s for s in stop if s]
         self._pending = ""
-        self._started = False
+        self._started = continues
         self._may_stop = True
         self.stopped = False
 
@@ -66,10 +66,10 @@ class LogprobQueue:
     """Log-probabilities of one answer, each handed out with the text of its token, so that the bytes of all are the content:
     leading blanks, which are not shown, and what a stop string cuts off are taken from the bytes of the tokens that had them."""
 
-    def __init__(self) -> None:
+    def __init__(self, continues: bool = False) -> None:
         self._held: list[TokenLogprob] = []
         self._shown = 0  # bytes of text that came out while these were held
-        self._leading = True
+        self._leading = not continues
 
     def push(self, entry: TokenLogprob, text: str, *, holds: bool, stopped: bool) -> tuple[TokenLogprob, ...]:
         """Add a token's, and the `text` that came out with it; return those that may go out. The flags are the detokenizer's."""

@@ -55,7 +55,7 @@ class Running:
     text: Detokenizer
     generator: torch.Generator
     ends: frozenset[int]  # tokens that end the answer
-    logprobs: LogprobQueue = field(default_factory=LogprobQueue)
+    logprobs: LogprobQueue
     output_ids: list[int] = field(default_factory=list)
     last_token: float = 0.0
     decode_seconds: float = 0.0
@@ -234,10 +234,12 @@ class Engine:
         prompt = prefill_input(self.model, ids, plan.visual, plan.route, cache)
         receipt = _receipt(plan, self.fingerprint)
         self.metrics.routed(receipt, len(request.prompt))
-        text = Detokenizer(self.preprocessor.token_bytes, request.sampling.stop)
+        text = Detokenizer(self.preprocessor.token_bytes, request.sampling.stop, request.continues)
         generator = new_generator(request.sampling.seed)
         ends = frozenset(request.sampling.stop_token_ids) | (frozenset() if request.sampling.ignore_eos else self.checkpoint.eos)
-        self._running[request.id] = Running(request, plan, receipt, cache, prompt, text, generator, ends)
+        self._running[request.id] = Running(
+            request, plan, receipt, cache, prompt, text, generator, ends, LogprobQueue(request.continues)
+        )
 
     def _encode(self, digest: str, pixels: torch.Tensor) -> ImageFeatures:
         """An image's features [1, visual_tokens, width], remembered by content: encoding does not depend on the level."""

@@ -117,5 +117,6 @@ class Request:
     emit: Callable[[Event], None]
     reason: str = "default"  # where the level came from: header, body, alias, detail or default
     follow_up: bool = False  # the question follows an answer in its chat
+    continues: bool = False  # the answer goes on with a text, as in a completion: its leading blanks are its own
     timings: dict[str, float] = field(default_factory=dict)
     created: float = field(default_factory=time.monotonic)

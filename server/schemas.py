@@ -236,9 +236,11 @@ class CompletionRequest(OpenAIRequest):
     @field_validator("prompt", mode="before")
     @classmethod
     def _one_prompt(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+            value = value[0]  # a batch of one, as some clients always send
         if isinstance(value, str) or (isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)):
             return value
-        raise ValueError("must be one text, or the list of its tokens")
+        raise ValueError("must be one text, or the list of its tokens; send several one by one")
 
     def sampling(self, default_max_tokens: int) -> Sampling:
         return replace(super().sampling(default_max_tokens), logprobs=self.logprobs)

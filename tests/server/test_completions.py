@@ -44,7 +44,10 @@ def test_openais_client_streams_a_text(sdk: openai.OpenAI) -> None:
 
 async def test_a_prompt_may_be_tokens(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert (await complete(client, [5, 6, 7])).status_code == 200
-    assert engine.submitted[0].prompt == [5, 6, 7]
+    assert (await complete(client, [[5, 6]])).status_code == 200
+    assert (await complete(client, ["one text"])).status_code == 200
+    assert [request.prompt for request in engine.submitted] == [[5, 6, 7], [5, 6], [0, 1, 2]]
+    assert all(request.continues for request in engine.submitted), "so that leading blanks stay"
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,14 @@ def test_before_it_may_stop_a_stop_string_is_text():
     assert text.stopped
 
 
+def test_a_continued_text_keeps_its_leading_blank():
+    (token,) = encode(" circle")
+    assert [Detokenizer(SPELL, continues=continues).push(token) for continues in (False, True)] == ["circle", " circle"]
+    entry = TokenLogprob(" circle", -1.0, b" circle")
+    shown = [LogprobQueue(continues).push(entry, "circle", holds=False, stopped=False) for continues in (False, True)]
+    assert [one.bytes for (one,) in shown] == [b"circle", b" circle"]
+
+
 def test_a_held_piece_comes_out_at_the_end():
     text = Detokenizer(SPELL, ["QX"])
     assert [text.push(token) for token in encode("AQ")] == ["A", ""]
