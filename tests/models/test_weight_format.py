@@ -9,17 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.runners import draw_questions
 from models import kernels, llava, weight_format
 from models.checkpoint import load
-from models.forward import decode_input, forward, prefill_input
+from models.forward import forward
 from models.kernels.thresholds import SPARSE_FROM
 from models.linear import Linear
 from models.llava import Llava, from_transformers
 from models.random_llava import random_model, tiny_config
-from models.route import Route
 from models.sparse import PackedLinear, SemiStructuredLinear, SparseLinear
 from models.weight_format import choose_format, faster, is_2_4
+from tests.models.tiny_llava import Session, pixels, prompt
 from tests.server.tiny import write
 
 native = pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
@@ -95,11 +94,10 @@ def zeroed(seed: int = 1) -> torch.nn.Module:
 @torch.inference_mode()
 def logits(model: Llava) -> torch.Tensor:
     """Of a prompt and of one token after it: [2, vocab]."""
-    questions, route = draw_questions(model, 1), Route.full(16, 3)
-    ids = questions.ids[0]
-    cache = model.new_cache([len(ids) + 1] * 3)
-    first = forward(model, [prefill_input(model, ids, model.vision(questions.pixels).tokens[0], route, cache)])
-    return torch.cat([first, forward(model, [decode_input(model, torch.tensor([5]), len(ids), route, cache)])])
+    session = Session(model, prompt(1, 7, seed=1), pixels(1, seed=1).to(model.dtype))
+    first = forward(model, [session.input])
+    session.push(5)
+    return torch.cat([first, forward(model, [session.input])])
 
 
 @native
