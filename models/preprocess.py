@@ -36,6 +36,7 @@ class Preprocessor:
     def __init__(self, processor: LlavaProcessor, config: LlavaConfig, visual_tokens_per_image: int) -> None:
         self.tokenizer = processor.tokenizer
         self.visual_tokens_per_image = visual_tokens_per_image
+        self.center_crop = bool(processor.image_processor.do_center_crop)
         self._processor = processor
         self._image_id = int(config.image_token_index)
         # Those that the tokenizer names (beginning, end), and those that it merely turns into one id wherever they stand.

@@ -41,6 +41,7 @@ from server.chat import (
 )
 from server.completions import as_completions, completion_reply, detokenize, read_completion, tokenize
 from server.errors import EspalierError, InvalidRequest, NotReady, PayloadTooLarge, UnknownPath, UnsupportedMedia
+from server.page import add_playground
 from server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, VqaRequest, invalid
 from server.settings import Settings
 
@@ -68,6 +69,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     _add_questions(app, engine, settings)
     _add_menu(app, engine)
     _add_operations(app, engine)
+    add_playground(app)
     _document_bodies(app)
     return app
 
@@ -147,10 +149,6 @@ def _add_menu(app: FastAPI, engine: Engine) -> None:
 
 
 def _add_operations(app: FastAPI, engine: Engine) -> None:
-    @app.get("/")
-    async def root() -> dict[str, str]:
-        return {"name": "espalier", "model": engine.model_name, "docs": "/docs"}
-
     @app.get("/live")
     async def live() -> dict[str, str]:
         """Restart the server when this is 503: the engine's thread is gone."""

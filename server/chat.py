@@ -25,6 +25,7 @@ from server.errors import (
 from server.metrics import STAGES
 from server.request import Delta, Event, Failed, Finished, PreparedImage, Receipt, Request, Sampling, Started, TokenLogprob
 from server.schemas import (
+    MAX_DETAIL_IMAGES,
     MAX_INT64,
     ChatRequest,
     Generation,
@@ -74,6 +75,7 @@ class PreparedRequest:
     n: int = 1
     stream: bool = False
     include_usage: bool = False
+    detail: bool = False
 
 
 # ---- reading: heavy, so it runs in a worker thread
@@ -88,6 +90,8 @@ def read_chat(engine: Engine, settings: Settings, body: bytes, header: str | Non
     sources: list[ImageSource] = [(place, image.url) for place, image in images]
     # The menu first: what is refused for its level costs no decoding.
     prepared = prepare(engine, settings, request, [], header=header, body=level, detail=detail)
+    if prepared.detail and len(images) > MAX_DETAIL_IMAGES:
+        raise InvalidRequest(f"pruning.detail: for at most {MAX_DETAIL_IMAGES} images, not {len(images)}", param="pruning.detail")
     return _with_turns(engine, settings, prepared, turns, sources, **turn_options(request))
 
 
@@ -137,7 +141,8 @@ def prepare(
     if not isinstance(request, OpenAIRequest):
         return prepared
     usage = bool(request.stream_options and request.stream_options.include_usage)
-    return replace(prepared, n=request.n or 1, stream=bool(request.stream), include_usage=usage)
+    detailed = bool(request.pruning and request.pruning.detail)
+    return replace(prepared, n=request.n or 1, stream=bool(request.stream), include_usage=usage, detail=detailed)
 
 
 def _data_url(image: str | bytes) -> str | bytes:
@@ -318,7 +323,7 @@ class AnswerStream:
                 case Finished():
                     self.receipt, self.timings = event.receipt, event.timings
                     finished.append(event)
-                    yield self._piece(index, {}, finish_reason=event.reason) | {"pruning": asdict(event.receipt)}
+                    yield self._piece(index, {}, finish_reason=event.reason) | {"pruning": self._told(event)}
         yield self._chunk([]) | {"usage": _usage(finished)}
 
     def _request(self, index: int) -> Request:
@@ -340,9 +345,20 @@ class AnswerStream:
             reason=prepared.reason,
             follow_up=prepared.follow_up,
             continues=prepared.continues,
+            detail=prepared.detail,
             timings={"image": prepared.image_seconds},
             created=self._arrived,
         )
+
+    def _told(self, event: Finished) -> dict[str, Any]:
+        """The receipt, with what `pruning.detail` asked for."""
+        receipt = asdict(event.receipt)
+        if receipt["detail"] is None:
+            del receipt["detail"]
+        else:
+            seconds = {stage: round(event.timings[stage], 5) for stage in STAGES if stage in event.timings}
+            receipt["detail"] |= {"center_crop": self._engine.preprocessor.center_crop, "seconds": seconds}
+        return receipt
 
     def _piece(
         self, index: int, delta: dict[str, Any], *, logprobs: Any = None, finish_reason: str | None = None

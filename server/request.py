@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from pruning.dynamic.detail import RouteDetail
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -56,6 +58,7 @@ class Receipt:
     checkpoint: str
     frozen_layers: int = 0  # of those that run, in how many visual tokens are frozen
     expected_agreement: float | None = None  # probability that the answer is the un-pruned model's, where a router chose
+    detail: RouteDetail | None = None  # where the request asked for it
 
 
 @dataclass(frozen=True)
@@ -118,5 +121,6 @@ class Request:
     reason: str = "default"  # where the level came from: header, body, alias, detail or default
     follow_up: bool = False  # the question follows an answer in its chat
     continues: bool = False  # the answer goes on with a text, as in a completion: its leading blanks are its own
+    detail: bool = False  # the receipt tells the route in full
     timings: dict[str, float] = field(default_factory=dict)
     created: float = field(default_factory=time.monotonic)

@@ -23,6 +23,8 @@ from server.errors import InvalidRequest
 from server.request import Sampling
 
 MAX_INT64 = 2**63 - 1
+MAX_DETAIL_IMAGES = 4
+"""Most images whose tokens a receipt lists one by one: about 100 kB of JSON for four of 576 tokens."""
 
 NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")
 """Values by which a client asks for nothing."""
@@ -105,6 +107,15 @@ class PruningOptions(Body):
     model_config = ConfigDict(extra="forbid")
 
     level: str | None = Field(None, description="A name from `GET /v1/pruning/levels`.")
+    detail: bool | None = Field(
+        None,
+        description="Tell the route in full, as `pruning.detail` of the reply or of the stream's last chunk with a choice, for up "
+        f"to {MAX_DETAIL_IMAGES} images: `kept_tokens` (ascending, numbered over all images, each row by row), `token_sizes` (how "
+        "many each kept one stands for), `merged_into` (by the number kept at an operating point: for each token the kept one that "
+        "stands for it), `token_scores` (logarithm of the attention the router foresees; null without one), `layers` by kind "
+        "(`run`, `frozen`, `skipped`), `operating_points` (`visual_tokens`, `layers`, `flops_ratio`, `expected_agreement`, "
+        "`chosen`), `center_crop` (whether the tokens cover the middle square of a picture, or all of it) and `seconds` by stage.",
+    )
 
 
 class StreamOptions(Body):

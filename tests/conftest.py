@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
 
@@ -23,8 +25,12 @@ def anyio_backend() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "a CUDA device"
+    if not (shutil.which("chromium") and find_spec("playwright") and find_spec("axe_playwright_python")):
+        missing["browser"] = "chromium and the extra dev"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for mark, what in missing.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=f"needs {what}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from models.checkpoint import Checkpoint
 from models.flops import flops_ratio
 from models.route import Route
 from models.vision.features import ImageFeatures
+from pruning.dynamic.detail import RouteDetail, explain
 from pruning.dynamic.levels import AUTO, Level, OperatingPoint, fixed_menu, layers_to_freeze, layers_to_run
 from pruning.dynamic.router import RequestRouting, RouterFailed, score_request, text_window
 from pruning.dynamic.router_file import RouterRecord, load_router
@@ -32,7 +33,8 @@ class Plan:
     """How one request runs: its route, and `visual` [all images' tokens, width] as it uses them (None without images).
 
     `level` is what was asked for, or `off` where the router failed, and `reason` says which. `expected_agreement` is the
-    probability that the answer is the un-pruned model's, where a router chose; `flops_ratio` counts the router's own work.
+    probability that the answer is the un-pruned model's, where a router chose; `flops_ratio` counts the router's own work. `point`
+    was chosen, by `routing` where there was a choice.
     """
 
     level: str
@@ -41,6 +43,8 @@ class Plan:
     visual: Tensor | None
     flops_ratio: float
     expected_agreement: float | None = None
+    point: OperatingPoint = field(default_factory=OperatingPoint)
+    routing: RequestRouting | None = None
 
 
 class Planner:
@@ -81,7 +85,13 @@ class Planner:
         except RouterFailed:
             return self.plan("off", f"the router failed at level {level}", prompt, images)
         own = routing.flops(len(route.kept_tokens) // len(images)) if routing else 0
-        return Plan(level, reason, route, visual, flops_ratio(self.model.config, route, len(prompt), own), expected)
+        ratio = flops_ratio(self.model.config, route, len(prompt), own)
+        return Plan(level, reason, route, visual, ratio, expected, point, routing)
+
+    def explain(self, plan: Plan, images: Sequence[ImageFeatures], prompt_tokens: int) -> RouteDetail:
+        """A plan's route in full. It is for people who look, takes as long as routing or longer, and changes nothing."""
+        points = self.menu[plan.level].operating_points
+        return explain(self.model, plan.route, points, plan.point, images, prompt_tokens, self.layer_change, plan.routing)
 
 
 def load_menu(checkpoint: Checkpoint, *, routed: bool = True) -> dict[str, Level]:

@@ -28,6 +28,7 @@ class FakePreprocessor:
     """A token per word, VISUAL_TOKENS per image; refuses to let the assistant speak first."""
 
     visual_tokens_per_image = VISUAL_TOKENS
+    center_crop = False
 
     def __init__(self) -> None:
         self.busy = threading.Event()
