@@ -179,7 +179,6 @@ function startOver() {
   turns = [];
   $("result").hidden = $("fresh").hidden = true;
   $("question").placeholder = "";
-  $("problem").textContent = "";
   showCode();
 }
 
@@ -283,10 +282,10 @@ function guarded(act) {
 
 $("ask").onsubmit = guarded(send);
 $("stop").onclick = () => running?.abort();
-$("fresh").onclick = () => {
+$("fresh").onclick = guarded(() => {
   startOver();
   $("question").focus();
-};
+});
 $("key").onsubmit = guarded(async (event) => {
   event.preventDefault();
   useKey($("api-key").value);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -203,6 +204,13 @@ def check_accessibility(page: Any) -> None:
     assert found.violations_count == 0, found.generate_report()
 
 
+def needs_a_key(route: Any) -> None:
+    if route.request.headers.get("authorization") == "Bearer secret":
+        route.continue_()
+    else:
+        route.fulfill(status=401, json={"error": {"message": "This server needs an API key."}})
+
+
 @pytest.mark.browser
 def test_a_persons_path(address: str, tmp_path: Path) -> None:
     """Ask at two levels, look at what was kept, ask on, copy the code, bring an own picture, err; in the dark, on a phone."""
@@ -235,6 +243,12 @@ def test_a_persons_path(address: str, tmp_path: Path) -> None:
         assert strong.locator(".strip span").count() == 8
         check_accessibility(page)
 
+        # The code on the page runs as it stands, and says the same.
+        command = page.locator("#snippet").inner_text()
+        reply = subprocess.run(["bash", "-c", command], cwd=SAMPLES, capture_output=True, text=True, check=True).stdout
+        assert '"content":"four"' in reply
+        assert '"level":"strong"' in reply
+
         # What a token stands for, by keyboard; and another operating point.
         strong.get_by_role("slider", name="Kept visual tokens").press("ArrowRight")
         assert re.search(r"Row \d+, column \d+ stands for", strong.locator(".token").inner_text())
@@ -260,6 +274,8 @@ def test_a_persons_path(address: str, tmp_path: Path) -> None:
         page.get_by_role("button", name="Ask").click()
         page.wait_for_selector(".ran:visible")
         assert page.locator(".panel").count() == 1
+        words = "async () => (await import('/playground/words.js')).difference(['a', 'red', 'star'], ['a', 'white', 'star'])"
+        assert page.evaluate(words) == [[False, True, False], [False, True, False]]
         page.locator("#file").set_input_files(text)
         page.get_by_role("alert").get_by_text("not a picture").wait_for()
         assert not faults
@@ -273,7 +289,12 @@ def test_a_persons_path(address: str, tmp_path: Path) -> None:
 
         phone = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
         phone.set_default_timeout(90_000)
+        phone.route("**/v1/**", needs_a_key)
         phone.goto(address)
+        phone.get_by_role("alert").get_by_text("Enter a key below.").wait_for()
+        check_accessibility(phone)
+        phone.get_by_label("API key", exact=True).fill("secret")
+        phone.get_by_role("button", name="Use it").click()
         ready_to_ask(phone)
         phone.get_by_role("button", name="Ask").click()
         answers(phone)
