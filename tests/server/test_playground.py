@@ -155,7 +155,7 @@ async def test_without_a_router_the_detail_tells_what_was_merged() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_detail_comes_with_a_streams_last_chunk_and_changes_no_answer(client: httpx.AsyncClient) -> None:
+async def test_the_detail_ends_a_stream_and_changes_no_answer(client: httpx.AsyncClient) -> None:
     stream = events((await client.post("/v1/chat/completions", json=question("strong", stream=True))).text)
     assert stream[-1]["pruning"]["detail"]["kept_tokens"]
     assert not any("pruning" in chunk for chunk in stream[:-1])
