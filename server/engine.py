@@ -20,7 +20,6 @@ from models.checkpoint import Checkpoint
 from models.forward import SequenceInput, decode_input, forward, prefill_input
 from models.kv_cache import KVCache, RequestCache
 from models.vision.features import ImageFeatures
-from pruning.dynamic.detail import RouteDetail
 from pruning.dynamic.planner import Plan, Planner
 from pruning.dynamic.token_policy import TokenPolicy
 from server.detokenize import Detokenizer, LogprobQueue
@@ -233,8 +232,9 @@ class Engine:
         cache = self.kv.allocate(request.id, rows)
         ids = torch.tensor(request.prompt, device=self.model.device)
         prompt = prefill_input(self.model, ids, plan.visual, plan.route, cache)
-        detail = self.planner.explain(plan, features, len(request.prompt)) if request.detail else None
-        receipt = _receipt(plan, self.fingerprint, detail)
+        receipt = _receipt(plan, self.fingerprint)
+        if request.detail:
+            receipt = replace(receipt, detail=self.planner.explain(plan, features, len(request.prompt)))
         self.metrics.routed(receipt, len(request.prompt))
         text = Detokenizer(self.preprocessor.token_bytes, request.sampling.stop, request.continues)
         generator = new_generator(request.sampling.seed)
@@ -363,13 +363,13 @@ class Engine:
             self.abort(request.id)
 
 
-def _receipt(plan: Plan, fingerprint: str, detail: RouteDetail | None) -> Receipt:
+def _receipt(plan: Plan, fingerprint: str) -> Receipt:
     route, expected = plan.route, plan.expected_agreement
     return Receipt(
         level=plan.level, reason=plan.reason, visual_tokens=len(route.kept_tokens), visual_tokens_total=route.visual_tokens,
         layers=sum(route.layers), layers_total=len(route.layers), frozen_layers=len(route.frozen_layers),
         flops_ratio=round(plan.flops_ratio, 4), expected_agreement=None if expected is None else round(expected, 4),
-        checkpoint=fingerprint, detail=detail,
+        checkpoint=fingerprint,
     )  # fmt: skip
 
 
