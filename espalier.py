@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from importlib import metadata
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -36,6 +36,7 @@ TOKEN_POLICY = Annotated[
 DATA = Annotated[
     str | None, typer.Option(help="A JSONL file (docs/pruning.md), or world; what the checkpoint was trained on by default.")
 ]
+EvalTask = Literal["scenes", "things", "names", "photographs", "easy-vqa", "perplexity"]
 DTYPE = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 
 
@@ -98,28 +99,57 @@ def serve(
 @app.command("eval")
 def evaluate(
     checkpoint: CHECKPOINT = "embedded",
-    task: Annotated[str, typer.Option(help="What is asked: scenes (the embedded world).")] = "scenes",
+    task: Annotated[
+        EvalTask,
+        typer.Option(
+            help="scenes of the embedded world; scenes of things; names of things, one to a picture; photographs of Debian's "
+            "tuxpaint-stamps-default; the public test set easy-vqa; or perplexity on English text, without pictures."
+        ),
+    ] = "scenes",
     level: Annotated[str, typer.Option(help="Pruning level.")] = "off",
-    limit: Annotated[int, typer.Option(min=1, help="Questions, one per picture.")] = 4000,
-    split: Annotated[str, typer.Option(help="test to report, validation to tune.")] = "test",
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Questions, at most; perplexity: passages of 1,024 tokens.",
+            show_default="4000; names: 2000; photographs, easy-vqa: all; perplexity: 64",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="test to report, validation to tune; known: things by the hands trained on.", show_default="test"),
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="things: scenes of one family alone.", show_default="all in turn")] = None,
+    paraphrase: Annotated[
+        str | None, typer.Option(help="things, names: wordings seen in training, or held_out ones.", show_default="seen")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="perplexity: a language model to compare with, a GGUF file or a directory.")
+    ] = None,
     token_policy: TOKEN_POLICY = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "auto",
     json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
     cards: Annotated[bool, typer.Option("--cards", help="Ask at every level and write what each does into the manifest.")] = False,
 ) -> None:
-    """Ask held-out questions and count exact matches, with 95 % intervals."""
+    """Ask held-out questions and count right answers, with 95 % intervals."""
     from checkpoints.shipped import resolve
     from evals import cards as every_level
-    from evals.scenes import run
+    from evals import exam, perplexity
+    from evals.tasks import open_task
 
-    if task != "scenes":
-        raise typer.BadParameter(f"task {task!r} is not known; scenes is", param_hint="--task")
+    options = {"split": split, "family": family, "paraphrase": paraphrase}
     with _plain_errors():
-        if cards:
-            every_level.run(resolve(checkpoint, write=True), limit, split, device, dtype, quiet=json)
+        if against and task != "perplexity":
+            raise ValueError(f"the task {task} has no --against")
+        if task == "perplexity":
+            for option in (name for name, value in options.items() if value):
+                raise ValueError(f"the task perplexity has no --{option}")
+            perplexity.run(resolve(checkpoint), against, limit, device, dtype, quiet=json)
+        elif cards:
+            every_level.run(resolve(checkpoint, write=True), partial(open_task, task, limit, **options), device, dtype, quiet=json)
         else:
-            run(resolve(checkpoint), level, limit, split, token_policy, device, dtype, quiet=json)
+            exam.run(resolve(checkpoint), open_task(task, limit, **options), level, token_policy, device, dtype, quiet=json)
 
 
 @app.command()

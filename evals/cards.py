@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -10,8 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.world import Question, Scene
-from evals.scenes import LIMITS, RecordedAnswer, ask_all, make_request, normalise
+from evals.exam import LIMITS, RecordedAnswer, Results, Task, ask_all, judged, make_request, share
 from evals.statistics import wilson
 from models.checkpoint import load
 from models.manifest import write_manifest
@@ -19,34 +19,35 @@ from server.engine import Engine
 
 ALONE = 20
 """Questions asked one at a time, for the latency."""
-Results = list[tuple[Scene, Question, RecordedAnswer]]
 
 
-def run(checkpoint: Path, limit: int, split: str, device: str, dtype: str, quiet: bool = False) -> dict[str, dict[str, Any]]:
-    """Ask the same questions at every level, and store the cards."""
+def run(checkpoint: Path, new_task: Callable[[], Task], device: str, dtype: str, quiet: bool = False) -> dict[str, dict[str, Any]]:
+    """Ask the same questions at every level, and store the cards. `new_task` begins the task anew."""
     console = Console(stderr=True, quiet=quiet)
     loaded = load(checkpoint, device, dtype)
     engine = Engine(loaded, LIMITS)
-    answered = {level: ask_all(engine, level, limit, split, console) for level in engine.menu}
-    cards = {level: card(engine, level, results, answered["off"]) | {"split": split} for level, results in answered.items()}
+    answered = {level: ask_all(engine, level, new_task(), console) for level in engine.menu}
+    about = new_task().about
+    cards = {
+        level: card(engine, results, answered["off"], _first_token(engine, level, new_task())) | about
+        for level, results in answered.items()
+    }
     write_manifest(loaded.directory, loaded.manifest.model_copy(update={"cards": cards}))
     _show(cards, loaded.name, console)
     return cards
 
 
-def card(engine: Engine, level: str, results: Results, off: Results) -> dict[str, Any]:
+def card(engine: Engine, results: Results, off: Results, first_token_seconds: float) -> dict[str, Any]:
     """One level's: accuracy and agreement with `off` with their 95 % Wilson intervals, arithmetic, memory and latency."""
-    right = sum(normalise(answer.text) == normalise(question.answer) for _, question, answer in results)
-    same = sum(one[2].text == other[2].text for one, other in zip(results, off, strict=True))
-    receipts = [answer.receipt for _, _, answer in results if answer.receipt]
+    same = sum(one[1].text == other[1].text for one, other in zip(results, off, strict=True))
+    receipts = [answer.receipt for _, answer in results if answer.receipt]
     n = len(results)
-    return {
-        "accuracy": round(right / n, 4), "interval": wilson(right, n), "agreement": round(same / n, 4),
-        "agreement_interval": wilson(same, n), "n": n,
+    return share(judged(results)) | {
+        "agreement": round(same / n, 4), "agreement_interval": wilson(same, n),
         "flops_ratio": round(mean(receipt.flops_ratio for receipt in receipts), 4),
         "visual_tokens": round(mean(receipt.visual_tokens for receipt in receipts)),
-        "layers": receipts[0].layers, "kv_bytes": round(mean(_kv_bytes(engine, answer) for _, _, answer in results)),
-        "first_token_seconds": round(_first_token(engine, level, results[:ALONE]), 4),
+        "layers": receipts[0].layers, "kv_bytes": round(mean(_kv_bytes(engine, answer) for _, answer in results)),
+        "first_token_seconds": round(first_token_seconds, 4),
         "measured_on": f"{engine.model.device.type}, {torch.get_num_threads()} threads, batch 1",
         "token_policy": engine.token_policy,
     }  # fmt: skip
@@ -60,13 +61,13 @@ def _kv_bytes(engine: Engine, answer: RecordedAnswer) -> float:
     return rows * receipt.layers * 2 * mean(model.kv_heads) * model.head_dim * model.dtype.itemsize
 
 
-def _first_token(engine: Engine, level: str, results: Results) -> float:
+def _first_token(engine: Engine, level: str, task: Task) -> float:
     """Median seconds of encoding, routing and prefill, one request at a time; pictures are new to the engine."""
     fresh = Engine(engine.checkpoint, LIMITS)
     seconds = []
-    for number, (scene, question, _) in enumerate(results):
+    for number, (picture, item) in zip(range(min(ALONE, task.limit)), task.items, strict=False):
         answer = RecordedAnswer()
-        fresh.submit(make_request(fresh.preprocessor, number, scene, question, level, answer))
+        fresh.submit(make_request(fresh.preprocessor, number, picture, item.text, level, answer))
         while not fresh.scheduler.idle:
             fresh.step()
         seconds.append(answer.first_token_s)

@@ -27,8 +27,8 @@ from checkpoints.shipped import resolve
 from checkpoints.world import FAMILIES, Scene, draw
 from evals import baselines
 from evals.exact_match import RESAMPLES, matches, summary
+from evals.exam import MAX_TOKENS
 from evals.pruning_sweep import stored
-from evals.scenes import MAX_TOKENS
 from models.checkpoint import Checkpoint, load
 from models.flops import flops_ratio
 from models.llava import Llava

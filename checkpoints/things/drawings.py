@@ -127,9 +127,14 @@ def svgs(hand: str, icons: dict) -> dict[str, str]:
 
 
 def render(svg: str) -> Image.Image:
-    """An SVG as RGBA, cut to what is drawn; its longer side is SIZE pixels or a little less."""
-    import resvg_py
+    """An SVG as RGBA, cut to what is drawn; its longer side is SIZE pixels or a little less.
 
+    Raises DrawingsError without resvg-py.
+    """
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise DrawingsError("drawings are rendered with the package resvg-py; pip install resvg-py") from error
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     return image.crop(image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())

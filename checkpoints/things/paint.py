@@ -144,8 +144,13 @@ def ground(rng: Random, side: int) -> tuple[Image.Image, str | None]:
         return Image.new("RGB", (side, side), jitter(rng, COLORS[name], 10)), name
     if dice < 0.35:
         return Image.new("RGB", (side, side), (255, 255, 255) if rng.random() < 0.4 else any_color(rng)), None
+    return textured_ground(rng, side), None
+
+
+def textured_ground(rng: Random, side: int) -> Image.Image:
+    """A ground that is not of one color."""
     style = rng.choices((_gradient, _blobs, _texture, _stripes, _clutter, _room), (2, 3, 4, 2, 3, 3))[0]
-    return style(rng, side), None
+    return style(rng, side)
 
 
 @cache

@@ -10,7 +10,7 @@ import pytest
 from checkpoints.shipped import SHIPPED
 from checkpoints.world import draw
 from evals import exact_match, pruning_report, pruning_sweep
-from evals.scenes import RecordedAnswer, make_request, normalise
+from evals.exam import RecordedAnswer, make_request, normalise
 from models.checkpoint import load, open_transformers
 from server.engine import Engine, Limits
 from tests.server.tiny import write
@@ -26,7 +26,7 @@ def test_one_pass_says_what_greedy_decoding_says() -> None:
         scene = draw("test", index)
         answers = [RecordedAnswer() for _ in scene.questions]
         for number, (question, answer) in enumerate(zip(scene.questions, answers, strict=True)):
-            engine.submit(make_request(checkpoint.preprocessor, 100 * index + number, scene, question, "off", answer))
+            engine.submit(make_request(checkpoint.preprocessor, 100 * index + number, scene.image, question.text, "off", answer))
         while not engine.scheduler.idle:
             engine.step()
         right = [normalise(a.text) == normalise(q.answer) for a, q in zip(answers, scene.questions, strict=True)]

@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("resvg_py")
-
 from checkpoints import things
 from checkpoints.things import catalogue, drawings, fonts, paint
 from checkpoints.things import things as families
@@ -87,7 +85,7 @@ def test_what_there_is_not_is_refused(arguments: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("family", things.FAMILIES)
-def test_pictures_have_the_size_asked_for_and_questions_with_answers(family: str) -> None:
+def test_pictures_have_the_size_asked_for_and_their_questions(family: str) -> None:
     for scene in _scenes(family, 6):
         assert (scene.image.mode, scene.image.size, scene.family) == ("RGB", (256, 256), family)
         assert len(scene.questions) >= 5

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
 from checkpoints.world import draw
-from evals.scenes import MAX_TOKENS, Answer, make_request
+from evals.exam import MAX_TOKENS, RecordedAnswer, make_request
 from models.checkpoint import load, open_transformers
 from models.manifest import CheckpointError, read_manifest
 from models.run_state import RunStateError
@@ -151,8 +151,8 @@ def test_it_serves_with_the_answers_that_transformers_gives(dense, tmp_path, pat
         ids = torch.tensor([checkpoint.preprocessor.prompt(messages)])
         pixels = checkpoint.preprocessor.pixels(scene.image)[None]
         expected = source.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=MAX_TOKENS, do_sample=False)
-        ours = Answer()
-        engine.submit(make_request(checkpoint.preprocessor, index, scene, scene.questions[0], "off", ours))
+        ours = RecordedAnswer()
+        engine.submit(make_request(checkpoint.preprocessor, index, scene.image, scene.questions[0].text, "off", ours))
         while not engine.scheduler.idle:
             engine.step()
         said = checkpoint.preprocessor.tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)

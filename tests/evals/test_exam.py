@@ -1,18 +1,21 @@
-"""The exam: what counts as right, how it is summed up, and one sat from end to end on a tiny checkpoint."""
+"""The exam: what counts as right, how it is summed up, and the embedded world's sat from end to end on a tiny checkpoint."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoints.world import FAMILIES, Question, Scene, draw
-from evals import cards
-from evals.scenes import RecordedAnswer, exam, normalise, run, summarise
+from checkpoints.world import FAMILIES
+from evals import cards, scenes
+from evals.exam import Item, RecordedAnswer, exactly, normalise, run, summarise
 from evals.statistics import wilson
+from evals.tasks import open_task
 from models.checkpoint import load
 from server.engine import Engine
 from server.request import Delta, Failed, Finished, Receipt
@@ -21,14 +24,12 @@ from tests.server.tiny import LAYERS, VISUAL, write
 RECEIPT = Receipt("strong", "default", 24, 144, 7, 8, 0.25, "fp_1")
 
 
-def result(
-    scene: Scene, question: Question, text: str, receipt: Receipt | None = RECEIPT
-) -> tuple[Scene, Question, RecordedAnswer]:
+def result(family: str, right: str, text: str, receipt: Receipt | None = RECEIPT) -> tuple[Item, RecordedAnswer]:
     answer = RecordedAnswer()
     for piece in text.partition(" "):
         answer(Delta(piece))
     answer(Finished("stop", 10, 2, receipt, {}) if receipt else Failed("broken"))
-    return scene, question, answer
+    return Item(family, "asked", "What is it?", right, exactly(right)), answer
 
 
 # ---- right and wrong
@@ -70,29 +71,31 @@ def test_intervals_known_from_elsewhere():
 
 
 def test_summary_counts_by_family_and_type_and_failures_as_wrong():
-    shapes, signs = draw("test", 0), draw("test", 1)
-    color, read = Question("color", "What color is the star?", "red"), Question("read", "Read the sign.", "A7")
     results = [
-        result(shapes, color, "Red."),
-        result(shapes, color, "blue"),
-        result(signs, read, "A7"),
-        result(signs, read, "A", receipt=None),
+        result("shapes", "red", "Red."),
+        result("shapes", "red", "blue"),
+        result("signs", "A7", "A7"),
+        result("signs", "A7", "A7", receipt=None),
     ]
-    document = summarise(results, "strong", "test", "merging")
-    assert (document["accuracy"], document["n"], document["failed"]) == (0.5, 4, 1)
-    assert document["interval"] == wilson(2, 4)
-    assert document["families"] == {"shapes": 0.5, "signs": 0.5}
-    assert document["types"] == {"shapes/color": {"accuracy": 0.5, "n": 2}, "signs/read": {"accuracy": 0.5, "n": 2}}
+    document = summarise(results, {"task": "scenes", "split": "test"}, "strong", "merging")
+    half, quarter = ({"accuracy": 0.5, "interval": wilson(n // 2, n), "n": n} for n in (2, 4))
+    assert {name: document[name] for name in quarter} == quarter
+    assert (document["failed"], document["different_answers"]) == (1, 2)
+    assert document["families"] == {"shapes": half, "signs": half}
+    assert document["types"] == {"shapes/asked": half, "signs/asked": half}
     assert (document["visual_tokens"], document["layers"], document["flops_ratio"]) == (24, 7, 0.25)
     assert (document["level"], document["token_policy"], document["split"]) == ("strong", "merging", "test")
 
 
 def test_an_exam_repeats_itself_and_takes_all_families_in_turn():
-    first, second = ([(s.image.tobytes(), q) for s, q in exam("test", 12)] for _ in range(2))
+    def sat(count: int, split: str = "test", **options: int) -> list[tuple[bytes, Item]]:
+        return [(picture.tobytes(), item) for picture, item in islice(scenes.questions(split, **options), count)]
+
+    first, second = ([(picture, item.text, item.answer) for picture, item in sat(12)] for _ in range(2))
     assert first == second
-    assert [scene.family for scene, _ in exam("test", 8)] == [*FAMILIES, *FAMILIES]
-    assert [q for _, q in exam("test", 12, seed=1)] != [q for _, q in first]
-    assert {s.image.tobytes() for s, _ in exam("validation", 12)}.isdisjoint(image for image, _ in first)
+    assert [item.family for _, item in sat(8)] == [*FAMILIES, *FAMILIES]
+    assert [item.text for _, item in sat(12, seed=1)] != [text for _, text, _ in first]
+    assert {picture for picture, _ in sat(12, "validation")}.isdisjoint(picture for picture, *_ in first)
 
 
 # ---- from end to end
@@ -105,7 +108,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("level", ["off", "strong"])
 def test_an_exam_on_a_checkpoint_ends_with_one_json_document(directory, capsys, level):
-    document = run(directory, level, 6, "validation", "merging", "cpu", "float32", quiet=True)
+    document = run(directory, open_task("scenes", 6, split="validation"), level, "merging", "cpu", "float32", quiet=True)
     captured = capsys.readouterr()
     assert json.loads(captured.out.splitlines()[-1]) == json.loads(json.dumps(document))
     assert captured.err == ""
@@ -116,9 +119,9 @@ def test_an_exam_on_a_checkpoint_ends_with_one_json_document(directory, capsys, 
 
 
 def test_an_exam_for_people_shows_a_table_and_what_went_wrong(directory, capsys):
-    run(directory, "off", 3, "validation", "merging", "cpu", "float32", quiet=False)
+    run(directory, open_task("scenes", 3), "off", "merging", "cpu", "float32", quiet=False)
     captured = capsys.readouterr()
-    assert "tiny-llava at level off" in captured.err
+    assert "scenes: tiny-llava at level off" in captured.err
     assert "not" in captured.err
     assert len(captured.out.splitlines()) == 1
 
@@ -126,15 +129,16 @@ def test_an_exam_for_people_shows_a_table_and_what_went_wrong(directory, capsys)
 @pytest.mark.parametrize(("level", "policy", "named"), [("most", "merging", "most"), ("off", "psychic", "psychic")])
 def test_an_unknown_level_or_policy_is_named_with_what_there_is(directory, level, policy, named):
     with pytest.raises(ValueError, match=rf"'{named}' is not one of \w+, "):
-        run(directory, level, 1, "test", policy, "cpu", "float32", quiet=True)
+        run(directory, open_task("scenes", 1), level, policy, "cpu", "float32", quiet=True)
 
 
 def test_cards_say_what_each_level_does_and_stand_on_the_menu(tmp_path):
     directory = write(tmp_path / "tiny-llava")
-    found = cards.run(directory, 6, "validation", "cpu", "float32", quiet=True)
+    found = cards.run(directory, partial(open_task, "scenes", 6, split="validation"), "cpu", "float32", quiet=True)
     engine = Engine(load(directory))
     assert {name: level.card for name, level in engine.menu.items()} == json.loads(json.dumps(found))
     off, strong = found["off"], found["strong"]
+    assert (off["task"], off["split"]) == ("scenes", "validation")
     assert (off["agreement"], off["flops_ratio"], off["visual_tokens"], off["n"]) == (1.0, 1.0, VISUAL, 6)
     assert strong["flops_ratio"] < 0.5 and strong["first_token_seconds"] > 0
     text = off["kv_bytes"] / strong["kv_bytes"]

@@ -1,0 +1,178 @@
+"""A task's questions put to a checkpoint: the engine answers in batches, and the right answers are counted, with 95 % intervals."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, get_args
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from evals.statistics import wilson
+from models.checkpoint import load
+from models.preprocess import Preprocessor
+from pruning.dynamic.token_policy import TokenPolicy
+from server.engine import Engine, Limits
+from server.request import Delta, Event, Failed, Finished, PreparedImage, Receipt, Request, Sampling
+
+MAX_TOKENS = 160  # the longest description takes about a hundred
+LIMITS = Limits(max_running=16, max_waiting=64)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: what it is about (`family`) and asks for (`type`), an answer that is right, and how any answer is judged."""
+
+    family: str
+    type: str
+    text: str
+    answer: str
+    judge: Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Task:
+    """`items` yields each picture (RGB) with a question about it; `limit` is how many are asked at most; `about` is what the
+    document says of them, its name above all."""
+
+    items: Iterator[tuple[Image.Image, Item]]
+    limit: int
+    about: dict[str, str]
+
+
+def normalise(answer: str) -> str:
+    """What exact match compares: no case, no outer space, no final period."""
+    return answer.strip().rstrip(". \n").lower()
+
+
+def exactly(answer: str) -> Callable[[str], bool]:
+    """The judge of exact match."""
+    return lambda given: normalise(given) == normalise(answer)
+
+
+class RecordedAnswer:
+    """Collects one request's events."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.receipt: Receipt | None = None
+        self.prompt_tokens = 0
+        self.first_token_s = 0.0
+        self.done = False
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Delta):
+            self.text += event.text
+        if isinstance(event, Finished):
+            self.receipt, self.prompt_tokens = event.receipt, event.prompt_tokens
+            self.first_token_s = sum(event.timings.get(stage, 0.0) for stage in ("encode", "route", "prefill"))
+        self.done = self.done or isinstance(event, (Finished, Failed))
+
+
+Results = list[tuple[Item, RecordedAnswer]]
+
+
+def make_request(
+    preprocessor: Preprocessor, number: int, picture: Image.Image, text: str, level: str, answer: RecordedAnswer
+) -> Request:
+    image = PreparedImage(preprocessor.pixels(picture), sha256(picture.tobytes()).hexdigest())
+    return Request(f"exam-{number}", preprocessor.question(text), [image], level, Sampling(max_tokens=MAX_TOKENS), answer)
+
+
+def run(checkpoint: Path, task: Task, level: str, token_policy: str | None, device: str, dtype: str, quiet: bool) -> dict[str, Any]:
+    """Evaluate and print; the last line is one JSON document, which is also returned."""
+    console = Console(stderr=True, quiet=quiet)
+    loaded = load(checkpoint, device, dtype)
+    if token_policy not in (None, *get_args(TokenPolicy)):
+        raise ValueError(f"token policy {token_policy!r} is not one of {', '.join(get_args(TokenPolicy))}")
+    engine = Engine(loaded, LIMITS, token_policy=token_policy)  # type: ignore[arg-type]
+    if level not in engine.menu:
+        raise ValueError(f"level {level!r} is not one of {', '.join(engine.menu)}")
+    started = time.monotonic()
+    results = ask_all(engine, level, task, console)
+    document = summarise(results, task.about, level, engine.token_policy) | {
+        "checkpoint": loaded.name, "fingerprint": loaded.fingerprint, "seconds": round(time.monotonic() - started, 1)
+    }  # fmt: skip
+    _show(document, results, console)
+    Console(soft_wrap=True, highlight=False, markup=False).print(json.dumps(document))
+    return document
+
+
+def ask_all(engine: Engine, level: str, task: Task, console: Console) -> Results:
+    """Ask a task's questions at one level, in batches, with a progress bar. No picture is kept for longer than its request."""
+    results: Results = []
+    with Progress(console=console) as progress:
+        bar = progress.add_task(f"{task.about['task']} at {level}", total=task.limit)
+        for number, (picture, item) in zip(range(task.limit), task.items, strict=False):
+            answer = RecordedAnswer()
+            engine.submit(make_request(engine.preprocessor, number, picture, item.text, level, answer))
+            results.append((item, answer))
+            while len(engine.scheduler.waiting) >= 16:
+                engine.step()
+            progress.update(bar, completed=number + 1 - len(engine.scheduler.waiting))
+        while not engine.scheduler.idle:
+            engine.step()
+        progress.update(bar, completed=len(results), total=len(results))
+    return results
+
+
+def summarise(results: Results, about: dict[str, str], level: str, policy: str) -> dict[str, Any]:
+    """Accuracy over all, by family and by type in each family."""
+    right = judged(results)
+    families: dict[str, list[bool]] = defaultdict(list)
+    types: dict[str, list[bool]] = defaultdict(list)
+    for (item, _), ok in zip(results, right, strict=True):
+        families[item.family].append(ok)
+        types[f"{item.family}/{item.type}"].append(ok)
+    receipts = [answer.receipt for _, answer in results if answer.receipt]
+
+    def mean(name: str) -> float:
+        return round(sum(getattr(r, name) for r in receipts) / max(1, len(receipts)), 4)
+
+    return about | share(right) | {
+        "failed": len(results) - len(receipts),
+        "different_answers": len({item.answer for item, _ in results}),
+        "families": {name: share(families[name]) for name in sorted(families)},
+        "types": {name: share(types[name]) for name in sorted(types)},
+        "level": level,
+        "token_policy": policy,
+        "visual_tokens": mean("visual_tokens"),
+        "layers": mean("layers"),
+        "flops_ratio": mean("flops_ratio"),
+    }  # fmt: skip
+
+
+def judged(results: Results) -> list[bool]:
+    """Whether each answer is right; a request that failed is not."""
+    return [answer.receipt is not None and item.judge(answer.text) for item, answer in results]
+
+
+def share(right: list[bool]) -> dict[str, Any]:
+    """How many are right, as a share with its 95 % Wilson interval."""
+    n = len(right)
+    return {"accuracy": round(sum(right) / max(1, n), 4), "interval": wilson(sum(right), n), "n": n}
+
+
+def _show(document: dict[str, Any], results: Results, console: Console) -> None:
+    table = Table("question", "n", "right", title=f"{document['task']}: {document['checkpoint']} at level {document['level']}")
+    for part in ("types", "families"):
+        for name, cell in document[part].items():
+            table.add_row(name, *_cells(cell))
+        table.add_section()
+    table.add_row("all", *_cells(document))
+    console.print(table)
+    for item, answer in [one for one, right in zip(results, judged(results), strict=True) if not right][:5]:
+        console.print(f"  {item.family}: {item.text} — {item.answer!r}, not {answer.text!r}", highlight=False, markup=False)
+
+
+def _cells(cell: dict[str, Any]) -> tuple[str, str]:
+    low, high = cell["interval"]
+    return str(cell["n"]), f"{cell['accuracy']:.1%} ({low:.1%} to {high:.1%})"

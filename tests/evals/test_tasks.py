@@ -1,0 +1,237 @@
+"""Where the questions of each task come from: committed samples of drawings, and stand-ins for packages that are fetched."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from checkpoints import things as world
+from espalier import EvalTask, app
+from evals import photographs
+from evals.exam import Item, Task, run
+from evals.tasks import SOURCES, open_task
+from tests.server.tiny import write
+
+STAMPS = {
+    "animals/birds/drake": "A drake.",
+    "animals/birds/quetzal": "A quetzal.",
+    "animals/mammals/pig_golden": "A Tamworth pig.",
+    "animals/mammals/cartoon/pig": "A pig.",
+    "animals/mammals/yak": "A yak.",
+    "food/fruit/orange_seville": "A Seville orange, also called a bitter orange.",
+    "household/Lightbulb": "A lightbulb.",
+    "household/glass": "A glass of water.",
+    "vehicles/auto/beetle": "A VW Beetle.",
+    "town/flags/redflag": "A red flag.",
+}
+
+
+@pytest.fixture(autouse=True)
+def samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_THINGS", "samples")
+
+
+@pytest.fixture(name="stamps")
+def stamps_folder(tmp_path: Path) -> Path:
+    """A red cut-out with a wide clear margin for each caption."""
+    folder = tmp_path / "stamps"
+    for name, caption in STAMPS.items():
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut = Image.new("RGBA", (40, 60))
+        cut.paste((250, 0, 0, 255), (10, 20, 30, 30))
+        cut.save(path)
+        path.with_suffix(".txt").write_text(f"{caption}\nde.utf8=Etwas anderes.\n", "utf-8")
+    return folder
+
+
+def first(count: int, task: str, **options: str) -> list[tuple[Image.Image, Item]]:
+    return list(islice(open_task(task, **options).items, count))
+
+
+# ---- things
+
+
+def test_things_are_of_all_families_and_own_answers_are_right():
+    asked = first(10, "things")
+    assert [item.family for _, item in asked] == list(world.TURNS)
+    assert all(picture.size == (world.SIZE, world.SIZE) and item.judge(item.answer) for picture, item in asked)
+    assert not any(item.judge("no idea") for _, item in asked)
+    again = first(4, "things")
+    assert all(picture == before and item.text == same.text for (picture, item), (before, same) in zip(again, asked, strict=False))
+
+
+def test_a_family_held_out_wordings_and_a_split_can_be_asked():
+    assert {item.family for _, item in first(4, "things", family="boards")} == {"boards"}
+    seen, held_out = ({item.text.lower() for _, item in first(12, "names", paraphrase=one)} for one in ("seen", "held_out"))
+    assert len(held_out) > 1 and seen.isdisjoint(held_out)
+    known, test = ([item.answer for _, item in first(8, "things", split=split)] for split in ("known", "test"))
+    assert known != test
+
+
+def test_names_are_asked_of_one_thing_and_synonyms_are_right():
+    for picture, item in first(12, "names"):
+        thing = world.catalogue.load()[item.answer]
+        assert (picture.width, item.family, item.type) == (world.SIZE, thing.kind.name, "what")
+        assert all(item.judge(name) and item.judge(f"It is {thing.one}.") for name in thing.names)
+        assert not item.judge(f"not {thing.name}")
+
+
+# ---- photographs
+
+
+def test_captions_tell_the_names_and_folders_the_kinds(stamps):
+    found = {one.path.stem: one for one in photographs.photographs(stamps)}
+    assert found.keys() == {"drake", "quetzal", "pig_golden", "yak", "orange_seville", "Lightbulb", "beetle"}
+    names = {name: one.names[0] if one.names else None for name, one in found.items()}
+    assert names == {
+        "drake": "duck", "quetzal": "bird", "pig_golden": "pig", "yak": None, "orange_seville": "orange",
+        "Lightbulb": "light bulb", "beetle": "car",
+    }  # fmt: skip
+    assert [name for name, one in found.items() if one.general] == ["quetzal"]
+    kinds = {name: one.kinds[0] for name, one in found.items()}
+    assert (kinds["drake"], kinds["yak"], kinds["orange_seville"], kinds["beetle"]) == ("bird", "animal", "fruit", "vehicle")
+    assert "animal" in found["drake"].kinds and "food" in found["orange_seville"].kinds
+
+
+def test_photographs_are_asked_on_both_grounds(stamps, monkeypatch):
+    monkeypatch.setattr(photographs, "INSTALLED", stamps)
+    asked = first(100, "photographs")
+    assert {(item.family, item.type) for _, item in asked} == {
+        (family, ground) for family in ("name", "general", "kind") for ground in ("plain", "textured")
+    }
+    assert len(asked) == 2 * (6 + 7)
+    pigs = [item for _, item in asked if item.answer == "pig"]
+    assert [item.type for item in pigs] == ["plain", "textured"]
+    assert pigs[0].judge("A pig.") and pigs[0].judge("a Tamworth pig") and not pigs[0].judge("cow")
+
+
+def test_a_cut_out_stands_large_in_the_middle(stamps):
+    picture = photographs.paste(stamps / "animals/mammals/yak.png", Image.new("RGB", (100, 100), (0, 0, 255)))
+    red = picture.getchannel("R").point(lambda value: 255 * (value > 128))
+    assert red.getbbox() == (10, 30, 90, 70)
+
+
+def test_photographs_are_fetched_once_into_the_cache(stamps, tmp_path, monkeypatch):
+    """Two commands of Debian's, played by scripts: one leaves an archive, the other unpacks it."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    scripts = {"apt-get": "echo > $2.deb", "dpkg-deb": f"mkdir -p {photographs.STAMPS} && cp -r {stamps}/* {photographs.STAMPS}"}
+    for name, script in scripts.items():
+        (commands / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/called\n{script}\n")
+        (commands / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
+    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(photographs, "INSTALLED", tmp_path / "none")
+    for _ in range(2):
+        assert len(photographs.photographs(photographs.folder())) == 7
+    assert (tmp_path / "called").read_text().split() == ["apt-get", "dpkg-deb"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [photographs.PACKAGE]
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [(None, "no apt-get or dpkg-deb here"), ("echo E: no such package >&2; exit 100", r"apt-get cannot get .*no such package")],
+)
+def test_photographs_that_cannot_be_had_leave_nothing(tmp_path, monkeypatch, script, message):
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("apt-get", "dpkg-deb") if script else ():
+        (commands / name).write_text(f"#!/bin/sh\n{script}\n")
+        (commands / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", str(commands))
+    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(photographs, "INSTALLED", tmp_path / "none")
+    with pytest.raises(ValueError, match=rf"{message}.*; install the package by other means, or put its"):
+        first(1, "photographs")
+    assert not list(tmp_path.glob("cache/*"))
+
+
+# ---- easy-VQA
+
+
+@pytest.fixture
+def easy_vqa_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package, with two pictures."""
+    for number in (0, 1):
+        Image.new("RGBA", (64, 64), (0, 128, 128, 255)).save(tmp_path / f"{number}.png")
+    questions = [("What color is the shape?", "teal", 1), ("Is there a circle?", "no", 0), ("What shape is it?", "triangle", 1)]
+    package = SimpleNamespace(
+        get_test_questions=lambda: tuple(map(list, zip(*questions, strict=True))),
+        get_test_image_paths=lambda: {number: str(tmp_path / f"{number}.png") for number in (0, 1)},
+        get_train_questions=lambda: ([], [], []),
+        get_train_image_paths=dict,
+    )
+    monkeypatch.setitem(sys.modules, "easy_vqa", package)
+
+
+def test_easy_vqa_is_asked_whole_and_matched_exactly(easy_vqa_package):
+    asked = first(9, "easy-vqa")
+    assert [(item.text, item.answer, item.type) for _, item in asked] == [
+        ("What color is the shape?", "teal", "color"),
+        ("Is there a circle?", "no", "yes or no"),
+        ("What shape is it?", "triangle", "shape"),
+    ]
+    assert {picture.mode for picture, _ in asked} == {"RGB"}
+    assert asked[0][1].judge("Teal.") and not asked[0][1].judge("turquoise")
+    assert first(9, "easy-vqa", split="train") == []
+    with pytest.raises(ValueError, match="split 'known' is not one of test, train"):
+        first(1, "easy-vqa", split="known")
+
+
+def test_a_task_shorter_than_its_limit_ends(easy_vqa_package, tmp_path, capsys):
+    document = run(write(tmp_path / "tiny"), open_task("easy-vqa"), "off", None, "cpu", "float32", quiet=True)
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(document))
+    assert (document["task"], document["n"], document["failed"]) == ("easy-vqa", 3, 0)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    with pytest.raises(ValueError, match=r"pip install easy-vqa==1\.0"):
+        first(1, "easy-vqa")
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    world.drawings.drawing.cache_clear()
+    with pytest.raises(ValueError, match="pip install resvg-py"):
+        first(1, "names")
+
+
+# ---- the command
+
+
+def test_every_task_can_be_asked_for_by_name():
+    assert set(get_args(EvalTask)) == {*SOURCES, "perplexity"}
+    shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["eval", "--help"]).output
+    assert all(task in shown for task in get_args(EvalTask))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--task", "scenes", "--family", "shapes"], "the task scenes has no --family"),
+        (["--task", "photographs", "--split", "test"], "the task photographs has no --split"),
+        (["--task", "perplexity", "--split", "test"], "the task perplexity has no --split"),
+        (["--task", "names", "--against", "x.gguf"], "the task names has no --against"),
+        (["--task", "things", "--split", "half"], "split 'half' is not one of train, known, validation, test"),
+        (["--task", "things", "--family", "cars"], "family 'cars' is not one of one, several"),
+        (["--task", "riddles"], "'riddles' is not one of"),
+    ],
+)
+def test_what_a_task_does_not_have_is_said(given, message):
+    result = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["eval", "embedded-dense", "--limit", "1", *given])
+    assert result.exit_code != 0
+    assert message in result.output and "Traceback" not in result.output
+
+
+def test_a_document_says_what_was_asked():
+    task: Task = open_task("things", 7, family="one", split="known")
+    assert (task.limit, task.about) == (7, {"task": "things", "split": "known", "family": "one", "paraphrase": "seen"})
+    assert open_task("names").about == {"task": "names", "split": "test", "paraphrase": "seen"}
