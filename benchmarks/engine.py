@@ -131,8 +131,8 @@ def check_sparsity(sparsity: float | None, pattern: str) -> None:
 
 
 def default_routes(config: LlavaConfig) -> list[str]:
-    layers = config.text_config.num_hidden_layers
-    return [f"{config.image_seq_length}x{layers}", f"128x{layers}"]
+    layers, visual = config.text_config.num_hidden_layers, config.image_seq_length
+    return [f"{visual}x{layers}", f"{min(128, visual // 4)}x{layers}"]
 
 
 def parse_route(name: str, config: LlavaConfig) -> Route:
