@@ -233,7 +233,7 @@ def inspect(
 def bench_engine(
     geometry: Annotated[str, typer.Option(help="tinyllava-1.1b, llava-1.5-7b or llava-1.5-13b.")] = "tinyllava-1.1b",
     route: Annotated[list[str] | None, typer.Option(help="Visual tokens x layers, such as 128x22; may repeat.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once, 1 by default; may repeat.")] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens each request makes.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are reported.")] = 3,
     device: DEVICE = "cpu",
@@ -241,13 +241,13 @@ def bench_engine(
     sparsity: Annotated[float | None, typer.Option(help="Measure pruned weights too, with this share of zeros.")] = None,
     pattern: Annotated[str, typer.Option(help="Where the zeros lie: unstructured or 2:4.")] = "unstructured",
     router: Annotated[bool, typer.Option("--router", help="Let an untrained router of real size choose the tokens.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Only the JSON documents, a line for each batch.")] = False,
 ) -> None:
     """Random weights at real geometry: the roofline first, then us and transformers in the same run."""
     from benchmarks.engine import run
 
     with _plain_errors():
-        run(geometry, route, batch, new_tokens, repeats, device, dtype, json, sparsity, pattern, router)
+        run(geometry, route, batch or [1], new_tokens, repeats, device, dtype, json, sparsity, pattern, router)
 
 
 @bench.command("http")

@@ -38,10 +38,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(
-    geometry: str, routes: Sequence[str] | None, batch: int, new_tokens: int, repeats: int, device: str, dtype: str,
+    geometry: str, routes: Sequence[str] | None, batches: Sequence[int], new_tokens: int, repeats: int, device: str, dtype: str,
     quiet: bool, sparsity: float | None = None, pattern: str = "unstructured", routed: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure and print; the last line is one JSON document, which is also returned.
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measure and print: one JSON document a batch size, each on a line of its own. They are also returned.
 
     TTFT and TPOT are those of the whole batch, answered at once. transformers answers one request after another and does not
     prune, so that its one figure, times the batch, is the baseline of every route. Memory is that of one request on the full
@@ -57,49 +57,54 @@ def run(
     console.print(f"{place}, {dtype}: memory {memory:.1f} GB/s, matrix products {compute:,.0f} GFLOP/s")
     reference = random_model(config, dtype=precision, device=str(place))
     model = share_weights(reference)
-    prompts = random_prompts(model, batch)
-    length = prompts.ids.shape[1]
-    full = Route.full(config.image_seq_length, model.num_layers)
+    full = EspalierRunner(model, Route.full(config.image_seq_length, model.num_layers))
     # Before transformers has run for the first time and left its own buffers, and before there are pruned weights.
-    peak = peak_bytes(lambda: EspalierRunner(model, full).run(prompts.first(), new_tokens), place)
+    peak = peak_bytes(lambda: full.run(random_prompts(model, 1), new_tokens), place)
     router = untrained_router(model) if routed else None
     runners = {name: EspalierRunner(model, route, router) for name, route in chosen.items()}
     sparse: dict[str, Any] = {}
     if sparsity is not None:
         pruned = prune_randomly(model, sparsity, pattern)
         runners |= {f"{name} sparse": EspalierRunner(pruned, route, router) for name, route in chosen.items()}
-        sparse = {"sparsity": sparsity, "pattern": pattern, **describe(pruned, model, full)}
-    bounds = {
-        name: {"ttft_s": limits.ttft(one.model, one.route, length, batch), "tpot_s": limits.tpot(one.model, one.route, batch)}
-        for name, one in runners.items()
-    }
-    for name, bound in bounds.items():
-        console.print(f"roofline of {name}: first token {bound['ttft_s']:.3g} s, then {bound['tpot_s']:.3g} s each")
-    ours, baseline = measure(runners, TransformersRunner(reference), prompts, new_tokens, repeats, console)
-    over_dense = {name: speedups(ours[f"{name} sparse"], ours[name]) for name in chosen} if sparse else {}
-    document = {
+        sparse = {"sparsity": sparsity, "pattern": pattern, **describe(pruned, model, full.route)}
+    common = {
         "geometry": geometry,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
         "dtype": dtype,
-        "batch": batch,
-        "prompt_tokens": length,
         "new_tokens": new_tokens,
         "repeats": repeats,
         "threads": torch.get_num_threads(),
-        "roofline": {"bytes_per_s": limits.bytes_per_s, "flops_per_s": limits.flops_per_s, "routes": bounds},
-        "routes": {
-            name: compare(timings, baseline, bounds[name], batch) | stages(config, runners[name], ours, name, length)
-            for name, timings in ours.items()
-        },
-        "sparse": sparse | {"over_dense": over_dense} if sparse else None,
-        "transformers": summarise(baseline, 1),
+        "sparse": sparse or None,
         "peak_bytes": peak,  # vision layers that only transformers runs, counted next, lie in it too
         "transformers_only_bytes": transformers_only_bytes(reference, model),
         "weight_bytes": model.weight_bytes,
         "peak_over_weights": peak / model.weight_bytes,
     }
-    show(document, console)
-    return finish(document)
+    documents = []
+    for batch in batches:
+        prompts = random_prompts(model, batch)
+        length = prompts.ids.shape[1]
+        bounds = {
+            name: {"ttft_s": limits.ttft(one.model, one.route, length, batch), "tpot_s": limits.tpot(one.model, one.route, batch)}
+            for name, one in runners.items()
+        }
+        for name, bound in bounds.items():
+            console.print(f"roofline of {name}: first token {bound['ttft_s']:.3g} s, then {bound['tpot_s']:.3g} s each")
+        ours, baseline = measure(runners, TransformersRunner(reference), prompts, new_tokens, repeats, console)
+        document = common | {
+            "batch": batch,
+            "prompt_tokens": length,
+            "roofline": {"bytes_per_s": limits.bytes_per_s, "flops_per_s": limits.flops_per_s, "routes": bounds},
+            "routes": {
+                name: compare(ours[name], baseline, bounds[name], batch) | stages(one, ours, name, length)
+                for name, one in runners.items()
+            },
+            "over_dense": {name: speedups(ours[f"{name} sparse"], ours[name]) for name in chosen if sparse},
+            "transformers": summarise(baseline, 1),
+        }
+        show(document, console)
+        documents.append(finish(document))
+    return documents
 
 
 def pick_device(name: str) -> torch.device:
@@ -198,12 +203,10 @@ def speedups(ours: Sequence[Timing], others: Sequence[Timing], times: int = 1) -
     }
 
 
-def stages(
-    config: LlavaConfig, runner: EspalierRunner, ours: Mapping[str, Sequence[Timing]], name: str, prompt: int
-) -> dict[str, float]:
+def stages(runner: EspalierRunner, ours: Mapping[str, Sequence[Timing]], name: str, prompt: int) -> dict[str, float]:
     """Where a route's first token goes, and its arithmetic: share of the dense prefill's FLOPs, the router's own beside it, and how
     many times that share its prompt takes of the full route's time in the same run (0 where that was not run). Medians."""
-    route, router = runner.route, runner.router
+    config, route, router = runner.model.config, runner.route, runner.router
     full = f"{config.image_seq_length}x{len(route.layers)}" + name.removeprefix(name.split()[0])
     share = flops_ratio(config, route, prompt)
     pairs = zip(ours[name], ours.get(full, []), strict=False)
@@ -238,7 +241,7 @@ def describe(pruned: Llava, model: Llava, full: Route) -> dict[str, Any]:
 
 
 def show(document: dict[str, Any], console: Console) -> None:
-    table = Table("route", "TTFT s", "TPOT s", "tokens/s", "requests/s", title=document["geometry"])
+    table = Table("route", "TTFT s", "TPOT s", "tokens/s", "requests/s", title=f"{document['geometry']}, batch {document['batch']}")
     for name, row in (document["routes"] | {"transformers": document["transformers"]}).items():
         ratios = {key: f" ({value:.2f}×)" for key, value in row.items() if key.endswith("speedup")}
         table.add_row(
@@ -256,7 +259,7 @@ def show(document: dict[str, Any], console: Console) -> None:
         )
     if sparse := document["sparse"]:
         speed = ", ".join(
-            f"{name} {row['tpot_speedup']:.2f}× and {row['requests_speedup']:.2f}×" for name, row in sparse["over_dense"].items()
+            f"{name} {row['tpot_speedup']:.2f}× and {row['requests_speedup']:.2f}×" for name, row in document["over_dense"].items()
         )
         console.print(
             f"{sparse['zeros']:.1%} zeros ({sparse['pattern']}): language matrices take {sparse['matrix_bytes_ratio']:.3f} of the "

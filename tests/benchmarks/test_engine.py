@@ -20,7 +20,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("device", "batch"), [("cpu", 1), ("cpu", 3), pytest.param("cuda", 3, marks=pytest.mark.gpu)])
 def test_engine_benchmark_end_to_end(tiny, capsys, device, batch):
-    document = engine.run("tiny", ["16x3", "4x2"], batch, 4, 2, device, "float32", quiet=False)
+    (document,) = engine.run("tiny", ["16x3", "4x2"], [batch], 4, 2, device, "float32", quiet=False)
     printed = capsys.readouterr()
     assert json.loads(printed.out.splitlines()[-1]) == document
     assert "roofline of 16x3" in printed.err
@@ -43,7 +43,8 @@ def test_engine_benchmark_end_to_end(tiny, capsys, device, batch):
 
 
 def test_a_router_of_real_size_chooses_the_tokens_and_is_counted(tiny, capsys):
-    routes = engine.run("tiny", ["16x3", "4x2"], 2, 3, 1, "cpu", "float32", quiet=False, routed=True)["routes"]
+    (document,) = engine.run("tiny", ["16x3", "4x2"], [2], 3, 1, "cpu", "float32", quiet=False, routed=True)
+    routes = document["routes"]
     assert routes["16x3"]["router_flops_ratio"] == 0 < routes["4x2"]["router_flops_ratio"]
     assert routes["4x2"]["route_s"] > routes["16x3"]["route_s"]
     rows = {name: 40 + int(name.split("x")[0]) + 2 for name in routes}
@@ -53,22 +54,22 @@ def test_a_router_of_real_size_chooses_the_tokens_and_is_counted(tiny, capsys):
 
 @pytest.mark.parametrize(("sparsity", "pattern"), [(0.7, "unstructured"), (0.5, "2:4")])
 def test_pruned_weights_run_beside_dense_ones(tiny, capsys, sparsity, pattern):
-    document = engine.run("tiny", ["4x3"], 2, 3, 2, "cpu", "bfloat16", quiet=False, sparsity=sparsity, pattern=pattern)
+    (document,) = engine.run("tiny", ["4x3"], [2], 3, 2, "cpu", "bfloat16", quiet=False, sparsity=sparsity, pattern=pattern)
     assert "of the dense bytes" in capsys.readouterr().err
     assert list(document["routes"]) == list(document["roofline"]["routes"]) == ["4x3", "4x3 sparse"]
     sparse = document["sparse"]
-    assert (sparse["sparsity"], sparse["pattern"], list(sparse["over_dense"])) == (sparsity, pattern, ["4x3"])
+    assert (sparse["sparsity"], sparse["pattern"], list(document["over_dense"])) == (sparsity, pattern, ["4x3"])
     assert sparse["zeros"] == pytest.approx(sparsity, abs=0.02)
-    assert all(value > 0 for value in sparse["over_dense"]["4x3"].values())
+    assert all(value > 0 for value in document["over_dense"]["4x3"].values())
     if kernels.library():
         assert sparse["weight_bytes"]["packed"] > 0
         assert sparse["matrix_bytes_ratio"] < 0.85  # rows this short carry much beside their weights
 
 
-def test_quiet_prints_the_document_alone(tiny, capsys):
-    engine.run("tiny", ["4x3"], 1, 2, 1, "cpu", "float32", quiet=True)
+def test_quiet_prints_a_document_a_batch_alone(tiny, capsys):
+    engine.run("tiny", ["4x3"], [1, 2], 2, 1, "cpu", "float32", quiet=True)
     printed = capsys.readouterr()
-    assert len(printed.out.splitlines()) == 1
+    assert [json.loads(line)["batch"] for line in printed.out.splitlines()] == [1, 2]
     assert not printed.err
 
 
@@ -100,4 +101,4 @@ def test_what_cannot_be_run_is_refused_before_anything_is_made(option, message, 
     monkeypatch.setattr(roofline, "measure", pytest.fail)
     options = {"geometry": "tinyllava-1.1b", "routes": None, "device": "cpu", "dtype": "bfloat16"} | option
     with pytest.raises(ValueError, match=message):
-        engine.run(**options, batch=1, new_tokens=2, repeats=1, quiet=True)
+        engine.run(**options, batches=[1], new_tokens=2, repeats=1, quiet=True)
