@@ -26,6 +26,7 @@ from server.detokenize import Detokenizer, LogprobQueue
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.metrics import Metrics
 from server.request import Delta, Event, Failed, Finished, FinishReason, Receipt, Request, Started, TokenLogprob
+from server.route_detail import explain
 from server.sampling import is_greedy, new_generator, sample, top_logprobs
 from server.scheduler import NeverFits, QueueFull, ScheduledRequest, Scheduler
 
@@ -234,7 +235,7 @@ class Engine:
         prompt = prefill_input(self.model, ids, plan.visual, plan.route, cache)
         receipt = _receipt(plan, self.fingerprint)
         if request.detail:
-            receipt = replace(receipt, detail=self.planner.explain(plan, features, len(request.prompt)))
+            receipt = replace(receipt, detail=explain(self.planner, plan, features, len(request.prompt)))
         self.metrics.routed(receipt, len(request.prompt))
         text = Detokenizer(self.preprocessor.token_bytes, request.sampling.stop, request.continues)
         generator = new_generator(request.sampling.seed)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from pruning.dynamic.detail import RouteDetail
+from server.route_detail import RouteDetail
 
 FinishReason = Literal["stop", "length"]
 

@@ -12,7 +12,6 @@ from models.checkpoint import Checkpoint
 from models.flops import flops_ratio
 from models.route import Route
 from models.vision.features import ImageFeatures
-from pruning.dynamic.detail import RouteDetail, explain
 from pruning.dynamic.levels import AUTO, Level, OperatingPoint, fixed_menu, layers_to_freeze, layers_to_run
 from pruning.dynamic.router import RequestRouting, RouterFailed, score_request, text_window
 from pruning.dynamic.router_file import RouterRecord, load_router
@@ -87,11 +86,6 @@ class Planner:
         own = routing.flops(len(route.kept_tokens) // len(images)) if routing else 0
         ratio = flops_ratio(self.model.config, route, len(prompt), own)
         return Plan(level, reason, route, visual, ratio, expected, point, routing)
-
-    def explain(self, plan: Plan, images: Sequence[ImageFeatures], prompt_tokens: int) -> RouteDetail:
-        """A plan's route in full. It is for people who look, takes as long as routing or longer, and changes nothing."""
-        points = self.menu[plan.level].operating_points
-        return explain(self.model, plan.route, points, plan.point, images, prompt_tokens, self.layer_change, plan.routing)
 
 
 def load_menu(checkpoint: Checkpoint, *, routed: bool = True) -> dict[str, Level]:

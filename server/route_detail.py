@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from models.flops import flops_ratio
-from models.llava import Llava
 from models.route import Route
 from models.vision.features import ImageFeatures
-from pruning.dynamic.levels import OperatingPoint, layers_to_freeze, layers_to_run
+from pruning.dynamic.levels import layers_to_freeze, layers_to_run
+from pruning.dynamic.planner import Plan, Planner
 from pruning.dynamic.router import RequestRouting, select_tokens
 from pruning.dynamic.token_merging import euclidean, farthest_first, members
 
@@ -60,27 +60,25 @@ class RouteDetail:
 
 
 @torch.inference_mode()
-def explain(
-    model: Llava, route: Route, points: Sequence[OperatingPoint], chosen: OperatingPoint, images: Sequence[ImageFeatures],
-    prompt_tokens: int, layer_change: Sequence[float] | None, routing: RequestRouting | None,
-) -> RouteDetail:  # fmt: skip
-    """Tell `route`, made for `images` at the operating point `chosen` of `points`, in full."""
+def explain(planner: Planner, plan: Plan, images: Sequence[ImageFeatures], prompt_tokens: int) -> RouteDetail:
+    """A plan's route in full. It is for people who look, takes as long as routing or longer, and changes nothing."""
+    model, route, routing = planner.model, plan.route, plan.routing
     merged: dict[int, tuple[int, ...]] = {}
     details = []
-    for place, point in enumerate(points):
+    for place, point in enumerate(planner.menu[plan.level].operating_points):
         kept_per_image = point.kept(model.visual_tokens_per_image)
         kept = tuple(range(route.visual_tokens))
         if images and kept_per_image < model.visual_tokens_per_image:
             count = kept_per_image * len(images)
             merged[count] = owners = merged.get(count) or stands_for(images, kept_per_image, routing)
             kept = tuple(sorted(set(owners)))
-        runs = layers_to_run(model.num_layers, point.skipped_layers, layer_change)
+        runs = layers_to_run(model.num_layers, point.skipped_layers, planner.layer_change)
         frozen = layers_to_freeze(runs, point.frozen_layers, routing.layer_scores) if routing else frozenset()
         other = Route(route.visual_tokens, kept, runs, frozen)
         own = routing.flops(kept_per_image) if routing else 0
         expected = round(routing.expected_agreement[place], 4) if routing else None
         ratio = round(flops_ratio(model.config, other, prompt_tokens, own), 4)
-        details.append(PointDetail(len(kept), LayerKinds.of(other), ratio, expected, point is chosen))
+        details.append(PointDetail(len(kept), LayerKinds.of(other), ratio, expected, point is plan.point))
     scores = tuple(round(score, 2) for score in routing.output.token_scores.flatten().tolist()) if routing else None
     sizes = route.token_sizes or (1,) * len(route.kept_tokens)
     return RouteDetail(route.kept_tokens, sizes, scores, merged, LayerKinds.of(route), tuple(details))
