@@ -25,7 +25,7 @@ from pruning.static.packing import PackedSample, pack
 RESAMPLES = 1000
 
 
-def exam(
+def right_by_family(
     model: LlavaForConditionalGeneration, preprocessor: Preprocessor, pictures: int, split: str = "test"
 ) -> dict[str, list[list[bool]]]:
     """Whether each question of each picture is answered right, by family; `pictures` of the split, families in turn."""

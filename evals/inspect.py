@@ -29,25 +29,10 @@ def run(directory: Path, picture: Path | None = None, device: str = "cpu", dtype
     )
     if manifest.pruning:
         _show_pruning(manifest.pruning)
-    _show_forms(checkpoint)
-    change = manifest.layer_change
-    if change:
-        table = Table("layer", "change", title="How much each layer changes the hidden state (1 - cosine)")
-        for layer, value in enumerate(change):
-            table.add_row(str(layer), f"{value:.4f}")
-        console.print(table)
-    else:
-        console.print("no calibration: levels skip no layers; run `espalier calibrate`")
+    _show_formats(checkpoint)
+    _show_layer_change(manifest.layer_change)
     router = RouterRecord.of(manifest)
-    if router:
-        r2 = router.report["explained_variance"]
-        console.print(
-            f"router: {router.config.depth} layers, {router.config.width} wide, trained on {router.report['questions']} questions; "
-            f"predicts attention with R² {r2['token_scores']:.2f} and the cost of freezing layers with {r2['layer_scores']:.2f} "
-            "(held-out pictures)", highlight=False, soft_wrap=True,
-        )  # fmt: skip
-    else:
-        console.print("no router: levels choose tokens by the picture alone; run `espalier route`")
+    _show_router(router)
     menu = load_menu(checkpoint)
     _show_levels(checkpoint, menu)
     if router:
@@ -60,10 +45,10 @@ def run(directory: Path, picture: Path | None = None, device: str = "cpu", dtype
 
 
 def _show_pruning(pruning: Pruning) -> None:
-    asked = pruning.recipe
+    recipe = pruning.recipe
     console.print(
-        f"pruned from {pruning.source}: {asked['criterion']}, {asked['pattern']}, sparsity {asked['sparsity']:g}, "
-        f"allocation {asked['allocation']}, {asked['samples']} samples, seed {asked['seed']}"
+        f"pruned from {pruning.source}: {recipe['criterion']}, {recipe['pattern']}, sparsity {recipe['sparsity']:g}, "
+        f"allocation {recipe['allocation']}, {recipe['samples']} samples, seed {recipe['seed']}"
     )
     layers, matrices = by_layer(pruning)
     table = Table(Column("layer", no_wrap=True), *matrices, title="Share of zeros or of weights removed")
@@ -88,16 +73,38 @@ def by_layer(pruning: Pruning) -> tuple[dict[str, dict[str, float]], list[str]]:
     return dict(layers), list(dict.fromkeys(matrix for found in layers.values() for matrix in found))
 
 
-def _show_forms(checkpoint: Checkpoint) -> None:
-    """Each matrix as it is held (q, k and v are one, gate and up another), and the bytes of every form."""
+def _show_formats(checkpoint: Checkpoint) -> None:
+    """The weight format of each matrix (q, k and v are one, gate and up another), and the bytes of every format."""
     model = checkpoint.model
-    held = [block.linears() for block in model.decoder_layers]
-    if any(matrix.format != "dense" for found in held for matrix in found.values()):
-        table = Table(Column("layer", no_wrap=True), *held[0], title="Held as, and what is not zero")
-        for layer, found in enumerate(held):
-            table.add_row(f"language.{layer}", *(f"{m.format} {m.nonzeros / m.size:.1%}" for m in found.values()))
+    layers = [layer.linears() for layer in model.decoder_layers]
+    if any(matrix.format != "dense" for matrices in layers for matrix in matrices.values()):
+        table = Table(Column("layer", no_wrap=True), *layers[0], title="Weight format, and what is not zero")
+        for index, matrices in enumerate(layers):
+            table.add_row(f"language.{index}", *(f"{m.format} {m.nonzeros / m.size:.1%}" for m in matrices.values()))
         console.print(table)
-    console.print("held as " + ", ".join(f"{name}: {size / 1e6:.1f} MB" for name, size in model.bytes_by_format().items()))
+    console.print("weights: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in model.bytes_by_format().items()))
+
+
+def _show_layer_change(change: Sequence[float] | None) -> None:
+    if not change:
+        console.print("no calibration: levels skip no layers; run `espalier calibrate`")
+        return
+    table = Table("layer", "change", title="How much each layer changes the hidden state (1 - cosine)")
+    for layer, value in enumerate(change):
+        table.add_row(str(layer), f"{value:.4f}")
+    console.print(table)
+
+
+def _show_router(router: RouterRecord | None) -> None:
+    if not router:
+        console.print("no router: levels choose tokens by the picture alone; run `espalier route`")
+        return
+    r2 = router.report["explained_variance"]
+    console.print(
+        f"router: {router.config.depth} layers, {router.config.width} wide, trained on {router.report['questions']} questions; "
+        f"predicts attention with R² {r2['token_scores']:.2f} and the cost of freezing layers with {r2['layer_scores']:.2f} "
+        "(held-out pictures)", highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _show_levels(checkpoint: Checkpoint, menu: dict[str, Level]) -> None:

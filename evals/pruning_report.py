@@ -6,14 +6,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Annotated, Any
 
 import typer
-from scipy.stats import t
 
 from checkpoints.world import FAMILIES
-from evals.pruning_sweep import ALLOCATIONS, CRITERIA, grid, key, stored
+from evals.pruning_sweep import ALLOCATIONS, CRITERIA, grid, key
+from evals.runs import stored
+from evals.statistics import half_width
 
 Entry = dict[str, Any]
 
@@ -64,11 +65,6 @@ def _cell(values: Sequence[float], dense: float | None = None) -> str:
     if len(values) > 1:
         text += f" ± {100 * half_width(values):.1f}"
     return f"{text} ({mean(values) / dense:.1%}, n = {len(values)})" if dense else text
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Of the 95 % interval of the mean (Student's t)."""
-    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
 def _overall(entries: Sequence[Entry], dense: Entry) -> list[str]:

@@ -6,7 +6,6 @@ stored already is not run again, so a sweep that was stopped goes on.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ from rich.console import Console
 
 from checkpoints.shipped import resolve
 from checkpoints.world import FAMILIES
-from evals.exact_match import exam, summary
+from evals.exact_match import right_by_family, summary
+from evals.runs import store, stored
 from models.checkpoint import open_transformers
 from pruning.static.pipeline import run
 from pruning.static.recipe import read
@@ -67,10 +67,6 @@ def key(entry: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(entry[k] for k in ("pattern", "criterion", "allocation", "calibrated_on", "seed"))
 
 
-def stored(runs: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
-
-
 def main(
     runs: Annotated[Path, typer.Option(help="Where results are kept, one JSON line a run.")] = Path("docs/runs/pruning.jsonl"),
     checkpoint: Annotated[str, typer.Option(help="The dense checkpoint.")] = "embedded-dense",
@@ -79,7 +75,6 @@ def main(
     only: Annotated[str, typer.Option(help="Only settings whose pattern, criterion and allocation contain this text.")] = "",
 ) -> None:
     console = Console(stderr=True)
-    runs.parent.mkdir(parents=True, exist_ok=True)
     done = {key(entry) for entry in stored(runs)}
     dense = {"pattern": "dense", "criterion": "", "allocation": "", "calibrated_on": "", "recipe": {}}
     settings = [(0, dense), *((seed, setting) for setting in grid() for seed in range(seeds))]
@@ -91,8 +86,7 @@ def main(
         started = time.monotonic()
         entry |= _run(entry, checkpoint, pictures)
         entry["seconds"] = round(time.monotonic() - started, 1)
-        with runs.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        store(runs, [entry])
         console.print(f"{text}, seed {seed}: {entry['accuracy']:.2%} in {entry['seconds']:.0f} s", highlight=False)
 
 
@@ -106,9 +100,9 @@ def _run(entry: dict[str, Any], checkpoint: str, pictures: int) -> dict[str, Any
             assert manifest.pruning is not None
             found = {"projector": manifest.pruning.projector, "notes": manifest.pruning.notes}
         source = open_transformers(out if entry["recipe"] else dense)
-        answers = exam(source.model, source.preprocessor, pictures)
+        right = right_by_family(source.model, source.preprocessor, pictures)
         shutil.rmtree(out, ignore_errors=True)
-    return summary(answers) | found | {"threads": torch.get_num_threads()}
+    return summary(right) | found | {"threads": torch.get_num_threads()}
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from evals.pruning_report import half_width
-from evals.pruning_sweep import stored
 from evals.routing_sweep import POLICIES
+from evals.runs import stored
+from evals.statistics import half_width
 
 Entry = dict[str, Any]
 

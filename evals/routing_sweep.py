@@ -28,7 +28,7 @@ from checkpoints.world import FAMILIES, Scene, draw
 from evals import baselines
 from evals.exact_match import RESAMPLES, matches, summary
 from evals.exam import MAX_TOKENS
-from evals.pruning_sweep import stored
+from evals.runs import store, stored
 from models.checkpoint import Checkpoint, load
 from models.flops import flops_ratio
 from models.llava import Llava
@@ -248,7 +248,6 @@ def policies(
     """Every way of choosing visual tokens and layers, at the same budgets."""
     source = load(resolve(checkpoint))
     router = load_router(source)
-    runs.parent.mkdir(parents=True, exist_ok=True)
     done = {key(entry) for entry in stored(runs)}
     for policy, budgets in groupby(settings(source, router), key=lambda setting: setting.policy):
         common = {"checkpoint": name or checkpoint, "policy": policy, "split": split, "seed": seed}
@@ -262,8 +261,7 @@ def policies(
         results = run_policy(asked, source, router, pictures, split, seed)
         seconds = round((time.monotonic() - started) / len(asked), 1)
         entries = [common | asdict(setting) | result | {"seconds": seconds} for setting, result in zip(asked, results, strict=True)]
-        with runs.open("a") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        store(runs, entries)
         for entry in entries:
             typer.echo(f"{policy}, {entry['budget']}, {entry['visual_ratio']:.1%} of the tokens: {entry['accuracy']:.2%} "
                        f"at {entry['flops_ratio']:.1%} of the FLOPs in {seconds:.0f} s")  # fmt: skip
@@ -422,8 +420,7 @@ def levels(
     started = time.monotonic()
     entry |= run_levels(source, pictures, split)
     entry["seconds"] = round(time.monotonic() - started, 1)
-    with runs.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    store(runs, [entry])
     typer.echo(json.dumps(entry, indent=1))
 
 

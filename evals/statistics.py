@@ -1,8 +1,10 @@
-"""Intervals for shares."""
+"""Intervals for shares and means."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
+from statistics import stdev
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -13,3 +15,10 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     center = (share + spread / 2) / (1 + spread)
     half = z * sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
     return (round(max(0.0, center - half), 4), round(min(1.0, center + half), 4))
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean of `values` (Student's t)."""
+    from scipy.stats import t  # for the reports alone, which are made where the tests are
+
+    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5

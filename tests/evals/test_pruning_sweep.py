@@ -11,6 +11,8 @@ from checkpoints.shipped import SHIPPED
 from checkpoints.world import draw
 from evals import exact_match, pruning_report, pruning_sweep
 from evals.exam import RecordedAnswer, make_request, normalise
+from evals.runs import stored
+from evals.statistics import half_width
 from models.checkpoint import load, open_transformers
 from server.engine import Engine, Limits
 from tests.server.tiny import write
@@ -18,7 +20,7 @@ from tests.server.tiny import write
 
 def test_one_pass_says_what_greedy_decoding_says() -> None:
     source = open_transformers(SHIPPED["embedded-dense"], dtype="float32")
-    found = exact_match.exam(source.model, source.preprocessor, 8)
+    found = exact_match.right_by_family(source.model, source.preprocessor, 8)
     checkpoint = load(SHIPPED["embedded-dense"], dtype="float32")
     engine = Engine(checkpoint, Limits(max_running=16, max_waiting=256))
     seen: dict[str, list[list[bool]]] = {family: [] for family in found}
@@ -54,7 +56,7 @@ def stored_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_sweep_stores_each_run_once(runs: Path) -> None:
-    entries = pruning_sweep.stored(runs)
+    entries = stored(runs)
     assert [(e["pattern"], e["seed"]) for e in entries] == [("dense", 0), ("50% unstructured", 0), ("50% unstructured", 1)]
     assert all(0 <= e["interval"][0] <= e["accuracy"] <= e["interval"][1] <= 1 for e in entries)
     before = runs.read_text()
@@ -68,10 +70,10 @@ def test_the_page_shows_what_is_stored(runs: Path, tmp_path: Path) -> None:
     assert "### 50% unstructured" in page and "| uniform |" in page
     assert (tmp_path / "page.png").exists()
     runs_without_dense = tmp_path / "some.jsonl"
-    runs_without_dense.write_text(json.dumps(pruning_sweep.stored(runs)[1]) + "\n")
+    runs_without_dense.write_text(json.dumps(stored(runs)[1]) + "\n")
     with pytest.raises(Exception, match="has no run of the dense checkpoint"):
         pruning_report.main(runs_without_dense, tmp_path / "none.md")
 
 
 def test_the_half_width_is_that_of_students_t() -> None:
-    assert pruning_report.half_width([0.1, 0.2, 0.3]) == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+    assert half_width([0.1, 0.2, 0.3]) == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
