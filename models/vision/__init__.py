@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from models.vision import clip
+from models.vision import clip, efficientnet
 
-TOWERS: dict[str, ModuleType] = {"clip_vision_model": clip}
+TOWERS: dict[str, ModuleType] = {"clip_vision_model": clip, efficientnet.EfficientNetLiteConfig.model_type: efficientnet}
 """The towers that run, by the `model_type` of their configuration."""

@@ -1,0 +1,259 @@
+"""A frozen EfficientNet-Lite as the eyes of a LLaVA: its last two feature maps, joined, become a sequence of visual tokens.
+
+EfficientNet-Lite (Tan & Le 2019, arXiv:1905.11946; the Lite variants have neither squeeze-and-excitation nor swish) is a chain of
+inverted bottlenecks. As in FastVLM (arXiv:2412.13303) the map at stride 32 and the one at stride 16, four of its places laid side
+by side, are one token a place. What stands between them and LLaVA's projector is ours and trained: a linear layer, a learned
+2-D position (row + column) and a few ConvNeXt blocks (Liu et al. 2022, arXiv:2201.03545), which gather what belongs to one thing.
+
+The modules are registered with transformers' Auto classes: importing this module lets stock `LlavaForConditionalGeneration`
+load such a checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from models.linear import Linear
+from models.vision.features import ImageFeatures
+
+LITE0 = (
+    # kernel, stride, expansion, channels out
+    (3, 1, 1, 16),
+    (3, 2, 6, 24), (3, 1, 6, 24),
+    (5, 2, 6, 40), (5, 1, 6, 40),
+    (3, 2, 6, 80), (3, 1, 6, 80), (3, 1, 6, 80),
+    (5, 1, 6, 112), (5, 1, 6, 112), (5, 1, 6, 112),
+    (5, 2, 6, 192), (5, 1, 6, 192), (5, 1, 6, 192), (5, 1, 6, 192),
+    (3, 1, 6, 320),
+)  # fmt: skip
+"""The inverted bottlenecks of EfficientNet-Lite0."""
+
+
+class EfficientNetLiteConfig(PretrainedConfig):
+    """A tower of `blocks` (kernel, stride, expansion, channels out), `head` channels after them and `hidden_size` a visual token."""
+
+    model_type = "efficientnet_lite_tower"
+
+    def __init__(
+        self,
+        image_size: int = 544,
+        patch_size: int = 32,
+        stem: int = 32,
+        blocks: Any = LITE0,
+        head: int = 1280,
+        hidden_size: int = 512,
+        neck_layers: int = 2,
+        neck_kernel: int = 7,
+        layer_norm_eps: float = 1e-5,
+        **rest: Any,
+    ) -> None:
+        self.image_size, self.patch_size = image_size, patch_size
+        self.stem, self.head = stem, head
+        self.blocks = [list(block) for block in blocks]
+        self.hidden_size = hidden_size
+        self.neck_layers, self.neck_kernel = neck_layers, neck_kernel
+        self.layer_norm_eps = layer_norm_eps
+        super().__init__(**rest)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """One, whatever is inside: a single sequence comes out."""
+        return 1
+
+
+def same_pad(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """TensorFlow's SAME padding for even sizes: what stride 2 leaves over goes to the right and the bottom."""
+    before = (kernel - stride) // 2
+    after = kernel - stride - before
+    return F.pad(x, (before, after, before, after)) if stride > 1 else x
+
+
+class Conv(nn.Conv2d):
+    """A convolution with SAME padding; its batch norm is folded into weight and bias."""
+
+    def __init__(self, width_in: int, width_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(width_in, width_out, kernel, stride, padding=kernel // 2 if stride == 1 else 0, groups=groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(same_pad(input, self.kernel_size[0], self.stride[0]))
+
+
+class InvertedBottleneck(nn.Module):
+    def __init__(self, width: int, kernel: int, stride: int, expansion: int, out: int) -> None:
+        super().__init__()
+        wide = width * expansion
+        self.expand = Conv(width, wide) if expansion > 1 else None
+        self.depthwise = Conv(wide, wide, kernel, stride, groups=wide)
+        self.project = Conv(wide, out)
+        self.residual = stride == 1 and width == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = F.relu6(self.expand(x)) if self.expand else x
+        y = self.project(F.relu6(self.depthwise(wide)))
+        return x + y if self.residual else y
+
+
+class EfficientNetLite(nn.Module):
+    """Pixels [n, 3, size, size] to the maps at stride 16 [n, c, size/16, size/16] and 32 [n, c, size/32, size/32]."""
+
+    def __init__(self, config: EfficientNetLiteConfig) -> None:
+        super().__init__()
+        self.stem = Conv(3, config.stem, 3, 2)
+        widths = [config.stem, *(block[-1] for block in config.blocks)]
+        self.blocks = nn.ModuleList(
+            InvertedBottleneck(width, *block) for width, block in zip(widths[:-1], config.blocks, strict=True)
+        )
+        self.head = Conv(widths[-1], config.head)
+        self.last_stride = max(i for i, block in enumerate(config.blocks) if block[1] == 2)
+        self.fine_width, self.coarse_width = widths[self.last_stride], widths[-1]
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu6(self.stem(pixels))
+        fine = x
+        for index, block in enumerate(self.blocks):
+            if index == self.last_stride:
+                fine = x
+            x = block(x)
+        return fine, x
+
+
+class NeckBlock(nn.Module):
+    """ConvNeXt's block on a map laid out [n, height, width, channels]."""
+
+    def __init__(self, width: int, kernel: int, eps: float) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.down(F.gelu(self.up(self.norm(y))))
+
+
+class Neck(nn.Module):
+    """Both maps to a sequence [n, (size/32)², hidden_size]."""
+
+    def __init__(self, config: EfficientNetLiteConfig, width_in: int) -> None:
+        super().__init__()
+        side = config.image_size // config.patch_size
+        self.norm_in = nn.LayerNorm(width_in, config.layer_norm_eps)
+        self.linear = nn.Linear(width_in, config.hidden_size)
+        self.row = nn.Parameter(torch.zeros(side, config.hidden_size))
+        self.column = nn.Parameter(torch.zeros(side, config.hidden_size))
+        self.layers = nn.ModuleList(
+            NeckBlock(config.hidden_size, config.neck_kernel, config.layer_norm_eps) for _ in range(config.neck_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, joined: Tensor) -> Tensor:
+        """`joined` [n, side, side, width_in]."""
+        x = self.linear(self.norm_in(joined)) + self.row[:, None] + self.column
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x).flatten(1, 2)
+
+
+@dataclass
+class Maps:
+    """What the frozen network saw, both [n, side, side, width]: four places of stride 16 laid side by side, and stride 32."""
+
+    fine: Tensor
+    coarse: Tensor
+
+
+class EfficientNetLiteTower(PreTrainedModel):
+    """What LLaVA asks of a vision tower: `hidden_states`, of which the last is the sequence of visual tokens."""
+
+    config_class = EfficientNetLiteConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "tower"
+    _no_split_modules = ["InvertedBottleneck", "NeckBlock"]
+
+    def __init__(self, config: EfficientNetLiteConfig) -> None:
+        super().__init__(config)
+        self.net = EfficientNetLite(config)
+        self.neck = Neck(config, config.head + 4 * self.net.fine_width)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def maps(self, pixel_values: Tensor) -> Maps:
+        fine, coarse = self.net(pixel_values.contiguous(memory_format=torch.channels_last))
+        return Maps(F.pixel_unshuffle(fine, 2).permute(0, 2, 3, 1), coarse.permute(0, 2, 3, 1))
+
+    def tokens(self, maps: Maps) -> Tensor:
+        head = self.net.head
+        seen = F.relu6(F.linear(maps.coarse, head.weight.flatten(1), head.bias))
+        return self.neck(torch.cat([maps.fine, seen], dim=-1))
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
+        hidden = self.tokens(self.maps(pixel_values.to(self.dtype)))
+        return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))
+
+
+AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)
+AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteTower)
+
+
+@dataclass
+class EfficientNetTower:
+    """The tower as our forward calls it. There is no class token, so `attention` is empty: [images, 0]."""
+
+    module: EfficientNetLiteTower
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> ImageFeatures:
+        return ImageFeatures(self.module.tokens(self.module.maps(pixels)), pixels.new_zeros(len(pixels), 0))
+
+    def linears(self) -> dict[str, Linear]:
+        """None that pruning may touch: nearly all of the network is convolutions."""
+        return {}
+
+
+def visual_tokens(config: LlavaConfig) -> int:
+    """Of one image."""
+    return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
+
+
+def check_supported(config: LlavaConfig) -> None:
+    """Raise ValueError for features that the tower does not have."""
+    if config.vision_feature_select_strategy != "full":
+        raise ValueError("vision_feature_select_strategy must be 'full': this tower has no class token to leave out")
+    if config.vision_feature_layer not in (-1, 0):
+        raise ValueError(f"vision_feature_layer {config.vision_feature_layer} names no layer of a tower of one")
+
+
+def from_transformers(model: LlavaForConditionalGeneration) -> EfficientNetTower:
+    return EfficientNetTower(model.model.vision_tower.eval().to(memory_format=torch.channels_last))
+
+
+def fold(weights: dict[str, Tensor], eps: float = 1e-3) -> dict[str, Tensor]:
+    """The published weights of EfficientNet-Lite (batch norms apart, `_conv_stem` and the like) under our names, norms folded in."""
+    pairs = {"_conv_stem": ("stem", "_bn0"), "_conv_head": ("head", "_bn1")}
+    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("_blocks.")}
+    for i in blocks:
+        at = f"_blocks.{i}."
+        pairs[f"{at}_expand_conv"] = (f"blocks.{i}.expand", f"{at}_bn0")
+        pairs[f"{at}_depthwise_conv"] = (f"blocks.{i}.depthwise", f"{at}_bn1")
+        pairs[f"{at}_project_conv"] = (f"blocks.{i}.project", f"{at}_bn2")
+    folded = {}
+    for conv, (name, norm) in pairs.items():
+        if f"{conv}.weight" not in weights:
+            continue
+        gain = weights[f"{norm}.weight"] / (weights[f"{norm}.running_var"] + eps).sqrt()
+        folded[f"{name}.weight"] = weights[f"{conv}.weight"] * gain[:, None, None, None]
+        folded[f"{name}.bias"] = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * gain
+    return folded
