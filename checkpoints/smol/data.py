@@ -141,7 +141,10 @@ class Scenes:
             for i, record in enumerate(records):
                 yield shard["fine"][i], shard["coarse"][i], record
 
-    def sample(self, rng: Random) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        shard, records = self._shards[rng.choice(list(self._shards))]
-        i = rng.randrange(len(records))
-        return shard["fine"][i], shard["coarse"][i], records[i]
+    def sample(self, rng: Random, families: Sequence[str] = ()) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """A scene of one of the `families`, or of any."""
+        while True:
+            shard, records = self._shards[rng.choice(list(self._shards))]
+            i = rng.randrange(len(records))
+            if not families or records[i]["family"] in families:
+                return shard["fine"][i], shard["coarse"][i], records[i]

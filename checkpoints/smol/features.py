@@ -12,7 +12,7 @@ import typer
 from torch import Tensor
 
 from checkpoints import things
-from checkpoints.smol.parts import tower_network
+from checkpoints.smol.parts import VISION, fetch, tower_network
 from models.vision.efficientnet import EfficientNetLiteTower
 
 SHARD = 64
@@ -60,7 +60,7 @@ def main(
     paraphrase: Annotated[str, typer.Option(help="seen or held_out.")] = "seen",
 ) -> None:
     torch.set_num_threads(threads)
-    tower = tower_network()
+    tower = tower_network(fetch(VISION, work / "parts"))
     folder = work / "scenes" / (split if paraphrase == "seen" else f"{split}-{paraphrase}")
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(first, first + count, SHARD):

@@ -20,16 +20,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from checkpoints.smol.data import IGNORE, Packer, Scenes, conversation, keep
 from checkpoints.smol.model import Smol
-from checkpoints.smol.parts import LANGUAGE, tower_network
+from checkpoints.smol.places import Names, Places
+from checkpoints.smol.parts import LANGUAGE, VISION, fetch, language_tokenizer, language_weights, vision_weights
 
 SAVE_EVERY_S = 150
 EVALUATE_EVERY_S = 900
+CROWDED = 8
+"""Pictures a step whose places are named."""
+NAMING = 0.5
+"""Weight of that loss."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,12 @@ class Stage:
     kept: int
     rows: int
     lr: float
-    text_every: int = 6
+    text_every: int = 8
+    families: tuple[str, ...] = ()  # all of them
 
 
 STAGES = (
-    Stage("names", 150, 2, 24, 176, 1e-3),
+    Stage("names", 200, 2, 24, 168, 1e-3, families=("one",)),
     Stage("questions", 600, 2, 40, 272, 8e-4),
     Stage("all", 60, 1, 289, 480, 3e-4),
 )
@@ -57,12 +61,15 @@ def stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 class Trainer:
     def __init__(self, work: Path, seed: int) -> None:
         self.work, self.seed = work, seed
-        self.tokenizer = AutoTokenizer.from_pretrained(LANGUAGE)
-        weights = {name: tensor.float() for name, tensor in load_file(LANGUAGE / "model.safetensors").items()}
+        gguf = fetch(LANGUAGE, work / "parts")
+        self.tokenizer = language_tokenizer(gguf)
+        weights = {name: tensor.float() for name, tensor in language_weights(gguf).items()}
         torch.manual_seed(seed)
-        head = tower_network().net.head
-        self.model = Smol(weights, (head.weight.detach().float(), head.bias.detach().float()))
+        vision = vision_weights(fetch(VISION, work / "parts"))
+        self.model = Smol(weights, (vision["head.weight"], vision["head.bias"]))
         self.scenes, self.validation = Scenes(work / "scenes/train"), Scenes(work / "scenes/validation")
+        self.places = Places(work / "dense")
+        self.names = Names(json.loads((work / "names.json").read_text()), self.tokenizer, self.model.embedding)
         self.stage, self.step, self.optimizer_state = 0, 0, None
         texts = work / "texts.pt"
         self.texts = torch.load(texts, weights_only=True) if texts.exists() else []
@@ -114,6 +121,7 @@ class Trainer:
         while self.step < stage.steps:
             if self.step % 25 == 0 or len(self.scenes) == 0:
                 self.scenes.refresh()
+                self.places.refresh()
             rng = Random(f"{self.seed}/{stage.name}/{self.step}")
             after = max(0.0, (self.step / stage.steps - 0.6) / 0.4)
             scale = min(1.0, (self.step + 1) / 30) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * after)))
@@ -123,6 +131,10 @@ class Trainer:
             loss.backward()
             seen["loss"].append(loss.item())
             seen["right"].append(right)
+            naming, named = self._naming_loss(rng)
+            naming.backward()
+            seen["naming"].append(naming.item())
+            seen["named"].append(named)
             if self.texts and self.step % stage.text_every == 0:
                 text = self._text_loss(stage, packer, rng)
                 text.backward()
@@ -159,7 +171,7 @@ class Trainer:
         return self.model(batch["ids"], batch["positions"], batch["segments"], visual, first)
 
     def _picture_loss(self, stage: Stage, packer: Packer, rng: Random) -> tuple[Tensor, float]:
-        parts = [self.scenes.sample(rng) for _ in range(stage.pictures)]
+        parts = [self.scenes.sample(rng, stage.families) for _ in range(stage.pictures)]
         kept = [keep(p[2], stage.kept, rng) for p in parts]
         rows = [packer.pack(conversation(p[2], rng), k, rng) for p, k in zip(parts, kept, strict=True)]
         hidden = self._forward(parts, rows, kept, len(packer.head))
@@ -169,6 +181,15 @@ class Trainer:
         weight = torch.from_numpy(np.stack([answer_weights(row, packer.rows) for row in rows]))[:, 1:][answered]
         loss = (F.cross_entropy(logits, wanted, reduction="none") * weight).sum() / weight.sum()
         return loss, (logits.argmax(-1) == wanted).float().mean().item()
+
+    def _naming_loss(self, rng: Random) -> tuple[Tensor, float]:
+        fine, coarse, labels = self.places.sample(rng, CROWDED)
+        hidden = self.model.look(fine, coarse)
+        dice = torch.rand(labels.shape, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
+        chosen = (labels > 0) & (dice < 0.3)
+        logits = self.names.logits(self.model.projector(hidden[chosen]))
+        loss = F.cross_entropy(logits, labels[chosen] - 1, label_smoothing=0.1)
+        return loss * NAMING, (logits.argmax(-1) + 1 == labels[chosen]).float().mean().item()
 
     def _text_loss(self, stage: Stage, packer: Packer, rng: Random) -> Tensor:
         """KL to what the language model itself foresaw for its own texts: its likeliest tokens and all the others together."""

