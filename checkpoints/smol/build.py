@@ -67,7 +67,9 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, config: LlavaConfig) -> 
     """Pictures are squeezed to the square that the tower takes; nothing is cut off."""
     side = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
     return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size=side, crop_size=side, do_center_crop=False, image_mean=list(MEAN), image_std=list(STD)),
+        image_processor=CLIPImageProcessor(
+            size=side, crop_size=side, do_center_crop=False, image_mean=list(MEAN), image_std=list(STD)
+        ),
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="full",

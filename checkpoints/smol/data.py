@@ -1,7 +1,7 @@
 """Training batches: one picture, many conversations about it, packed so that they share the picture's rows.
 
-Row layout of one sequence: `<|im_start|>user\\n<image>*V`, then the conversations side by side. Each sees the picture and itself, at
-the positions that it would have alone. Most of the time the language model is given V of the picture's 289 visual tokens: what
+Row layout of one sequence: `<|im_start|>user\\n<image>*V`, then the conversations side by side. Each sees the picture and itself,
+at the positions that it would have alone. Most of the time the language model is given V of the picture's 289 visual tokens: what
 shows the things and some of the ground, at their own positions, as a router would leave them.
 """
 
@@ -104,7 +104,7 @@ def conversation(record: dict[str, Any], rng: Random, long: int = 1) -> list[Sai
 
 
 def keep(record: dict[str, Any], count: int, rng: Random) -> np.ndarray:
-    """Places of the `count` visual tokens that stay, ascending: three in four from the marks, each as often, the rest from anywhere."""
+    """Places of the `count` visual tokens that stay, ascending: most are of the marks, each as often, the rest from anywhere."""
     if count >= VISUAL:
         return np.arange(VISUAL)
     dice = np.random.default_rng(rng.randrange(1 << 30))

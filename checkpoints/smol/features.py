@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor
@@ -22,8 +23,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def pixels(images: list[Any], dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """RGB pictures of one size to normalised [n, 3, height, width]."""
-    import numpy as np
-
     raw = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     return ((raw - mean) / std).to(dtype)
@@ -67,7 +66,7 @@ def main(
         path = folder / f"{start:08d}.pt"
         if not path.exists():
             make_shard(tower, split, start, path, paraphrase=paraphrase)
-            print(path, flush=True)
+            typer.echo(path)
 
 
 if __name__ == "__main__":

