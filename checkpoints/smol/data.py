@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from models.vision.efficientnet import Maps
 
 SIDE = 17
 VISUAL = SIDE * SIDE
@@ -118,33 +119,45 @@ def keep(record: dict[str, Any], count: int, rng: Random) -> np.ndarray:
     return np.sort(dice.choice(VISUAL, count, replace=False, p=weight / weight.sum()))
 
 
+Part = tuple[Maps, dict[str, Any]]
+"""A scene: what the network saw of it, and its record."""
+
+
+def stack_maps(maps: Sequence[Maps]) -> Maps:
+    return Maps(*(torch.stack([getattr(one, name) for one in maps]) for name in ("fine", "coarse", "wide")))
+
+
 class Scenes:
     """The scenes of a folder of shards; more may come while it is read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._shards: dict[Path, tuple[dict[str, Tensor], list[dict[str, Any]]]] = {}
+        self._shards: dict[Path, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
 
     def refresh(self) -> int:
         for path in sorted(self.folder.glob("*.pt")):
             if path not in self._shards:
                 shard = torch.load(path, weights_only=True, mmap=True)
+                if "wide" not in shard:
+                    if not path.with_suffix(".wide").exists():
+                        continue
+                    shard["wide"] = torch.load(path.with_suffix(".wide"), weights_only=True, mmap=True)
                 self._shards[path] = shard, json.loads(shard["records"])
         return len(self)
 
     def __len__(self) -> int:
         return sum(len(records) for _, records in self._shards.values())
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[Part]:
         for path in self._shards:
             shard, records = self._shards[path]
             for i, record in enumerate(records):
-                yield shard["fine"][i], shard["coarse"][i], record
+                yield Maps(shard["fine"][i], shard["coarse"][i], shard["wide"][i]), record
 
-    def sample(self, rng: Random, families: Sequence[str] = ()) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def sample(self, rng: Random, families: Sequence[str] = ()) -> Part:
         """A scene of one of the `families`, or of any."""
         while True:
             shard, records = self._shards[rng.choice(list(self._shards))]
             i = rng.randrange(len(records))
             if not families or records[i]["family"] in families:
-                return shard["fine"][i], shard["coarse"][i], records[i]
+                return Maps(shard["fine"][i], shard["coarse"][i], shard["wide"][i]), records[i]

@@ -38,15 +38,14 @@ def record(scene: things.Scene) -> dict[str, Any]:
 
 @torch.inference_mode()
 def make_shard(tower: EfficientNetLiteTower, split: str, first: int, path: Path, **how: Any) -> None:
-    fine, coarse, records = [], [], []
+    maps, records = [], []
     for start in range(first, first + SHARD, TOGETHER):
         scenes = [things.draw(split, n, **how) for n in range(start, start + TOGETHER)]
-        maps = tower.maps(pixels([scene.image for scene in scenes]))
-        fine.append(maps.fine.contiguous())
-        coarse.append(maps.coarse.contiguous())
+        maps.append(tower.maps(pixels([scene.image for scene in scenes])))
         records += [record(scene) for scene in scenes]
     part = path.with_suffix(".part")
-    torch.save({"fine": torch.cat(fine), "coarse": torch.cat(coarse), "records": json.dumps(records)}, part)
+    seen = {name: torch.cat([getattr(some, name).contiguous() for some in maps]) for name in ("fine", "coarse", "wide")}
+    torch.save(seen | {"records": json.dumps(records)}, part)
     part.replace(path)
 
 

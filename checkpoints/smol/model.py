@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.vision.efficientnet import EfficientNetLiteConfig, Neck
+from models.vision.efficientnet import EfficientNetLiteConfig, Maps, Neck, join, joined_width
 
 WIDTH, LAYERS, HEADS, KV_HEADS, DIM = 576, 30, 9, 3, 64
 EPS, THETA = 1e-5, 100_000.0
@@ -97,7 +97,7 @@ class Smol(nn.Module):
         """`weights` of the language model by transformers' names; `head` is the frozen network's last convolution."""
         super().__init__()
         config = EfficientNetLiteConfig(neck_layers=NECK_LAYERS)
-        self.neck = Neck(config, config.head + 4 * 112)
+        self.neck = Neck(config, joined_width(config))
         self.projector = Projector(config.hidden_size)
         self.layers = nn.ModuleList(Layer(weights, f"model.layers.{i}") for i in range(LAYERS))
         self.register_buffer("embedding", weights["model.embed_tokens.weight"], persistent=False)
@@ -106,10 +106,10 @@ class Smol(nn.Module):
         self.register_buffer("head_bias", head[1].to(torch.bfloat16), persistent=False)
         self.register_buffer("inv_freq", THETA ** (-torch.arange(0, DIM, 2).float() / DIM), persistent=False)
 
-    def look(self, fine: Tensor, coarse: Tensor) -> Tensor:
-        """Both maps [n, side, side, width] to what the neck makes of them [n, side², hidden]."""
+    def look(self, maps: Maps) -> Tensor:
+        """What the neck makes of the maps: [n, side², hidden]."""
         with torch.no_grad():
-            seen = torch.cat([fine, F.relu6(F.linear(coarse, self.head_weight, self.head_bias))], dim=-1)
+            seen = join(maps, self.head_weight, self.head_bias)
         return self.neck(seen.to(self.embedding.dtype))
 
     def visual(self, hidden: Tensor, kept: Tensor) -> Tensor:

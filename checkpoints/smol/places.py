@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from models.vision.efficientnet import Maps
+
 SHARPNESS = 12.0
 
 
@@ -30,18 +32,19 @@ class Names:
 
 
 class Places:
-    """Shards of pictures crowded with things: both maps, and the number of the thing at each place (0 is none)."""
+    """Shards of pictures crowded with things: the maps, and the number of the thing at each place (0 is none)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._shards = folder, {}  # type: ignore[var-annotated]
 
     def refresh(self) -> int:
         for path in sorted(self.folder.glob("*.pt")):
-            if path not in self._shards:
-                self._shards[path] = torch.load(path, weights_only=True, mmap=True)
+            if path not in self._shards and path.with_suffix(".wide").exists():
+                wide = torch.load(path.with_suffix(".wide"), weights_only=True, mmap=True)
+                self._shards[path] = (*torch.load(path, weights_only=True, mmap=True), wide)
         return sum(len(shard[2]) for shard in self._shards.values())
 
-    def sample(self, rng: Random, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        shard = self._shards[rng.choice(list(self._shards))]
-        chosen = sorted(rng.sample(range(len(shard[2])), count))
-        return shard[0][chosen], shard[1][chosen], shard[2][chosen].flatten(1).long()
+    def sample(self, rng: Random, count: int) -> tuple[Maps, Tensor]:
+        fine, coarse, things, wide = self._shards[rng.choice(list(self._shards))]
+        chosen = sorted(rng.sample(range(len(things)), count))
+        return Maps(fine[chosen], coarse[chosen], wide[chosen]), things[chosen].flatten(1).long()

@@ -15,9 +15,10 @@ import typer
 from transformers import PreTrainedTokenizerBase
 
 from checkpoints import things
-from checkpoints.smol.data import END, START, VISUAL, Scenes, keep
+from checkpoints.smol.data import END, START, VISUAL, Scenes, keep, stack_maps
 from checkpoints.smol.model import Smol
 from checkpoints.smol.train import load
+from models.vision.efficientnet import Maps
 
 LONGEST = 10
 """Tokens of an answer. What needs more (a description) is cut, and wrong."""
@@ -25,7 +26,7 @@ LONGEST = 10
 
 @torch.inference_mode()
 def answers(
-    model: Smol, tokenizer: PreTrainedTokenizerBase, fine: torch.Tensor, coarse: torch.Tensor, asked: list[str], kept: torch.Tensor
+    model: Smol, tokenizer: PreTrainedTokenizerBase, maps: Maps, asked: list[str], kept: torch.Tensor
 ) -> list[str]:
     """Greedy answers to questions about one picture, with the visual tokens `kept`."""
 
@@ -33,7 +34,7 @@ def answers(
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     head = encode(f"{START}user\n")
-    visual = model.visual(model.look(fine[None], coarse[None]), kept[None])
+    visual = model.visual(model.look(stack_maps([maps])), kept[None])
     prompts = [encode(text) + encode(f"{END}\n{START}assistant\n") for text in asked]
     made: list[list[int]] = [[] for _ in asked]
     end = tokenizer.eos_token_id
@@ -74,7 +75,7 @@ def main(
     right: dict[str, list[bool]] = defaultdict(list)
     by_family: dict[str, list[bool]] = defaultdict(list)
     number = 0
-    for fine, coarse, record in found:
+    for maps, record in found:
         if family and record["family"] != family:
             continue
         number += 1
@@ -85,7 +86,7 @@ def main(
         questions = [things.Question(q[0], q[1], q[2], tuple(q[3]), tuple(tuple(p) for p in q[4])) for q in record["questions"]]
         questions = [q for q in questions if not only or q.type.removesuffix("_sentence") == only]
         places = torch.from_numpy(keep(record, kept, Random(number)))
-        given = answers(model, tokenizer, fine, coarse, [q.text for q in questions], places)
+        given = answers(model, tokenizer, maps, [q.text for q in questions], places)
         for question, answer in zip(questions, given, strict=True):
             hit = things.matches(answer, question)
             right[question.type.removesuffix("_sentence")].append(hit)

@@ -17,10 +17,10 @@ from checkpoints.smol.parts import LANGUAGE, fetch, language_tokenizer, language
 TOP = 48
 TOGETHER = 48
 TOPICS = (
-    "the sea", "a long train journey", "bread", "how engines work", "the moon", "a small village", "money", "music", "the human heart",
-    "rain", "computers", "a court case", "chess", "the history of Rome", "gardening", "a lost dog", "mathematics", "winter",
-    "an old house", "football", "elections", "medicine", "the desert", "a recipe", "teachers", "friendship", "iron", "birds",
-    "the internet", "a job interview", "Paris", "sleep",
+    "the sea", "a long train journey", "bread", "how engines work", "the moon", "a small village", "money", "music",
+    "the human heart", "rain", "computers", "a court case", "chess", "the history of Rome", "gardening", "a lost dog",
+    "mathematics", "winter", "an old house", "football", "elections", "medicine", "the desert", "a recipe", "teachers",
+    "friendship", "iron", "birds", "the internet", "a job interview", "Paris", "sleep",
 )  # fmt: skip
 FORMS = ("Tell me about {}.", "Write a short story about {}.", "Why do people care about {}?", "Give me three facts about {}.")
 STARTS = (

@@ -23,7 +23,7 @@ import typer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from checkpoints.smol.data import IGNORE, Packer, Scenes, conversation, keep
+from checkpoints.smol.data import IGNORE, Packer, Part, Scenes, conversation, keep, stack_maps
 from checkpoints.smol.model import Smol
 from checkpoints.smol.parts import LANGUAGE, VISION, fetch, language_tokenizer, language_weights, vision_weights
 from checkpoints.smol.places import Names, Places
@@ -32,12 +32,10 @@ SAVE_EVERY_S = 150
 EVALUATE_EVERY_S = 900
 CROWDED = 8
 """Pictures a step whose places are named."""
+TEXT = 3.0
+"""Weight of staying the language model that it was."""
 NAMING = 0.5
 """Weight of that loss."""
-
-
-Part = tuple[Tensor, Tensor, dict[str, Any]]
-"""A scene: both maps, and its record."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Stage:
     kept: int
     rows: int
     lr: float
-    text_every: int = 8
+    text_every: int = 4
     families: tuple[str, ...] = ()  # all of them
 
 
@@ -182,14 +180,14 @@ class Trainer:
 
     def _forward(self, parts: list[Part], rows: list[dict[str, Any]], kept: list[Any], first: int) -> Tensor:
         batch = stack(rows)
-        hidden = self.model.look(torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts]))
+        hidden = self.model.look(stack_maps([maps for maps, _ in parts]))
         visual = self.model.visual(hidden, torch.from_numpy(np.stack(kept)))
         return self.model(batch["ids"], batch["positions"], batch["segments"], visual, first)
 
     def _picture_loss(self, stage: Stage, packer: Packer, rng: Random) -> tuple[Tensor, float]:
         parts = [self.scenes.sample(rng, stage.families) for _ in range(stage.pictures)]
-        kept = [keep(p[2], stage.kept, rng) for p in parts]
-        rows = [packer.pack(conversation(p[2], rng), k, rng) for p, k in zip(parts, kept, strict=True)]
+        kept = [keep(record, stage.kept, rng) for _, record in parts]
+        rows = [packer.pack(conversation(p[1], rng), k, rng) for p, k in zip(parts, kept, strict=True)]
         hidden = self._forward(parts, rows, kept, len(packer.head))
         labels = torch.from_numpy(np.stack([row["labels"] for row in rows]))[:, 1:]
         answered = labels != IGNORE
@@ -199,8 +197,8 @@ class Trainer:
         return loss, (logits.argmax(-1) == wanted).float().mean().item()
 
     def _naming_loss(self, rng: Random) -> tuple[Tensor, float]:
-        fine, coarse, labels = self.places.sample(rng, CROWDED)
-        hidden = self.model.look(fine, coarse)
+        maps, labels = self.places.sample(rng, CROWDED)
+        hidden = self.model.look(maps)
         dice = torch.rand(labels.shape, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
         chosen = (labels > 0) & (dice < 0.3)
         logits = self.names.logits(self.model.projector(hidden[chosen]))
@@ -228,7 +226,7 @@ class Trainer:
         rest = (1 - share.sum(1)).clamp(min=1e-6)
         mine_rest = torch.log1p(-mine.exp().sum(1).clamp(max=1 - 1e-6))
         kl = (share * (share.clamp(min=1e-9).log() - mine)).sum(1) + rest * (rest.log() - mine_rest)
-        return kl.mean()
+        return TEXT * kl.mean()
 
     @torch.no_grad()
     def evaluate(self, stage: Stage, scenes: int = 40) -> str:
@@ -239,8 +237,8 @@ class Trainer:
         for number, part in enumerate(self.validation):
             if number >= scenes:
                 break
-            kept = [keep(part[2], stage.kept, rng)]
-            row = packer.pack(conversation(part[2], rng), kept[0], rng)
+            kept = [keep(part[1], stage.kept, rng)]
+            row = packer.pack(conversation(part[1], rng), kept[0], rng)
             hidden = self._forward([part] * stage.pictures, [row] * stage.pictures, kept * stage.pictures, len(packer.head))[0]
             for said, start, end in row["taken"]:
                 found = self.model.logits(hidden[start - 1 : end - 1]).argmax(-1).numpy()

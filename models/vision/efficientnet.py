@@ -1,12 +1,13 @@
-"""A frozen EfficientNet-Lite as the eyes of a LLaVA: its last two feature maps, joined, become a sequence of visual tokens.
+"""A frozen EfficientNet-Lite as the eyes of a LLaVA: its feature maps, joined, become a sequence of visual tokens.
 
 EfficientNet-Lite (Tan & Le 2019, arXiv:1905.11946; the Lite variants have neither squeeze-and-excitation nor swish) is a chain of
 inverted bottlenecks. As in FastVLM (arXiv:2412.13303) the map at stride 32 and the one at stride 16, four of its places laid side
-by side, are one token a place. What stands between them and LLaVA's projector is ours and trained: a linear layer, a learned
-2-D position (row + column) and a few ConvNeXt blocks (Liu et al. 2022, arXiv:2201.03545), which gather what belongs to one thing.
+by side, are one token a place. The network knows things as large as they are in pictures of 224 pixels, so it looks again at the
+whole picture made small, and spreads that map over the places.
 
-The modules are registered with transformers' Auto classes: importing this module lets stock `LlavaForConditionalGeneration`
-load such a checkpoint.
+What stands between the maps and LLaVA's projector is ours and trained: a linear layer, a learned 2-D position (row + column) and
+ConvNeXt blocks (Liu et al. 2022, arXiv:2201.03545), which gather what belongs to one thing. The modules are registered with
+transformers' Auto classes: importing this module lets stock `LlavaForConditionalGeneration` load such a checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ LITE0 = (
 
 
 class EfficientNetLiteConfig(PretrainedConfig):
-    """A tower of `blocks` (kernel, stride, expansion, channels out), `head` channels after them and `hidden_size` a visual token."""
+    """`blocks` are (kernel, stride, expansion, channels out); `head` channels follow them, and a visual token has `hidden_size`.
+
+    The picture is looked at with `image_size` pixels a side and with `wide_size`.
+    """
 
     model_type = "efficientnet_lite_tower"
 
@@ -45,6 +49,7 @@ class EfficientNetLiteConfig(PretrainedConfig):
         self,
         image_size: int = 544,
         patch_size: int = 32,
+        wide_size: int = 288,
         stem: int = 32,
         blocks: Any = LITE0,
         head: int = 1280,
@@ -54,7 +59,7 @@ class EfficientNetLiteConfig(PretrainedConfig):
         layer_norm_eps: float = 1e-5,
         **rest: Any,
     ) -> None:
-        self.image_size, self.patch_size = image_size, patch_size
+        self.image_size, self.patch_size, self.wide_size = image_size, patch_size, wide_size
         self.stem, self.head = stem, head
         self.blocks = [list(block) for block in blocks]
         self.hidden_size = hidden_size
@@ -164,10 +169,26 @@ class Neck(nn.Module):
 
 @dataclass
 class Maps:
-    """What the frozen network saw, both [n, side, side, width]: four places of stride 16 laid side by side, and stride 32."""
+    """What the frozen network saw, each [n, side, side, width]: four places of stride 16 laid side by side; stride 32; and stride
+    32 of the whole picture made small, which has fewer places."""
 
     fine: Tensor
     coarse: Tensor
+    wide: Tensor
+
+
+def joined_width(config: EfficientNetLiteConfig) -> int:
+    """Channels that `join` gives."""
+    last = max(i for i, block in enumerate(config.blocks) if block[1] == 2)
+    return 2 * config.head + 4 * int(config.blocks[last - 1][-1])
+
+
+def join(maps: Maps, weight: Tensor, bias: Tensor) -> Tensor:
+    """The maps as one [n, side, side, channels]; `weight` and `bias` are the network's last layer."""
+    coarse, wide = (F.relu6(F.linear(seen, weight, bias)) for seen in (maps.coarse, maps.wide))
+    side = coarse.shape[1:3]
+    spread = F.interpolate(wide.permute(0, 3, 1, 2), size=side, mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+    return torch.cat([maps.fine, coarse, spread], dim=-1)
 
 
 class EfficientNetLiteTower(PreTrainedModel):
@@ -176,12 +197,11 @@ class EfficientNetLiteTower(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
     base_model_prefix = "tower"
-    _no_split_modules = ["InvertedBottleneck", "NeckBlock"]
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
         self.net = EfficientNetLite(config)
-        self.neck = Neck(config, config.head + 4 * self.net.fine_width)
+        self.neck = Neck(config, joined_width(config))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -192,12 +212,12 @@ class EfficientNetLiteTower(PreTrainedModel):
 
     def maps(self, pixel_values: Tensor) -> Maps:
         fine, coarse = self.net(pixel_values.contiguous(memory_format=torch.channels_last))
-        return Maps(F.pixel_unshuffle(fine, 2).permute(0, 2, 3, 1), coarse.permute(0, 2, 3, 1))
+        small = F.interpolate(pixel_values.float(), size=(self.config.wide_size,) * 2, mode="bilinear", antialias=True)
+        _, wide = self.net(small.to(pixel_values.dtype).contiguous(memory_format=torch.channels_last))
+        return Maps(F.pixel_unshuffle(fine, 2).permute(0, 2, 3, 1), coarse.permute(0, 2, 3, 1), wide.permute(0, 2, 3, 1))
 
     def tokens(self, maps: Maps) -> Tensor:
-        head = self.net.head
-        seen = F.relu6(F.linear(maps.coarse, head.weight.flatten(1), head.bias))
-        return self.neck(torch.cat([maps.fine, seen], dim=-1))
+        return self.neck(join(maps, self.net.head.weight.flatten(1), self.net.head.bias))
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         hidden = self.tokens(self.maps(pixel_values.to(self.dtype)))
@@ -241,7 +261,7 @@ def from_transformers(model: LlavaForConditionalGeneration) -> EfficientNetTower
 
 
 def fold(weights: dict[str, Tensor], eps: float = 1e-3) -> dict[str, Tensor]:
-    """The published weights of EfficientNet-Lite (batch norms apart, `_conv_stem` and the like) under our names, norms folded in."""
+    """The published weights of EfficientNet-Lite (`_conv_stem` and the like) under our names, their batch norms folded in."""
     pairs = {"_conv_stem": ("stem", "_bn0"), "_conv_head": ("head", "_bn1")}
     blocks = {int(name.split(".")[1]) for name in weights if name.startswith("_blocks.")}
     for i in blocks:
