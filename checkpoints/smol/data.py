@@ -138,10 +138,6 @@ class Scenes:
         for path in sorted(self.folder.glob("*.pt")):
             if path not in self._shards:
                 shard = torch.load(path, weights_only=True, mmap=True)
-                if "wide" not in shard:
-                    if not path.with_suffix(".wide").exists():
-                        continue
-                    shard["wide"] = torch.load(path.with_suffix(".wide"), weights_only=True, mmap=True)
                 self._shards[path] = shard, json.loads(shard["records"])
         return len(self)
 

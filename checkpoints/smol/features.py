@@ -13,12 +13,14 @@ import typer
 from torch import Tensor
 
 from checkpoints import things
+from checkpoints.smol import crowded
+from checkpoints.smol.build import MEAN, STD
 from checkpoints.smol.parts import VISION, fetch, tower_network
 from models.vision.efficientnet import EfficientNetLiteTower
 
+CROWDED = "crowded"
 SHARD = 64
 TOGETHER = 8
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def pixels(images: list[Any], dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -37,21 +39,30 @@ def record(scene: things.Scene) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def make_shard(tower: EfficientNetLiteTower, split: str, first: int, path: Path, **how: Any) -> None:
-    maps, records = [], []
-    for start in range(first, first + SHARD, TOGETHER):
-        scenes = [things.draw(split, n, **how) for n in range(start, start + TOGETHER)]
-        maps.append(tower.maps(pixels([scene.image for scene in scenes])))
-        records += [record(scene) for scene in scenes]
+def look(tower: EfficientNetLiteTower, images: list[Any]) -> dict[str, Any]:
+    """The tower's maps of pictures, by name."""
+    maps = [tower.maps(pixels(images[n : n + TOGETHER])) for n in range(0, len(images), TOGETHER)]
+    return {name: torch.cat([getattr(some, name).contiguous() for some in maps]) for name in ("fine", "coarse", "wide")}
+
+
+def make_shard(tower: EfficientNetLiteTower, split: str, first: int, path: Path, paraphrase: str) -> None:
+    numbers = range(first, first + SHARD)
+    if split == CROWDED:
+        drawn = [crowded.draw(n) for n in numbers]
+        found = look(tower, [image for image, _ in drawn])
+        found["things"] = torch.from_numpy(np.stack([labels for _, labels in drawn]))
+    else:
+        scenes = [things.draw(split, n, paraphrase=paraphrase) for n in numbers]
+        found = look(tower, [scene.image for scene in scenes])
+        found["records"] = json.dumps([record(scene) for scene in scenes])
     part = path.with_suffix(".part")
-    seen = {name: torch.cat([getattr(some, name).contiguous() for some in maps]) for name in ("fine", "coarse", "wide")}
-    torch.save(seen | {"records": json.dumps(records)}, part)
+    torch.save(found, part)
     part.replace(path)
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Shards go to its folder `scenes/<split>`.")] = Path("runs/smol"),
-    split: Annotated[str, typer.Option(help="train, known, validation or test.")] = "train",
+    work: Annotated[Path, typer.Option(help="Shards go to its folders `crowded` and `scenes/<split>`.")] = Path("runs/smol"),
+    split: Annotated[str, typer.Option(help="train, known, validation, test or crowded.")] = "train",
     first: Annotated[int, typer.Option(help="First scene.")] = 0,
     count: Annotated[int, typer.Option(help="How many scenes.")] = 6400,
     threads: Annotated[int, typer.Option(help="Threads.")] = 1,
@@ -59,12 +70,12 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     tower = tower_network(fetch(VISION, work / "parts"))
-    folder = work / "scenes" / (split if paraphrase == "seen" else f"{split}-{paraphrase}")
+    folder = work / CROWDED if split == CROWDED else work / "scenes" / (split if paraphrase == "seen" else f"{split}-{paraphrase}")
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(first, first + count, SHARD):
         path = folder / f"{start:08d}.pt"
         if not path.exists():
-            make_shard(tower, split, start, path, paraphrase=paraphrase)
+            make_shard(tower, split, start, path, paraphrase)
             typer.echo(path)
 
 

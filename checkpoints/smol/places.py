@@ -5,6 +5,7 @@ A visual token on a thing is drawn to the mean of the language model's own embed
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -23,8 +24,9 @@ class Names:
 
     def __init__(self, names: list[str], tokenizer: PreTrainedTokenizerBase, embedding: Tensor) -> None:
         words = [embedding[tokenizer(f" {name}", add_special_tokens=False).input_ids].mean(0) for name in names]
-        self.center = torch.stack(words).mean(0)
-        self.directions = F.normalize(torch.stack(words) - self.center, dim=1)
+        self.words = torch.stack(words)  # [names, width]
+        self.center = self.words.mean(0)
+        self.directions = F.normalize(self.words - self.center, dim=1)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Visual tokens [n, width] to [n, names]."""
@@ -35,16 +37,27 @@ class Places:
     """Shards of pictures crowded with things: the maps, and the number of the thing at each place (0 is none)."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._shards = folder, {}  # type: ignore[var-annotated]
+        self.folder = folder
+        self._shards: dict[Path, tuple[Maps, Tensor]] = {}
 
-    def refresh(self) -> int:
+    def refresh(self) -> None:
+        """See the shards that came since."""
         for path in sorted(self.folder.glob("*.pt")):
-            if path not in self._shards and path.with_suffix(".wide").exists():
-                wide = torch.load(path.with_suffix(".wide"), weights_only=True, mmap=True)
-                self._shards[path] = (*torch.load(path, weights_only=True, mmap=True), wide)
-        return sum(len(shard[2]) for shard in self._shards.values())
+            if path not in self._shards:
+                shard = torch.load(path, weights_only=True, mmap=True)
+                self._shards[path] = Maps(shard["fine"], shard["coarse"], shard["wide"]), shard["things"]
+
+    def all(self, together: int) -> Iterator[tuple[Maps, Tensor]]:
+        """All of them, so many at a time: maps, and int64 [n, 289]."""
+        for maps, shown in self._shards.values():
+            for n in range(0, len(shown), together):
+                yield _some(maps, slice(n, n + together)), shown[n : n + together].flatten(1).long()
 
     def sample(self, rng: Random, count: int) -> tuple[Maps, Tensor]:
-        fine, coarse, things, wide = self._shards[rng.choice(list(self._shards))]
-        chosen = sorted(rng.sample(range(len(things)), count))
-        return Maps(fine[chosen], coarse[chosen], wide[chosen]), things[chosen].flatten(1).long()
+        maps, shown = self._shards[rng.choice(list(self._shards))]
+        chosen = sorted(rng.sample(range(len(shown)), count))
+        return _some(maps, chosen), shown[chosen].flatten(1).long()
+
+
+def _some(maps: Maps, chosen: slice | list[int]) -> Maps:
+    return Maps(maps.fine[chosen], maps.coarse[chosen], maps.wide[chosen])

@@ -6,7 +6,6 @@ it goes on from the last save.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -23,14 +22,17 @@ import typer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from checkpoints import things
+from checkpoints.smol.build import TRAINED, load_trained
 from checkpoints.smol.data import IGNORE, Packer, Part, Scenes, conversation, keep, stack_maps
 from checkpoints.smol.model import Smol
 from checkpoints.smol.parts import LANGUAGE, VISION, fetch, language_tokenizer, language_weights, vision_weights
 from checkpoints.smol.places import Names, Places
+from models.saving import save_tensors
 
 SAVE_EVERY_S = 150
-EVALUATE_EVERY_S = 900
-CROWDED = 8
+EVALUATE_EVERY_S = 480
+CROWDED = 4
 """Pictures a step whose places are named."""
 TEXT = 3.0
 """Weight of staying the language model that it was."""
@@ -46,14 +48,14 @@ class Stage:
     kept: int
     rows: int
     lr: float
-    text_every: int = 4
+    text_every: int = 6
     families: tuple[str, ...] = ()  # all of them
 
 
 STAGES = (
     Stage("names", 110, 2, 24, 168, 1e-3, families=("one",)),
-    Stage("questions", 330, 2, 40, 272, 8e-4),
-    Stage("all", 40, 1, 289, 480, 3e-4),
+    Stage("questions", 300, 2, 32, 240, 8e-4),
+    Stage("all", 30, 1, 289, 480, 3e-4),
 )
 
 
@@ -82,8 +84,8 @@ class Trainer:
         self.work, self.seed = work, seed
         self.model, self.tokenizer = untrained(work, seed)
         self.scenes, self.validation = Scenes(work / "scenes/train"), Scenes(work / "scenes/validation")
-        self.places = Places(work / "dense")
-        self.names = Names(json.loads((work / "names.json").read_text()), self.tokenizer, self.model.embedding)
+        self.places = Places(work / "crowded")
+        self.names = Names(list(things.NAMES), self.tokenizer, self.model.embedding)
         self.stage, self.step, self.optimizer_state = 0, 0, None
         texts = work / "texts.pt"
         self.texts = torch.load(texts, weights_only=True) if texts.exists() else []
@@ -97,11 +99,8 @@ class Trainer:
             saved = torch.load(state, weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.stage, self.step, self.optimizer_state = saved["stage"], saved["step"], saved["optimizer"]
-            return
-        neck = torch.load(self.work / "neck.pt", weights_only=True)["m"]
-        named = {"l1.": "linear_1.", "l2.": "linear_2."}
-        self.model.neck.load_state_dict({k[5:]: v for k, v in neck.items() if k.startswith("neck.")})
-        self.model.projector.load_state_dict({named[k[:3]] + k[3:]: v for k, v in neck.items() if k[:3] in named})
+        else:  # go on from what is shipped
+            self.model.load_state_dict({name: weight.float() for name, weight in load_trained().items()})
 
     def save(self, optimizer: torch.optim.Optimizer | None) -> None:
         part = self.work / "state.part"
@@ -207,29 +206,30 @@ class Trainer:
 
     def _text_loss(self, stage: Stage, packer: Packer, rng: Random) -> Tensor:
         """KL to what the language model itself foresaw for its own texts: its likeliest tokens and all the others together."""
-        chosen, room = [], stage.rows
-        for number in rng.sample(range(len(self.texts)), len(self.texts)):
-            if len(self.texts[number]["ids"]) <= room:
-                chosen.append(self.texts[number])
-                room -= len(chosen[-1]["ids"])
-            if room < 48:
-                break
-        # The compiled layers are made for this many sequences.
-        rows = [packer.text([t["ids"].tolist() for t in chosen])] * 1
-        batch = stack(rows * stage.pictures)
-        hidden = self.model(batch["ids"], batch["positions"], batch["segments"], None, 0)[0]
-        count = sum(len(t["ids"]) for t in chosen)
-        logs = self.model.logits(hidden[:count]).log_softmax(-1)
-        top = torch.cat([t["top"] for t in chosen]).long()
-        share = torch.cat([t["share"] for t in chosen]).float()
+        order = rng.sample(range(len(self.texts)), len(self.texts))
+        groups = [self._texts_of(order[n :: stage.pictures], stage.rows) for n in range(stage.pictures)]
+        batch = stack([packer.text([text["ids"].tolist() for text in group]) for group in groups])
+        hidden = self.model(batch["ids"], batch["positions"], batch["segments"], None, 0)
+        used = torch.cat([hidden[n, : sum(len(text["ids"]) for text in group)] for n, group in enumerate(groups)])
+        logs = self.model.logits(used).log_softmax(-1)
+        top = torch.cat([text["top"] for group in groups for text in group]).long()
+        share = torch.cat([text["share"] for group in groups for text in group]).float()
         mine = logs.gather(1, top)
         rest = (1 - share.sum(1)).clamp(min=1e-6)
         mine_rest = torch.log1p(-mine.exp().sum(1).clamp(max=1 - 1e-6))
         kl = (share * (share.clamp(min=1e-9).log() - mine)).sum(1) + rest * (rest.log() - mine_rest)
         return TEXT * kl.mean()
 
+    def _texts_of(self, numbers: list[int], room: int) -> list[dict[str, Tensor]]:
+        chosen = []
+        for number in numbers:
+            if len(self.texts[number]["ids"]) <= room:
+                chosen.append(self.texts[number])
+                room -= len(chosen[-1]["ids"])
+        return chosen
+
     @torch.no_grad()
-    def evaluate(self, stage: Stage, scenes: int = 40) -> str:
+    def evaluate(self, stage: Stage, scenes: int = 16) -> str:
         """Share of a validation hand's questions whose whole answer is the likeliest at every token, by type."""
         self.validation.refresh()
         packer, rng = Packer(self.tokenizer, stage.rows, follow_up=0.0), Random(0)
@@ -256,13 +256,22 @@ def answer_weights(row: dict[str, Any], rows: int) -> np.ndarray:
     return weight
 
 
+def freeze(model: Smol, folder: Path = TRAINED) -> None:
+    """Write what was trained, in bf16: what `build` merges, and what later training goes on from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = {name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
+    save_tensors(trained, folder / "trained.safetensors")
+
+
 def main(
     work: Annotated[Path, typer.Option(help="Features and states; a killed run goes on from here.")] = Path("runs/smol"),
     seed: Annotated[int, typer.Option(help="LoRA's start, the order of scenes.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads.")] = 1,
 ) -> None:
     torch.set_num_threads(threads)
-    Trainer(work, seed).run()
+    trainer = Trainer(work, seed)
+    trainer.run()
+    freeze(trainer.model)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""How smol's training packs conversations about a picture, and that its model is the language model until it is trained."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from checkpoints.smol import model as smol
+from checkpoints.smol.data import IGNORE, VISUAL, Packer, Said, keep
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<|im_start|>", "<|im_end|>", "<?>", "user", "assistant", "what", "where", "is", "it", "this", "dog", "left"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<?>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<?>", eos_token="<|im_end|>", extra_special_tokens={"start": "<|im_start|>"}
+    )
+
+
+ASKED = [Said("what", "what is this", "dog"), Said("where", "where is it", "left")]
+
+
+def test_each_conversation_sees_the_picture_at_the_positions_it_has_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    packer = Packer(tokenizer, rows=64, follow_up=0.0)
+    kept = np.array([3, 40, 288])
+    both, alone = packer.pack(ASKED, kept, Random(0)), packer.pack(ASKED[1:], kept, Random(0))
+    second = both["segments"] == 2
+    first = len(packer.head)
+    assert both["positions"][first : first + 3].tolist() == (kept + first).tolist()
+    assert both["positions"][second].tolist() == alone["positions"][alone["segments"] == 1].tolist()
+    assert both["positions"][second][0] == first + VISUAL
+
+
+def test_only_answers_and_their_ends_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = Packer(tokenizer, rows=64, follow_up=0.0).pack(ASKED, np.array([0]), Random(0))
+    learned = tokenizer.convert_ids_to_tokens(row["labels"][row["labels"] != IGNORE].tolist())
+    assert learned == ["dog", "<|im_end|>", "left", "<|im_end|>"]
+
+
+def test_a_question_without_room_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    packer = Packer(tokenizer, rows=16, follow_up=0.0)
+    row = packer.pack(ASKED, np.array([0]), Random(0))
+    assert len(row["ids"]) == 16
+    assert [said.type for said, _, _ in row["taken"]] == ["what"]
+
+
+def test_kept_tokens_are_distinct_ascending_and_mostly_of_the_marks() -> None:
+    record = {"marks": [[0.1, 0.1, 0.4, 0.4, "dog", "animal"]]}
+    places = keep(record, 20, Random(1))
+    assert sorted(set(places.tolist())) == places.tolist()
+    rows, columns = np.divmod(places, 17)
+    assert ((rows < 7) & (columns < 7)).mean() > 0.5
+    assert len(keep(record, VISUAL, Random(1))) == VISUAL
+
+
+def test_untrained_model_is_the_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WIDTH": 72, "LAYERS": 2, "DIM": 8}.items():
+        monkeypatch.setattr(smol, name, value)
+    config = LlamaConfig(
+        hidden_size=72, intermediate_size=96, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3, vocab_size=50,
+        rope_theta=smol.THETA, rms_norm_eps=smol.EPS, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(config).eval()
+    ours = smol.Smol(theirs.state_dict(), (torch.zeros(1280, 320, 1, 1), torch.zeros(1280)))
+    ids = torch.randint(0, 50, (1, 9))
+    with torch.no_grad():
+        hidden = ours(ids, torch.arange(9)[None], torch.ones_like(ids), None, 0)
+        assert torch.allclose(ours.logits(hidden), theirs(ids).logits, atol=1e-5)
