@@ -114,12 +114,12 @@ def slice_to_shape(layer: nn.Module, shape: LayerShape) -> None:
 
 
 def towers(model: LlavaForConditionalGeneration) -> dict[str, tuple[PreTrainedConfig, nn.ModuleList]]:
-    """Configuration and layers of the language model and the vision tower, by their key in `config.json`."""
+    """Configuration and layers of the towers that have such layers, by their key in `config.json`."""
     config, inner = model.config, model.model
-    return {
-        "text_config": (config.text_config, inner.language_model.layers),
-        "vision_config": (config.vision_config, inner.vision_tower.encoder.layers),
-    }
+    found = {"text_config": (config.text_config, inner.language_model.layers)}
+    if encoder := getattr(inner.vision_tower, "encoder", None):  # a convolutional tower has none
+        found["vision_config"] = (config.vision_config, encoder.layers)
+    return found
 
 
 def changed_keys(model: LlavaForConditionalGeneration) -> dict[str, dict[str, Any]]:
