@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test install check tables gpu
+.PHONY: help serve test install check tables gpu smol
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,14 @@ gpu: ## on a CUDA card, in nine minutes: tests, parity, and speed at 7B against 
 		python=$(BIN)/python; [ -e .venv/.installed-dev ] || $(MAKE) .venv/.installed-dev; fi; \
 	$$python -m benchmarks.gpu $(ARGS)
 
+smol: .venv/.installed-data ## train smol in runs/smol (hours); stopped, it goes on where it was
+	@$(BIN)/python -m checkpoints.smol.features --split crowded --count 12800
+	@$(BIN)/python -m checkpoints.smol.features --split train --count 12800
+	@$(BIN)/python -m checkpoints.smol.features --split validation --count 512
+	@$(BIN)/python -m checkpoints.smol.texts
+	@$(BIN)/python -m checkpoints.smol.start
+	@$(BIN)/python -m checkpoints.smol.train
+
 install: .venv/.installed ## prepare .venv, nothing else
 
 check: .venv/.installed-dev ## ruff, mypy and the import arrows: what CI runs beside the tests
@@ -50,6 +58,10 @@ check: .venv/.installed-dev ## ruff, mypy and the import arrows: what CI runs be
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+.venv/.installed-data: .venv/.installed
+	$(PIP) --no-build-isolation -e '.[data]'
 	@touch $@
 
 $(BIN)/python:

@@ -19,6 +19,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from checkpoints.smol.model import ALPHA, EPS, FUSED, HEADS, KV_HEADS, LAYERS, NECK_LAYERS, RANK, THETA, WIDTH
 from checkpoints.smol.parts import IMAGE, LANGUAGE, VISION, BuildError, fetch, language_tokenizer, language_weights, vision_weights
@@ -106,6 +107,17 @@ def load_trained(folder: Path = TRAINED) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def _quietly_save(model: LlavaForConditionalGeneration, directory: Path) -> None:
+    """Without transformers' own progress bar, which lasts a second."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model.save_pretrained(directory)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def write(directory: Path, config: LlavaConfig, weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the checkpoint into an existing directory, in bf16."""
     with torch.device("meta"):
@@ -114,7 +126,7 @@ def write(directory: Path, config: LlavaConfig, weights: Mapping[str, Tensor], t
     model.tie_weights()
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.config.dtype = torch.bfloat16
-    model.save_pretrained(directory)
+    _quietly_save(model, directory)
     build_processor(tokenizer, config).save_pretrained(directory)
     saved = directory / "model.safetensors"
     write_manifest(directory, Manifest(name=NAME, base_model="SmolLM2-135M-Instruct", files={saved.name: sha256(saved)}))
@@ -130,6 +142,7 @@ def build(directory: Path, tell: Callable[[str], None] = print, trained: Path = 
         return directory
     if directory.exists() and any(directory.iterdir()):
         raise BuildError(f"{directory} is not empty and holds no {MANIFEST}; remove it, or build into another directory")
+    additions = load_trained(trained)
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         with TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
@@ -140,7 +153,7 @@ def build(directory: Path, tell: Callable[[str], None] = print, trained: Path = 
             tell("merging")
             made = Path(temporary) / directory.name
             made.mkdir()
-            weights = merge(language_weights(gguf), vision_weights(pth), load_trained(trained))
+            weights = merge(language_weights(gguf), vision_weights(pth), additions)
             write(made, build_config(), weights, language_tokenizer(gguf))
             if directory.exists():
                 directory.rmdir()

@@ -79,7 +79,10 @@ class Packer:
 
     def text(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Plain texts side by side; every token is a label."""
-        ids, positions, segments, labels = [], [], [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        segments: list[int] = []
+        labels: list[int] = []
         for number, sequence in enumerate(sequences, 1):
             ids += sequence
             positions += range(len(sequence))

@@ -55,6 +55,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Layer(nn.Module):
     norm1: Tensor
     norm2: Tensor
+    qkv: LoraLinear
+    out: LoraLinear
+    gate_up: LoraLinear
+    down: LoraLinear
 
     def __init__(self, weights: Mapping[str, Tensor], at: str) -> None:
         super().__init__()
@@ -92,6 +96,7 @@ class Smol(nn.Module):
     norm: Tensor
     head_weight: Tensor
     head_bias: Tensor
+    inv_freq: Tensor
 
     def __init__(self, weights: Mapping[str, Tensor], head: tuple[Tensor, Tensor]) -> None:
         """`weights` of the language model by transformers' names; `head` is the frozen network's last convolution."""

@@ -93,7 +93,10 @@ def language_weights(gguf: Path) -> dict[str, Tensor]:
 
     GGUF stores the rows of queries and keys so that the two halves that RoPE turns into each other alternate; they are put back.
     """
-    from gguf import GGUFReader, dequantize
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError as error:
+        raise BuildError("gguf is not installed; install it by `pip install 'espalier[data]'`") from error
 
     reader = GGUFReader(gguf)
     heads = {

@@ -24,10 +24,10 @@ from checkpoints.smol.data import SIDE, VISUAL, Scenes, stack_maps
 from checkpoints.smol.model import Smol
 from checkpoints.smol.places import Names, Places
 from checkpoints.smol.train import untrained
-from models.vision.efficientnet import Maps, join
+from models.vision.efficientnet import Maps, NeckBlock, join
 
 TOGETHER = 64
-SHRINK = 0.1
+SHRINK = 0.5
 """How much of the mean variance is added to every direction's."""
 NOISE = 0.35
 """Deviation of noise on the discriminants, which have a deviation of one within a name."""
@@ -119,6 +119,7 @@ def fill_neck(model: Smol, directions: Tensor, mean: Tensor, generator: torch.Ge
     for position in (neck.row, neck.column):
         position.copy_(code @ torch.randn(code.shape[1], position.shape[1], generator=generator) * 0.14)
     for layer in neck.layers:
+        assert isinstance(layer, NeckBlock)
         nn.init.normal_(layer.down.weight, std=0.002, generator=generator)
 
 
@@ -159,7 +160,8 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     if (work / "state.pt").exists():
-        raise SystemExit(f"{work / 'state.pt'} exists; remove it to start again")
+        typer.echo(f"{work / 'state.pt'} is there; remove it to start again")
+        return
     model, tokenizer = untrained(work, seed)
     names = Names(list(things.NAMES), tokenizer, model.embedding)
     generator = torch.Generator().manual_seed(seed)

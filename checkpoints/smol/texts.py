@@ -51,6 +51,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Prompts and samples.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads.")] = 1,
 ) -> None:
+    if (work / "texts.pt").exists():
+        typer.echo(f"{work / 'texts.pt'} is there; remove it to make it again")
+        return
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     gguf = fetch(LANGUAGE, work / "parts")

@@ -7,7 +7,6 @@ it goes on from the last save.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +31,8 @@ from checkpoints.smol.places import Names, Places
 from models.saving import save_tensors
 
 SAVE_EVERY_S = 150
-EVALUATE_EVERY_S = 480
+EVALUATE_EVERY_S = 1200
+LOG_EVERY_S = 60
 CROWDED = 4
 """Pictures a step whose places are named."""
 TEXT = 3.0
@@ -53,14 +54,20 @@ class Stage:
 
 
 STAGES = (
-    Stage("names", 110, 2, 24, 168, 1e-3, families=("one",)),
-    Stage("questions", 300, 2, 32, 240, 8e-4),
-    Stage("all", 30, 1, 289, 480, 3e-4),
+    Stage("names", 300, 2, 24, 168, 1e-3, families=("one",)),
+    Stage("questions", 6000, 2, 32, 240, 8e-4),
+    Stage("all", 600, 1, 289, 480, 3e-4),
 )
 
 
 def stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in ("ids", "positions", "segments", "labels")}
+
+
+def warm_and_decay(step: int, steps: int) -> float:
+    """Share of the full learning rate: 30 steps up, level, and over the last two fifths a cosine down to a tenth."""
+    late = max(0.0, (step / steps - 0.6) / 0.4)
+    return min(1.0, (step + 1) / 30) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * late)))
 
 
 def untrained(work: Path, seed: int) -> tuple[Smol, PreTrainedTokenizerBase]:
@@ -130,52 +137,54 @@ class Trainer:
         packer = Packer(self.tokenizer, stage.rows)
         saved = evaluated = logged = time.monotonic()
         seen: dict[str, list[float]] = defaultdict(list)
-        began, first = time.monotonic(), self.step
-        while self.step < stage.steps:
-            if self.step % 25 == 0 or len(self.scenes) == 0:
-                self.scenes.refresh()
-                self.places.refresh()
-            rng = Random(f"{self.seed}/{stage.name}/{self.step}")
-            after = max(0.0, (self.step / stage.steps - 0.6) / 0.4)
-            scale = min(1.0, (self.step + 1) / 30) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * after)))
-            for group in optimizer.param_groups:
-                group["lr"] = group["full"] * scale
-            loss, right = self._picture_loss(stage, packer, rng)
-            loss.backward()
-            seen["loss"].append(loss.item())
-            seen["right"].append(right)
-            naming, named = self._naming_loss(rng)
-            naming.backward()
-            seen["naming"].append(naming.item())
-            seen["named"].append(named)
-            if self.texts and self.step % stage.text_every == 0:
-                text = self._text_loss(stage, packer, rng)
-                text.backward()
-                seen["text"].append(text.item())
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-            now = time.monotonic()
-            if now - logged > 150:
-                logged = now
-                rate = (self.step - first) * stage.pictures / (now - began)
-                means = " ".join(f"{k} {sum(v) / len(v):.3f}" for k, v in seen.items())
-                self.log(f"{stage.name} step {self.step}/{stage.steps} {means} | {rate:.2f} pictures/s, {len(self.scenes)} scenes")
-                seen.clear()
-            if now - saved > SAVE_EVERY_S:
-                saved = now
-                self.save(optimizer)
-            if now - evaluated > EVALUATE_EVERY_S:
-                evaluated = now
-                self.log(self.evaluate(stage))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            task = progress.add_task(stage.name, total=stage.steps, completed=self.step)
+            while self.step < stage.steps:
+                if self.step % 25 == 0 or not len(self.scenes):
+                    self.scenes.refresh()
+                    self.places.refresh()
+                self._train_step(stage, packer, optimizer, seen)
+                self.step += 1
+                progress.update(task, advance=1, description=f"{stage.name} loss {seen['loss'][-1]:.3f}")
+                now = time.monotonic()
+                if now - logged > LOG_EVERY_S:
+                    logged = now
+                    means = " ".join(f"{name} {sum(values) / len(values):.3f}" for name, values in seen.items())
+                    self.log(f"{stage.name} step {self.step}/{stage.steps} {means}, {len(self.scenes)} scenes")
+                    seen.clear()
+                if now - saved > SAVE_EVERY_S:
+                    saved = now
+                    self.save(optimizer)
+                if now - evaluated > EVALUATE_EVERY_S:
+                    evaluated = now
+                    self.log(self.evaluate(stage))
+
+    def _train_step(
+        self, stage: Stage, packer: Packer, optimizer: torch.optim.Optimizer, seen: dict[str, list[float]]
+    ) -> None:
+        rng = Random(f"{self.seed}/{stage.name}/{self.step}")
+        for group in optimizer.param_groups:
+            group["lr"] = group["full"] * warm_and_decay(self.step, stage.steps)
+        loss, right = self._picture_loss(stage, packer, rng)
+        loss.backward()
+        naming, named = self._naming_loss(rng)
+        (NAMING * naming).backward()
+        seen["loss"].append(loss.item())
+        seen["right"].append(right)
+        seen["naming"].append(naming.item())
+        seen["named"].append(named)
+        if self.texts and self.step % stage.text_every == 0:
+            text = self._text_loss(stage, packer, rng)
+            (TEXT * text).backward()
+            seen["text"].append(text.item())
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def log(self, line: str) -> None:
         with (self.work / "log.txt").open("a") as file:
             file.write(f"{time.strftime('%H:%M')} {line}\n")
-        if status := os.environ.get("SMOL_STATUS"):
-            with open(status, "a") as file:
-                file.write(f"{time.strftime('%H:%M')} {line}\n")
 
     def _forward(self, parts: list[Part], rows: list[dict[str, Any]], kept: list[Any], first: int) -> Tensor:
         batch = stack(rows)
@@ -202,7 +211,7 @@ class Trainer:
         chosen = (labels > 0) & (dice < 0.3)
         logits = self.names.logits(self.model.projector(hidden[chosen]))
         loss = F.cross_entropy(logits, labels[chosen] - 1, label_smoothing=0.1)
-        return loss * NAMING, (logits.argmax(-1) + 1 == labels[chosen]).float().mean().item()
+        return loss, (logits.argmax(-1) + 1 == labels[chosen]).float().mean().item()
 
     def _text_loss(self, stage: Stage, packer: Packer, rng: Random) -> Tensor:
         """KL to what the language model itself foresaw for its own texts: its likeliest tokens and all the others together."""
@@ -218,7 +227,7 @@ class Trainer:
         rest = (1 - share.sum(1)).clamp(min=1e-6)
         mine_rest = torch.log1p(-mine.exp().sum(1).clamp(max=1 - 1e-6))
         kl = (share * (share.clamp(min=1e-9).log() - mine)).sum(1) + rest * (rest.log() - mine_rest)
-        return TEXT * kl.mean()
+        return kl.mean()
 
     def _texts_of(self, numbers: list[int], room: int) -> list[dict[str, Tensor]]:
         chosen = []
@@ -229,7 +238,7 @@ class Trainer:
         return chosen
 
     @torch.no_grad()
-    def evaluate(self, stage: Stage, scenes: int = 16) -> str:
+    def evaluate(self, stage: Stage, scenes: int = 40) -> str:
         """Share of a validation hand's questions whose whole answer is the likeliest at every token, by type."""
         self.validation.refresh()
         packer, rng = Packer(self.tokenizer, stage.rows, follow_up=0.0), Random(0)

