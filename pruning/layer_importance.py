@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -23,14 +23,15 @@ from pruning import samples
 
 
 def calibrate(
-    checkpoint: Path, data: str, count: int, seed: int, device: str = "cpu", dtype: str = "auto", quiet: bool = False
-) -> Calibration:
+    checkpoint: Path, data: str, count: int, seed: int, device: str = "cpu", dtype: str = "auto", quiet: bool = False,
+    families: Sequence[str] = samples.FAMILIES,
+) -> Calibration:  # fmt: skip
     """Measure a checkpoint's layers on `count` samples of `data` (see `pruning.samples`) and write the result into its manifest.
 
     Raises CheckpointError and DataError.
     """
     loaded = load(checkpoint, device, dtype)
-    prompts = _prompts(loaded.preprocessor, samples.read(data, count, seed, answered=False), seed)
+    prompts = _prompts(loaded.preprocessor, samples.read(data, count, seed, answered=False, families=families), seed)
     shown = track(prompts, "layer importance", count, console=Console(stderr=True, quiet=quiet))
     calibration = Calibration(layer_change=layer_change(loaded.model, shown), data=data, samples=count, seed=seed)
     write_manifest(loaded.directory, loaded.manifest.model_copy(update={"calibration": calibration}))

@@ -51,7 +51,8 @@ def run(
             raise RecipeError("--ray spreads the evaluations of a search: it needs allocation search")
         connect(ray)
     run_state = _draft(recipe, checkpoint, out, device, dtype, ray, Console(stderr=True, quiet=quiet))
-    layer_importance.calibrate(run_state.draft, recipe.data, recipe.samples, recipe.seed, device, quiet=quiet)
+    families = recipe.families or FAMILIES
+    layer_importance.calibrate(run_state.draft, recipe.data, recipe.samples, recipe.seed, device, "auto", quiet, families)
     run_state.draft.replace(out)
     shutil.rmtree(run_state.directory)
     return read_manifest(out)
