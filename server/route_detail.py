@@ -13,7 +13,7 @@ from models.vision.features import ImageFeatures
 from pruning.dynamic.levels import layers_to_freeze, layers_to_run
 from pruning.dynamic.planner import Plan, Planner
 from pruning.dynamic.router import RequestRouting, select_tokens
-from pruning.dynamic.token_merging import euclidean, farthest_first, members
+from pruning.dynamic.token_merging import choose_tokens
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,7 @@ def explain(planner: Planner, plan: Plan, images: Sequence[ImageFeatures], promp
 
 def stands_for(images: Sequence[ImageFeatures], keep: int, routing: RequestRouting | None) -> tuple[int, ...]:
     """For each token of all images, the kept one that stands for it, where `keep` of each image stay."""
-    owners: list[int] = []
-    for number, image in enumerate(images):
-        if routing:
-            kept, shares = (part[number] for part in select_tokens(routing.output, routing.visual, keep))
-        else:
-            distance = euclidean(image.tokens[0])
-            kept = farthest_first(distance, keep)
-            shares = members(distance, kept)
-        start = number * image.tokens.shape[1]
-        owners += (start + kept[shares.argmax(-1)]).tolist()
-    return tuple(owners)
+    visual = torch.cat([image.tokens for image in images])
+    kept, shares = select_tokens(routing.output, visual, keep) if routing else choose_tokens(visual, keep)
+    starts = torch.arange(len(visual), device=visual.device)[:, None] * visual.shape[1]
+    return tuple((starts + kept.gather(1, shares.argmax(-1))).flatten().tolist())

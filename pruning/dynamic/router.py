@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from models.llava import Llava
 from models.vision.features import ImageFeatures
-from pruning.dynamic.token_merging import KeptTokens, euclidean, farthest_first, means, members, replaced
+from pruning.dynamic.token_merging import KeptTokens, choose_tokens, means, replaced
 
 MAX_PERIOD = 100.0
 """Longest wave of the position encoding, in patches or text tokens."""
@@ -219,9 +219,7 @@ class Router(nn.Module):
 def select_tokens(output: RouterOutput, visual: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Which `keep` tokens stay, [batch, keep], and what each stands for, [batch, tokens, keep]: farthest-first by distance times
     the predicted attention."""
-    distance = euclidean(visual)
-    kept = farthest_first(distance, keep, SCORE_WEIGHT * output.token_scores)
-    return kept, members(distance, kept)
+    return choose_tokens(visual, keep, SCORE_WEIGHT * output.token_scores)
 
 
 def _normalized(x: Tensor, dtype: torch.dtype) -> Tensor:

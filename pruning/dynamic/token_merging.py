@@ -29,10 +29,15 @@ def merge_tokens(tokens: Tensor, keep: int) -> KeptTokens:
     """Keep `keep` of an image's visual tokens [visual tokens, width], farthest-first, and merge the others into them."""
     if keep >= len(tokens):
         return KeptTokens.all(tokens)
-    distance = euclidean(tokens)
-    kept = farthest_first(distance, keep)
-    shares = members(distance, kept)
+    kept, shares = choose_tokens(tokens, keep)
     return replaced(tokens, kept, shares, means(tokens, shares))
+
+
+def choose_tokens(tokens: Tensor, keep: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Which `keep` of tokens [..., n, width] stay, [..., keep] (see `farthest_first`), and what each stands for, [..., n, keep]."""
+    distance = euclidean(tokens)
+    kept = farthest_first(distance, keep, weights)
+    return kept, members(distance, kept)
 
 
 def euclidean(tokens: Tensor) -> Tensor:
