@@ -10,7 +10,6 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
 from http import HTTPStatus
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
@@ -44,6 +43,7 @@ from server.errors import EspalierError, InvalidRequest, NotReady, PayloadTooLar
 from server.page import add_playground
 from server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, VqaRequest, invalid
 from server.settings import Settings
+from server.version import version
 
 if TYPE_CHECKING:
     from server.engine import Engine
@@ -63,7 +63,7 @@ SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """The HTTP side of an engine, which the caller starts and stops."""
-    app = FastAPI(title="Espalier", version=_version(), description="Ask about pictures; say how much of the model to run.")
+    app = FastAPI(title="Espalier", version=version(), description="Ask about pictures; say how much of the model to run.")
     app.add_middleware(Envelope, max_body_bytes=settings.max_body_bytes)
     _add_error_handlers(app, engine)
     _add_questions(app, engine, settings)
@@ -373,10 +373,3 @@ def _document_bodies(app: FastAPI) -> None:
         [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"
     )
     app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-
-
-def _version() -> str:
-    try:
-        return metadata.version("espalier")
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "0"

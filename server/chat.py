@@ -23,7 +23,19 @@ from server.errors import (
     UnknownModel,
 )
 from server.metrics import STAGES
-from server.request import Delta, Event, Failed, Finished, PreparedImage, Receipt, Request, Sampling, Started, TokenLogprob
+from server.request import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    ParentRequest,
+    PreparedImage,
+    Receipt,
+    Request,
+    Sampling,
+    Started,
+    TokenLogprob,
+)
 from server.schemas import (
     MAX_DETAIL_IMAGES,
     MAX_INT64,
@@ -272,6 +284,7 @@ class AnswerStream:
         self._arrived = arrived
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._created = int(time.time())
+        self._parent = ParentRequest(prepared.n)
         self._requests = [self._request(index) for index in range(prepared.n)]
         self.receipt: Receipt | None = None
         self.timings: dict[str, float] = {}
@@ -348,6 +361,7 @@ class AnswerStream:
             detail=prepared.detail,
             timings={"image": prepared.image_seconds},
             created=self._arrived,
+            parent=self._parent,
         )
 
     def _told(self, event: Finished) -> dict[str, Any]:

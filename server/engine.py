@@ -24,11 +24,13 @@ from pruning.dynamic.planner import Plan, Planner
 from pruning.dynamic.token_policy import TokenPolicy
 from server.detokenize import Detokenizer, LogprobQueue
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
-from server.metrics import Metrics
+from server.load import WorkRate
+from server.metrics import OUTCOMES, Metrics
 from server.request import Delta, Event, Failed, Finished, FinishReason, Receipt, Request, Started, TokenLogprob
 from server.route_detail import explain
 from server.sampling import is_greedy, new_generator, sample, top_logprobs
 from server.scheduler import NeverFits, QueueFull, ScheduledRequest, Scheduler
+from server.version import version
 
 log = logging.getLogger("espalier.engine")
 
@@ -91,11 +93,16 @@ class Engine:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._draining = self._stopped = False
+        self._work = WorkRate()
         self.metrics.watch_load(
-            lambda: len(self.scheduler.running), lambda: len(self.scheduler.waiting), lambda: self.scheduler.used / rows
-        )
+            lambda: len(self.scheduler.running), lambda: len(self.scheduler.waiting), lambda: self.scheduler.used / rows,
+            self._saturation, self._backlog_seconds,
+        )  # fmt: skip
         self.metrics.start_at_zero(self.menu)
-        self.metrics.loaded(self.model.bytes_by_format(), self.model.sparsity())
+        self.metrics.loaded(
+            self.model.bytes_by_format(), self.model.sparsity(), version=version(), model=self.model_name,
+            checkpoint=self.fingerprint, dtype=str(self.model.dtype).removeprefix("torch."), device=self.model.device.type,
+        )  # fmt: skip
 
     # What other threads may call.
 
@@ -188,12 +195,32 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """One pass: admit, plan, run, sample, hand out."""
+        started = time.monotonic()
         self._drop_aborted()
         for request in self._admit():
             self._guard(request, self._plan)
         batch = list(self._running.values())
+        prompts = [_prefill_rows(one) for one in batch if not one.output_ids]
         for one, logits in zip(batch, self._run_batch(batch), strict=True):
             self._guard(one.request, self._sample_and_hand_out, one, logits)
+        seconds = time.monotonic() - started
+        self.metrics.busy.inc(seconds)
+        self._work.observe_step(seconds, sum(prompts), len(batch) - len(prompts))
+
+    def _saturation(self) -> float:
+        with self._changed:
+            return self.scheduler.saturation
+
+    def _backlog_seconds(self) -> float:
+        """Engine time that the queue will take, each request at the level that it asks for."""
+        with self._changed:
+            waiting = [self._requests[scheduled.id] for scheduled in self.scheduler.waiting]
+        return sum(
+            self._work.seconds(
+                self.planner.expected_rows(request.level, len(request.prompt), len(request.images)), self._max_new_tokens(request)
+            )
+            for request in waiting
+        )
 
     def _drop_aborted(self) -> None:
         with self._changed:
@@ -225,7 +252,8 @@ class Engine:
         request.timings |= {"encode": encoded - now, "route": time.monotonic() - encoded}
         if plan.level != request.level:
             log.warning("request %s runs at level %s: %s", request.id, plan.level, plan.reason)
-            self.metrics.degradations.labels(request.level, plan.level).inc()
+            if not request.parent.routed:
+                self.metrics.degradations.labels(request.level, plan.level).inc()
             request.level = plan.level
         rows = plan.route.rows(len(request.prompt), self._max_new_tokens(request))
         with self._changed:
@@ -236,7 +264,9 @@ class Engine:
         receipt = _receipt(plan, self.fingerprint)
         if request.detail:
             receipt = replace(receipt, detail=explain(self.planner, plan, features, len(request.prompt)))
-        self.metrics.routed(receipt, len(request.prompt))
+        if not request.parent.routed:
+            request.parent.routed = True
+            self.metrics.routed(receipt, len(request.prompt))
         text = Detokenizer(self.preprocessor.token_bytes, request.sampling.stop, request.continues)
         generator = new_generator(request.sampling.seed)
         ends = frozenset(request.sampling.stop_token_ids) | (frozenset() if request.sampling.ignore_eos else self.checkpoint.eos)
@@ -247,6 +277,7 @@ class Engine:
     def _encode(self, digest: str, pixels: torch.Tensor) -> ImageFeatures:
         """An image's features [1, visual_tokens, width], remembered by content: encoding does not depend on the level."""
         features = self._features.get(digest)
+        self.metrics.cache_queries.labels("image").inc()
         if features is None:
             features = self.model.vision(pixels[None].to(self.model.device, self.model.dtype))
         else:
@@ -312,7 +343,9 @@ class Engine:
             one.decode_seconds += now - one.last_token
             self.metrics.inter_token.labels(request.level).observe(now - one.last_token)
         else:
-            self.metrics.first_token.labels(request.level).observe(now - request.created)
+            if request.parent.first_token is None:
+                request.parent.first_token = now
+                self.metrics.first_token.labels(request.level).observe(now - request.created)
             self._emit(request, Started(one.receipt, dict(request.timings)))
         one.last_token = now
 
@@ -348,13 +381,26 @@ class Engine:
             self.kv.free(request.id)
             self._changed.notify_all()
         if known:
-            seconds, made = time.monotonic() - request.created, len(running.output_ids) if running else 0
-            self.metrics.finished(request.level, outcome, seconds, request.timings)
-            stages = " ".join(f"{stage} {value:.3f}" for stage, value in request.timings.items())
-            log.info(
-                "request %s: %s, level %s, %d prompt and %d new tokens, %.3f s (%s)",
-                request.id, outcome, request.level, len(request.prompt), made, seconds, stages,
-            )  # fmt: skip
+            made = len(running.output_ids) if running else 0
+            self._count_ended(request, outcome, made)
+
+    def _count_ended(self, request: Request, outcome: str, new_tokens: int) -> None:
+        """Count a client's request when the last of its choices has ended, by the worst outcome among them."""
+        if outcome in ("stop", "length"):
+            self._work.observe_answer(new_tokens)
+        parent = request.parent
+        parent.ended += 1
+        parent.new_tokens += new_tokens
+        parent.outcome = max(parent.outcome, outcome, key=OUTCOMES.index)
+        if parent.ended < parent.choices:
+            return
+        seconds = time.monotonic() - request.created
+        self.metrics.finished(request.level, parent.outcome, seconds, request.timings)
+        stages = " ".join(f"{stage} {value:.3f}" for stage, value in request.timings.items())
+        log.info(
+            "request %s: %s, level %s, %d prompt and %d new tokens, %.3f s (%s)",
+            request.id, parent.outcome, request.level, len(request.prompt), parent.new_tokens, seconds, stages,
+        )  # fmt: skip
 
     def _emit(self, request: Request, event: Event) -> None:
         try:
@@ -362,6 +408,11 @@ class Engine:
         except Exception:  # the reader is gone (its event loop is closed); the answer has nowhere to go
             log.warning("request %s has no reader any more", request.id)
             self.abort(request.id)
+
+
+def _prefill_rows(one: Running) -> int:
+    """Rows that a new prompt runs in all layers together."""
+    return sum(one.plan.route.rows(len(one.request.prompt)))
 
 
 def _receipt(plan: Plan, fingerprint: str) -> Receipt:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
+from pruning.dynamic.levels import Level
 from server.errors import rejection_reasons
 from server.request import Receipt
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a timestamp beside every counter doubles the page and nobody reads it
 
-# A short answer takes 30 ms on a GPU and seconds on a CPU.
-_REQUEST = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120)
-_TOKEN = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2)
-_STAGE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_RATIO = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
+# From a short answer on a GPU to a long one behind a queue on a CPU.
+_SECONDS = (
+    0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60,
+)  # fmt: skip
+_STAGE = (0.0005, 0.001, 0.0025, *_SECONDS)
+# A router's own work counts, so a request that keeps everything costs a little more than 1.
+_RATIO = (*(twentieth / 20 for twentieth in range(1, 23)), 1.25, 1.5)
 _AGREEMENT = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
 
 
 STAGES = ("queue", "image", "encode", "route", "prefill", "decode")
 OUTCOMES = ("stop", "length", "abort", "error")
+"""How a request may end, the worse the later."""
 
 
 class Metrics:
@@ -38,16 +50,21 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"espalier_{name}", text, labels, registry=registry, buckets=buckets)
 
-        self.requests = counter("requests_total", "Requests by level and outcome.", "level", "outcome")
-        self.request_seconds = histogram("request_seconds", "From arrival to the last token.", _REQUEST, "level")
+        self.requests = counter("requests_total", "Requests that ended; one with n choices counts once.", "level", "outcome")
+        self.request_seconds = histogram("request_seconds", "From arrival to the last token.", _SECONDS, "level")
         self.first_token = histogram(
-            "time_to_first_token_seconds", "From arrival to the first token.", _REQUEST, "level"
+            "time_to_first_token_seconds", "From arrival to the first token.", _SECONDS, "level"
         )
-        self.inter_token = histogram("inter_token_seconds", "Between tokens of one answer.", _TOKEN, "level")
+        self.inter_token = histogram("inter_token_seconds", "Between tokens of one answer.", _SECONDS, "level")
         self.stage = histogram("stage_seconds", "Time in each stage of a request.", _STAGE, "stage")
-        self.running = gauge("requests_running", "Requests in the batch.")
-        self.waiting = gauge("requests_waiting", "Requests in the queue.")
+        self.running = gauge("requests_running", "Choices in the batch.")
+        self.waiting = gauge("requests_waiting", "Choices in the queue.")
         self.kv_usage = gauge("kv_cache_usage_ratio", "Reserved rows of the KV cache over all.")
+        self.saturation = gauge(
+            "saturation_ratio", "Choices that run or wait over what fits, in places or in KV cache; above 1 some must wait."
+        )
+        self.backlog = gauge("backlog_seconds", "Estimated work of the queue at the levels asked for.")
+        self.busy = counter("engine_busy_seconds_total", "Time in which the engine computed.")
         self.visual_tokens = counter("visual_tokens_total", "Visual tokens kept and dropped.", "level", "outcome")
         self.layers = counter("layers_total", "Layers run, of those: frozen for visual tokens, and skipped.", "level", "outcome")
         self.flops = histogram("flops_ratio", "Prefill FLOPs over the dense ones, language model.", _RATIO, "level")
@@ -58,44 +75,61 @@ class Metrics:
         self.weight_bytes = gauge("weight_bytes", "Resident bytes of the weights by format.", "format")
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens before pruning.")
         self.generated_tokens = counter("generated_tokens_total", "Tokens made.")
-        self.cache_hits = counter("cache_hits_total", "Images whose features were at hand.", "cache")
+        self.cache_queries = counter("cache_queries_total", "Look-ups in a cache.", "cache")
+        self.cache_hits = counter("cache_hits_total", "Look-ups that found what they sought.", "cache")
         self.rejections = counter("rejections_total", "Requests refused, by reason.", "reason")
         self.degradations = counter("degradations_total", "Requests that ran at another level than theirs.", "from", "to")
 
-    def watch_load(self, running: Callable[[], float], waiting: Callable[[], float], kv: Callable[[], float]) -> None:
-        """Read the three load gauges when scraped, not when they change."""
+        served = ("version", "model", "checkpoint", "dtype", "device")
+        self.build_info = gauge("build_info", "1, with what is served as labels.", *served)
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+
+    def watch_load(
+        self, running: Callable[[], float], waiting: Callable[[], float], kv: Callable[[], float],
+        saturation: Callable[[], float], backlog: Callable[[], float],
+    ) -> None:  # fmt: skip
+        """Read the load gauges when scraped, not when they change."""
         self.running.set_function(running)
         self.waiting.set_function(waiting)
         self.kv_usage.set_function(kv)
+        self.saturation.set_function(saturation)
+        self.backlog.set_function(backlog)
 
-    def loaded(self, held: dict[str, int], sparsity: dict[str, float]) -> None:
-        """What the model is made of, once it is loaded: bytes by format, and the share of zeros by module."""
+    def loaded(self, held: dict[str, int], sparsity: dict[str, float], **build: str) -> None:
+        """What is served, once it is loaded: bytes by weight format, zeros by module, and the labels of `build_info`."""
         for format, size in held.items():
             self.weight_bytes.labels(format).set(size)
         for module, share in sparsity.items():
             self.weight_sparsity.labels(module).set(share)
+        self.build_info.labels(**build).set(1)
 
-    def start_at_zero(self, levels: Iterable[str]) -> None:
+    def start_at_zero(self, menu: Mapping[str, Level]) -> None:
         """Make every labelled series now, so that an alert sees the first change."""
-        for level in levels:
+        for name, level in menu.items():
             for outcome in OUTCOMES:
-                self.requests.labels(level, outcome)
-            for histogram in (self.request_seconds, self.first_token, self.inter_token, self.flops, self.expected):
-                histogram.labels(level)
+                self.requests.labels(name, outcome)
+            for histogram in (self.request_seconds, self.first_token, self.inter_token, self.flops):
+                histogram.labels(name)
             for outcome in ("kept", "dropped"):
-                self.visual_tokens.labels(level, outcome)
+                self.visual_tokens.labels(name, outcome)
             for outcome in ("run", "skipped", "frozen"):
-                self.layers.labels(level, outcome)
+                self.layers.labels(name, outcome)
+            if level.routed:
+                self.expected.labels(name)
+                self.degradations.labels(name, "off")
         for stage in STAGES:
             self.stage.labels(stage)
         for reason in rejection_reasons():
             self.rejections.labels(reason)
+        self.cache_queries.labels("image")
         self.cache_hits.labels("image")
 
     def rejected(self, reason: str) -> None:
         self.rejections.labels(reason).inc()
 
     def routed(self, receipt: Receipt, prompt_tokens: int) -> None:
+        """A request's route is made; one with n choices tells it once."""
         level = receipt.level
         self.visual_tokens.labels(level, "kept").inc(receipt.visual_tokens)
         self.visual_tokens.labels(level, "dropped").inc(receipt.visual_tokens_total - receipt.visual_tokens)

@@ -109,6 +109,21 @@ Event = Started | Delta | Finished | Failed
 
 
 @dataclass
+class ParentRequest:
+    """A client's request, which `choices` answers share: what is counted once whatever their number. The engine's thread alone
+    writes here; the parent of answers that were not all submitted is never complete, and counts as refused, not as ended.
+    """
+
+    choices: int = 1
+    ended: int = 0
+    routed: bool = False
+    first_token: float | None = None  # time.monotonic()
+    new_tokens: int = 0
+    outcome: str = "stop"
+    """The worst of its answers so far; see `server.metrics.OUTCOMES`."""
+
+
+@dataclass
 class Request:
     """One answer to make. `prompt` holds each image's token `visual_tokens` times over; `emit` is called on the engine's thread."""
 
@@ -124,3 +139,4 @@ class Request:
     detail: bool = False  # the receipt tells the route in full
     timings: dict[str, float] = field(default_factory=dict)
     created: float = field(default_factory=time.monotonic)
+    parent: ParentRequest = field(default_factory=ParentRequest)

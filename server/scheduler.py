@@ -100,5 +100,12 @@ class Scheduler:
         self._last_finish = now
 
     @property
+    def saturation(self) -> float:
+        """What runs and waits over what may run, in places or in rows of cache, whichever is scarcer; above 1 some must wait."""
+        waiting = list(self.waiting)
+        places = (len(self.running) + len(waiting)) / self.max_running
+        return max(places, (self.used + sum(request.cache_rows for request in waiting)) / self.budget)
+
+    @property
     def idle(self) -> bool:
         return not self.waiting and not self.running

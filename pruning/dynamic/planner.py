@@ -69,6 +69,11 @@ class Planner:
         rows = [(n + max_new_tokens) * (layers - point.skipped_layers) for n, point in zip(prefill, points, strict=True)]
         return Reservation(max(rows), max(prefill))
 
+    def expected_rows(self, level: str, prompt_tokens: int, images: int) -> float:
+        """Rows of prefill in all layers together that a request at a level takes on average."""
+        dropped = images * self.model.visual_tokens_per_image * (1 - self.menu[level].visual_ratio)
+        return (prompt_tokens - dropped) * self.model.num_layers
+
     def plan(
         self, level: str, reason: str, prompt: Sequence[int], images: Sequence[ImageFeatures], *, follow_up: bool = False
     ) -> Plan:

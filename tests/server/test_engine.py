@@ -360,10 +360,3 @@ def test_a_line_in_the_log_says_how_a_request_went(engine: Engine, caplog: pytes
     assert "secret" not in line and reader.text not in line
 
 
-def test_series_are_there_before_anything_happens(engine: Engine) -> None:
-    read = engine.metrics.registry.get_sample_value
-    for level in ("off", "strong"):
-        assert read("espalier_requests_total", {"level": level, "outcome": "error"}) == 0
-        assert read("espalier_flops_ratio_bucket", {"level": level, "le": "1.05"}) == 0
-    for reason in ("overloaded", "payload_too_large", "invalid_request_error", "context_length_exceeded"):
-        assert read("espalier_rejections_total", {"reason": reason}) == 0

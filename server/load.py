@@ -1,0 +1,40 @@
+"""How long the work that waits will take: what the autoscaler and an operator's graph want to know, learned while serving."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SMOOTHING = 0.1
+"""Weight of the newest measurement."""
+
+
+@dataclass
+class WorkRate:
+    """Seconds of engine time that a prompt's row in one layer and a new token cost, and how long answers are: moving averages.
+
+    Ours. Two rates, because prefill is bound by arithmetic and decoding by memory. A batch shares its time, so the rates are those
+    of the batches that run. Before anything has run, nothing is known and every estimate is 0.
+    """
+
+    prefill_row: float = 0.0
+    new_token: float = 0.0
+    answer_tokens: float = 0.0
+
+    def observe_step(self, seconds: float, prefill_rows: int, new_tokens: int) -> None:
+        """One pass took `seconds` for `prefill_rows` rows (tokens times layers) of new prompts and `new_tokens` decoding steps."""
+        if prefill_rows:
+            left = max(0.0, seconds - self.new_token * new_tokens)
+            self.prefill_row = _smooth(self.prefill_row, left / prefill_rows)
+        elif new_tokens:
+            self.new_token = _smooth(self.new_token, seconds / new_tokens)
+
+    def observe_answer(self, tokens: int) -> None:
+        self.answer_tokens = _smooth(self.answer_tokens, tokens)
+
+    def seconds(self, prefill_rows: float, max_new_tokens: int) -> float:
+        """Estimated engine time of one request, in seconds."""
+        return self.prefill_row * prefill_rows + self.new_token * min(self.answer_tokens, max_new_tokens)
+
+
+def _smooth(mean: float, value: float) -> float:
+    return mean + SMOOTHING * (value - mean) if mean else value
