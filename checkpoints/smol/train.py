@@ -1,7 +1,10 @@
 """Train what `smol` adds to its pretrained parts: `python -m checkpoints.smol.train --work runs/smol`.
 
-Everything runs in float32: on the CPUs that this was trained on, bf16 products took 1.7 times as long. Seeded; killed at any point,
-it goes on from the last save.
+Every step learns three things at once: answers about scenes, through the language model; the names of things at the places of
+crowded pictures, without it; and to stay as it was, the language model on its own texts and the vision network on ImageNet's
+classes (learning without forgetting, Li & Hoiem 2016, arXiv:1606.09282). Pictures are drawn while it trains, none twice.
+
+On a CUDA card it runs in bf16, else in float32. Seeded; killed at any point, it goes on from the last save.
 """
 
 from __future__ import annotations
@@ -9,278 +12,299 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import DataLoader
 
 from checkpoints import things
-from checkpoints.smol.build import TRAINED, load_trained
-from checkpoints.smol.data import IGNORE, Packer, Part, Scenes, conversation, keep, stack_maps
+from checkpoints.smol.build import MEAN, STD, TRAINED, build_config
+from checkpoints.smol.data import IGNORE, VISUAL, Batches, Packer, Sizes
 from checkpoints.smol.model import Smol
-from checkpoints.smol.parts import LANGUAGE, VISION, fetch, language_tokenizer, language_weights, vision_weights
-from checkpoints.smol.places import Names, Places
+from checkpoints.smol.names import Names
+from checkpoints.smol.parts import LANGUAGE, VISION, fetch, language_tokenizer, language_weights, vision_network
+from checkpoints.smol.texts import sample
 from models.saving import save_tensors
+from models.vision.efficientnet import EfficientNetLiteTower, Maps
 
-SAVE_EVERY_S = 150
-EVALUATE_EVERY_S = 1200
-LOG_EVERY_S = 60
-CROWDED = 4
-"""Pictures a step whose places are named."""
-TEXT = 3.0
-"""Weight of staying the language model that it was."""
-NAMING = 0.5
-"""Weight of that loss."""
+RATES = {"layers": 1e-3, "projector": 5e-4, "neck": 5e-4, "net": 2e-4}
+"""Full learning rate of each part."""
+FROZEN_BLOCKS = 5
+"""The vision network's first blocks stay as they are: lines and colors, at the finest and costliest maps."""
+NAMING, TEXT, CLASSES = 0.5, 3.0, 0.5
+"""Weights of the losses beside the answers'."""
+KEPT = (VISUAL, VISUAL, 64)
+"""Visual tokens that the language model is given, in turn: most often all."""
+TEXTS, TEXT_LENGTH, TEXTS_A_STEP = 2048, 96, 8
+SAVE_EVERY, EVALUATE_EVERY, LOG_EVERY = 100, 250, 25
+"""Steps."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    name: str
-    steps: int
-    pictures: int
-    kept: int
-    rows: int
-    lr: float
-    text_every: int = 6
-    families: tuple[str, ...] = ()  # all of them
+class Losses:
+    answers: Tensor
+    naming: Tensor
+    text: Tensor
+    classes: Tensor
 
-
-STAGES = (
-    Stage("names", 300, 2, 24, 168, 1e-3, families=("one",)),
-    Stage("questions", 6000, 2, 32, 240, 8e-4),
-    Stage("all", 600, 1, 289, 480, 3e-4),
-)
-
-
-def stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in ("ids", "positions", "segments", "labels")}
+    def total(self) -> Tensor:
+        return self.answers + NAMING * self.naming + TEXT * self.text + CLASSES * self.classes
 
 
 def warm_and_decay(step: int, steps: int) -> float:
-    """Share of the full learning rate: 30 steps up, level, and over the last two fifths a cosine down to a tenth."""
-    late = max(0.0, (step / steps - 0.6) / 0.4)
-    return min(1.0, (step + 1) / 30) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * late)))
+    """Share of the full learning rate: 100 steps up, then a cosine down to a fiftieth."""
+    return min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def untrained(work: Path, seed: int) -> tuple[Smol, PreTrainedTokenizerBase]:
-    gguf = fetch(LANGUAGE, work / "parts")
-    weights = {name: tensor.float() for name, tensor in language_weights(gguf).items()}
-    vision = vision_weights(fetch(VISION, work / "parts"))
-    torch.manual_seed(seed)
-    return Smol(weights, (vision["head.weight"], vision["head.bias"])), language_tokenizer(gguf)
-
-
-def load(work: Path) -> tuple[Smol, PreTrainedTokenizerBase, str]:
-    """The model as it was last saved, its tokenizer, and how far it is."""
-    model, tokenizer = untrained(work, 0)
-    saved = torch.load(work / "state.pt", weights_only=True)
-    model.load_state_dict(saved["model"])
-    return model.eval(), tokenizer, f"stage {saved['stage']}, step {saved['step']}"
+def start_neck(tower: EfficientNetLiteTower, classes: Tensor, generator: torch.Generator) -> None:
+    """The neck starts with what best tells ImageNet's classes apart, in both views, and with a smooth code of the place."""
+    neck, head = tower.neck, tower.config.head
+    directions = torch.linalg.svd(classes - classes.mean(0), full_matrices=False).Vh[: tower.config.hidden_size]
+    fine = neck.linear.in_features - 2 * head
+    side = neck.row.shape[0]
+    t = torch.linspace(-1, 1, side)
+    code = torch.stack([t, *(wave(n * torch.pi * t) for n in (1, 2) for wave in (torch.sin, torch.cos))], dim=1)
+    with torch.no_grad():
+        nn.init.normal_(neck.linear.weight, std=0.02, generator=generator)
+        neck.linear.weight[:, fine : fine + head] += directions
+        neck.linear.weight[:, fine + head :] += directions
+        neck.linear.bias.zero_()
+        for position in (neck.row, neck.column):
+            position.copy_(code @ torch.randn(code.shape[1], position.shape[1], generator=generator) * 0.14)
 
 
 class Trainer:
-    def __init__(self, work: Path, seed: int) -> None:
-        self.work, self.seed = work, seed
-        self.model, self.tokenizer = untrained(work, seed)
-        self.scenes, self.validation = Scenes(work / "scenes/train"), Scenes(work / "scenes/validation")
-        self.places = Places(work / "crowded")
+    def __init__(self, work: Path, steps: int, sizes: Sizes, workers: int, seed: int) -> None:
+        self.work, self.steps, self.sizes, self.workers = work, steps, sizes, workers
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda" if self.cuda else "cpu")
+        work.mkdir(parents=True, exist_ok=True)
+        gguf = fetch(LANGUAGE, work / "parts")
+        self.tokenizer = language_tokenizer(gguf)
+        self.packer = Packer(self.tokenizer)
+        weights = {
+            name: weight.to(self.device, torch.bfloat16 if self.cuda else torch.float32)
+            for name, weight in language_weights(gguf).items()
+        }
+        vision, classes = vision_network(fetch(VISION, work / "parts"))
+        torch.manual_seed(seed)
+        tower = EfficientNetLiteTower(build_config().vision_config)
+        tower.net.load_state_dict(vision)
+        start_neck(tower, classes[0], torch.Generator().manual_seed(seed))
+        self.model = Smol(weights, tower).to(self.device)
+        self.model.tower.net.to(memory_format=torch.channels_last)
+        self.before = deepcopy(self.model.tower.net).requires_grad_(False)
+        self.classes = [tensor.to(self.device) for tensor in classes]
+        for part in (self.model.tower.net.stem, *self.model.tower.net.blocks[:FROZEN_BLOCKS]):
+            part.requires_grad_(False)
         self.names = Names(list(things.NAMES), self.tokenizer, self.model.embedding)
-        self.stage, self.step, self.optimizer_state = 0, 0, None
-        texts = work / "texts.pt"
-        self.texts = torch.load(texts, weights_only=True) if texts.exists() else []
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), fused=self.cuda)
+        self.step = 0
         self._restore()
-        for layer in self.model.layers:
-            layer.compile(dynamic=False)
+        self.texts = self._texts(weights, seed)
+        if self.cuda:
+            for layer in self.model.layers:
+                layer.compile(dynamic=False)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        tower = self.model.tower
+        parts = {"layers": self.model.layers, "projector": self.model.projector, "neck": tower.neck, "net": tower.net}
+        return [
+            {"params": [p for p in part.parameters() if p.requires_grad], "full": RATES[name],
+             "weight_decay": 0.01 if name in ("neck", "projector") else 0.0}
+            for name, part in parts.items()
+        ]  # fmt: skip
 
     def _restore(self) -> None:
         state = self.work / "state.pt"
         if state.exists():
-            saved = torch.load(state, weights_only=True)
+            saved = torch.load(state, weights_only=True, map_location=self.device)
             self.model.load_state_dict(saved["model"])
-            self.stage, self.step, self.optimizer_state = saved["stage"], saved["step"], saved["optimizer"]
-        else:  # go on from what is shipped
-            self.model.load_state_dict({name: weight.float() for name, weight in load_trained().items()})
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step = saved["step"]
 
-    def save(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def _texts(self, weights: dict[str, Tensor], seed: int) -> list[list[int]]:
+        path = self.work / "texts.pt"
+        if not path.exists():
+            torch.save(sample(weights, self.tokenizer, TEXTS if self.cuda else TEXTS // 16, TEXT_LENGTH, seed), path)
+        return torch.load(path, weights_only=True)
+
+    def save(self) -> None:
         part = self.work / "state.part"
-        state = {"model": self.model.state_dict(), "stage": self.stage, "step": self.step,
-                 "optimizer": optimizer.state_dict() if optimizer else None}  # fmt: skip
-        torch.save(state, part)
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}, part)
         part.replace(self.work / "state.pt")
 
+    def _load(self, batches: Batches, which: Iterable[int]) -> DataLoader[dict[str, Any]]:
+        return DataLoader(
+            batches, batch_size=None, sampler=which, num_workers=self.workers, pin_memory=self.cuda,
+            prefetch_factor=2 if self.workers else None, worker_init_fn=_one_thread, collate_fn=_same,
+        )  # fmt: skip
+
     def run(self) -> None:
-        while self.stage < len(STAGES):
-            self._run_stage(STAGES[self.stage])
-            self.stage, self.step, self.optimizer_state = self.stage + 1, 0, None
-            self.save(None)
-
-    def _groups(self, lr: float) -> list[dict[str, Any]]:
-        layers = list(self.model.layers.parameters())
-        return [
-            {"params": layers, "lr": lr, "full": lr, "weight_decay": 0.0},
-            {"params": list(self.model.projector.parameters()), "lr": lr / 3, "full": lr / 3, "weight_decay": 0.01},
-            {"params": list(self.model.neck.parameters()), "lr": lr / 6, "full": lr / 6, "weight_decay": 0.01},
-        ]
-
-    def _run_stage(self, stage: Stage) -> None:
-        optimizer = torch.optim.AdamW(self._groups(stage.lr), betas=(0.9, 0.98))
-        if self.optimizer_state:
-            optimizer.load_state_dict(self.optimizer_state)
-        packer = Packer(self.tokenizer, stage.rows)
-        saved = evaluated = logged = time.monotonic()
-        seen: dict[str, list[float]] = defaultdict(list)
+        batches = Batches(self.packer, self.sizes, KEPT)
+        validation = Batches(Packer(self.tokenizer, follow_up=0.0), Sizes(self.sizes.scenes, 8, 320), (VISUAL,), "validation")
+        examined = list(self._load(validation, range(max(1, 240 // self.sizes.scenes))))
+        seen: dict[str, list[Tensor]] = defaultdict(list)
+        began = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
-            task = progress.add_task(stage.name, total=stage.steps, completed=self.step)
-            while self.step < stage.steps:
-                if self.step % 25 == 0 or not len(self.scenes):
-                    self.scenes.refresh()
-                    self.places.refresh()
-                self._train_step(stage, packer, optimizer, seen)
+            task = progress.add_task("smol", total=self.steps, completed=self.step)
+            for batch in self._load(batches, range(self.step, self.steps)):
+                for name, value in self._train_step(batch).items():
+                    seen[name].append(value)
                 self.step += 1
-                progress.update(task, advance=1, description=f"{stage.name} loss {seen['loss'][-1]:.3f}")
-                now = time.monotonic()
-                if now - logged > LOG_EVERY_S:
-                    logged = now
-                    means = " ".join(f"{name} {sum(values) / len(values):.3f}" for name, values in seen.items())
-                    self.log(f"{stage.name} step {self.step}/{stage.steps} {means}, {len(self.scenes)} scenes")
+                progress.update(task, advance=1)
+                if self.step % LOG_EVERY == 0:
+                    means = " ".join(f"{name} {torch.stack(values).mean():.3f}" for name, values in seen.items())
+                    self.log(f"step {self.step}/{self.steps} {means} | {(time.monotonic() - began) / LOG_EVERY:.2f} s a step")
                     seen.clear()
-                if now - saved > SAVE_EVERY_S:
-                    saved = now
-                    self.save(optimizer)
-                if now - evaluated > EVALUATE_EVERY_S:
-                    evaluated = now
-                    self.log(self.evaluate(stage))
-
-    def _train_step(
-        self, stage: Stage, packer: Packer, optimizer: torch.optim.Optimizer, seen: dict[str, list[float]]
-    ) -> None:
-        rng = Random(f"{self.seed}/{stage.name}/{self.step}")
-        for group in optimizer.param_groups:
-            group["lr"] = group["full"] * warm_and_decay(self.step, stage.steps)
-        loss, right = self._picture_loss(stage, packer, rng)
-        loss.backward()
-        naming, named = self._naming_loss(rng)
-        (NAMING * naming).backward()
-        seen["loss"].append(loss.item())
-        seen["right"].append(right)
-        seen["naming"].append(naming.item())
-        seen["named"].append(named)
-        if self.texts and self.step % stage.text_every == 0:
-            text = self._text_loss(stage, packer, rng)
-            (TEXT * text).backward()
-            seen["text"].append(text.item())
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+                    began = time.monotonic()
+                if self.step % SAVE_EVERY == 0 or self.step == self.steps:
+                    self.save()
+                if self.step % EVALUATE_EVERY == 0 or self.step == self.steps:
+                    self.log(self.evaluate(examined))
+                    began = time.monotonic()
 
     def log(self, line: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {line}"
+        typer.echo(line)
         with (self.work / "log.txt").open("a") as file:
-            file.write(f"{time.strftime('%H:%M')} {line}\n")
+            file.write(f"{line}\n")
 
-    def _forward(self, parts: list[Part], rows: list[dict[str, Any]], kept: list[Any], first: int) -> Tensor:
-        batch = stack(rows)
-        hidden = self.model.look(stack_maps([maps for maps, _ in parts]))
-        visual = self.model.visual(hidden, torch.from_numpy(np.stack(kept)))
-        return self.model(batch["ids"], batch["positions"], batch["segments"], visual, first)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
 
-    def _picture_loss(self, stage: Stage, packer: Packer, rng: Random) -> tuple[Tensor, float]:
-        parts = [self.scenes.sample(rng, stage.families) for _ in range(stage.pictures)]
-        kept = [keep(record, stage.kept, rng) for _, record in parts]
-        rows = [packer.pack(conversation(p[1], rng), k, rng) for p, k in zip(parts, kept, strict=True)]
-        hidden = self._forward(parts, rows, kept, len(packer.head))
-        labels = torch.from_numpy(np.stack([row["labels"] for row in rows]))[:, 1:]
+    def _put(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _train_step(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        share = warm_and_decay(self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full"] * share
+        batch = self._put(batch)
+        with self._autocast():
+            maps, hidden = self.look(batch["pixels"])
+            answers, right = self._answer_loss(batch, hidden)
+            naming, named = self._naming_loss(batch["shown"], hidden[self.sizes.scenes :])
+            losses = Losses(answers, naming, self._text_loss(), self._class_loss(batch["pixels"], maps))
+            losses.total().backward()
+        nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        found = {"loss": losses.answers, "naming": losses.naming, "text": losses.text, "classes": losses.classes}
+        return {name: value.detach() for name, value in found.items()} | {"right": right, "named": named}
+
+    def normalized(self, raw: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v, device=raw.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+        return (raw.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+    def look(self, raw: Tensor) -> tuple[Maps, Tensor]:
+        maps = self.model.tower.maps(self.normalized(raw))
+        return maps, self.model.tower.tokens(maps)
+
+    def _hidden(self, batch: dict[str, Any], hidden: Tensor) -> Tensor:
+        visual = self.model.visual(hidden[: self.sizes.scenes], batch["kept"])
+        return self.model(batch["ids"], batch["positions"], batch["segments"], visual, len(self.packer.head))
+
+    def _answer_loss(self, batch: dict[str, Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        after = self._hidden(batch, hidden)[:, :-1]
+        labels = batch["labels"][:, 1:]
         answered = labels != IGNORE
-        logits, wanted = self.model.logits(hidden[:, :-1][answered]), labels[answered]
-        weight = torch.from_numpy(np.stack([answer_weights(row, packer.rows) for row in rows]))[:, 1:][answered]
+        logits, wanted, weight = self.model.logits(after[answered]), labels[answered], batch["weights"][:, 1:][answered]
         loss = (F.cross_entropy(logits, wanted, reduction="none") * weight).sum() / weight.sum()
-        return loss, (logits.argmax(-1) == wanted).float().mean().item()
+        return loss, (logits.argmax(-1) == wanted).float().mean()
 
-    def _naming_loss(self, rng: Random) -> tuple[Tensor, float]:
-        maps, labels = self.places.sample(rng, CROWDED)
-        hidden = self.model.look(maps)
-        dice = torch.rand(labels.shape, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
-        chosen = (labels > 0) & (dice < 0.3)
-        logits = self.names.logits(self.model.projector(hidden[chosen]))
-        loss = F.cross_entropy(logits, labels[chosen] - 1, label_smoothing=0.1)
-        return loss, (logits.argmax(-1) + 1 == labels[chosen]).float().mean().item()
+    def _naming_loss(self, shown: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        thing = shown > 0
+        logits, wanted = self.names.logits(self.model.projector(hidden[thing])), shown[thing] - 1
+        return F.cross_entropy(logits, wanted, label_smoothing=0.1), (logits.argmax(-1) == wanted).float().mean()
 
-    def _text_loss(self, stage: Stage, packer: Packer, rng: Random) -> Tensor:
-        """KL to what the language model itself foresaw for its own texts: its likeliest tokens and all the others together."""
-        order = rng.sample(range(len(self.texts)), len(self.texts))
-        groups = [self._texts_of(order[n :: stage.pictures], stage.rows) for n in range(stage.pictures)]
-        batch = stack([packer.text([text["ids"].tolist() for text in group]) for group in groups])
-        hidden = self.model(batch["ids"], batch["positions"], batch["segments"], None, 0)
-        used = torch.cat([hidden[n, : sum(len(text["ids"]) for text in group)] for n, group in enumerate(groups)])
-        logs = self.model.logits(used).log_softmax(-1)
-        top = torch.cat([text["top"] for group in groups for text in group]).long()
-        share = torch.cat([text["share"] for group in groups for text in group]).float()
-        mine = logs.gather(1, top)
-        rest = (1 - share.sum(1)).clamp(min=1e-6)
-        mine_rest = torch.log1p(-mine.exp().sum(1).clamp(max=1 - 1e-6))
-        kl = (share * (share.clamp(min=1e-9).log() - mine)).sum(1) + rest * (rest.log() - mine_rest)
-        return kl.mean()
+    def _text_loss(self) -> Tensor:
+        """KL from what the language model foresaw before to what it foresees now, a token."""
+        chosen = [self.texts[(self.step * TEXTS_A_STEP + n) % len(self.texts)] for n in range(TEXTS_A_STEP)]
+        rows = TEXT_LENGTH + 64  # one size, whatever their lengths
+        ids = torch.tensor([text[:rows] + [2] * (rows - len(text)) for text in chosen], device=self.device)
+        segments = torch.tensor([[0] * min(rows, len(text)) + [-1] * (rows - len(text)) for text in chosen], device=self.device)
+        positions = torch.arange(rows, device=self.device).expand_as(ids)
+        used = segments == 0
+        with torch.no_grad(), self.model.as_it_was(), torch.compiler.set_stance("force_eager"):
+            before = self.model.logits(self.model(ids, positions, segments, None, 0)[used]).log_softmax(-1)
+        now = self.model.logits(self.model(ids, positions, segments, None, 0)[used]).log_softmax(-1)
+        return F.kl_div(now, before, reduction="batchmean", log_target=True)
 
-    def _texts_of(self, numbers: list[int], room: int) -> list[dict[str, Tensor]]:
-        chosen = []
-        for number in numbers:
-            if len(self.texts[number]["ids"]) <= room:
-                chosen.append(self.texts[number])
-                room -= len(chosen[-1]["ids"])
-        return chosen
+    def _class_loss(self, raw: Tensor, maps: Maps) -> Tensor:
+        """KL from ImageNet's classes as the vision network saw them in the small pictures before to those that it sees now."""
+        size = (self.model.tower.config.wide_size,) * 2
+        small = F.interpolate(self.normalized(raw), size=size, mode="bilinear", antialias=True)
+        with torch.no_grad():
+            wide = self.before(small.contiguous(memory_format=torch.channels_last))[1]
+            before = self._classify(self.before.head(wide))
+        now = self._classify(self.model.tower.net.head(maps.wide.permute(0, 3, 1, 2)))
+        return F.kl_div(now, before, reduction="batchmean", log_target=True)
+
+    def _classify(self, seen: Tensor) -> Tensor:
+        weight, bias = self.classes
+        return F.linear(F.relu6(seen).float().mean((2, 3)), weight, bias).log_softmax(-1)
 
     @torch.no_grad()
-    def evaluate(self, stage: Stage, scenes: int = 40) -> str:
-        """Share of a validation hand's questions whose whole answer is the likeliest at every token, by type."""
-        self.validation.refresh()
-        packer, rng = Packer(self.tokenizer, stage.rows, follow_up=0.0), Random(0)
+    def evaluate(self, batches: list[dict[str, Any]]) -> str:
+        """Of a hand that is not trained on: shares of the places named right, and of the questions answered right to the letter."""
         right: dict[str, list[bool]] = defaultdict(list)
-        for number, part in enumerate(self.validation):
-            if number >= scenes:
-                break
-            kept = [keep(part[1], stage.kept, rng)]
-            row = packer.pack(conversation(part[1], rng), kept[0], rng)
-            hidden = self._forward([part] * stage.pictures, [row] * stage.pictures, kept * stage.pictures, len(packer.head))[0]
-            for said, start, end in row["taken"]:
-                found = self.model.logits(hidden[start - 1 : end - 1]).argmax(-1).numpy()
-                right[said.type.removesuffix("_sentence")].append(bool((found == row["labels"][start:end]).all()))
+        named = []
+        for batch in batches:
+            batch = self._put(batch)
+            with self._autocast(), torch.compiler.set_stance("force_eager"):
+                _, hidden = self.look(batch["pixels"])
+                named.append(self._naming_loss(batch["shown"], hidden[self.sizes.scenes :])[1])
+                after = self._hidden(batch, hidden)
+                for row, said in enumerate(batch["taken"]):
+                    for question, start, end in said:
+                        found = self.model.logits(after[row, start - 1 : end - 1]).argmax(-1)
+                        hit = bool((found == batch["labels"][row, start:end]).all())
+                        right[question.type.removesuffix("_sentence")].append(hit)
         every = [hit for hits in right.values() for hit in hits]
-        types = " ".join(f"{k} {sum(v)}/{len(v)}" for k, v in sorted(right.items()))
-        return f"VALIDATION hand, exact answers: {sum(every) / len(every):.3f} of {len(every)} | {types}"
+        types = " ".join(f"{k} {sum(v) / len(v):.2f}/{len(v)}" for k, v in sorted(right.items()))
+        return f"VALIDATION named {torch.stack(named).mean():.3f} answers {sum(every) / len(every):.3f} of {len(every)} | {types}"
 
 
-def answer_weights(row: dict[str, Any], rows: int) -> np.ndarray:
-    """Each answer counts as the root of its length, so that a long one does not drown the short ones."""
-    weight = np.zeros(rows, np.float32)
-    for _, start, end in row["taken"]:
-        weight[start:end] = (end - start) ** -0.5
-    return weight
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _same(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
 
 
 def freeze(model: Smol, folder: Path = TRAINED) -> None:
-    """Write what was trained, in bf16: what `build` merges, and what later training goes on from."""
+    """Write what was trained, in bf16: what `build` merges. LoRA is one file, what looks is another."""
     folder.mkdir(parents=True, exist_ok=True)
-    trained = {name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
-    save_tensors(trained, folder / "trained.safetensors")
+    trained = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
+    for name, inside in (("language", True), ("vision", False)):
+        part = {key: weight for key, weight in trained.items() if key.startswith("layers.") is inside}
+        save_tensors(part, folder / f"{name}.safetensors")
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Features and states; a killed run goes on from here.")] = Path("runs/smol"),
-    seed: Annotated[int, typer.Option(help="LoRA's start, the order of scenes.")] = 0,
-    threads: Annotated[int, typer.Option(help="Threads.")] = 1,
+    work: Annotated[Path, typer.Option(help="States and texts; a killed run goes on from here.")] = Path("runs/smol"),
+    steps: Annotated[int, typer.Option(help="Steps.")] = 3000,
+    scenes: Annotated[int, typer.Option(help="Scenes a step.")] = 48,
+    crowded: Annotated[int, typer.Option(help="Crowded pictures a step.")] = 32,
+    rows: Annotated[int, typer.Option(help="Rows of conversation about a scene.")] = 255,
+    workers: Annotated[int, typer.Option(help="Processes that draw.")] = 1,
+    seed: Annotated[int, typer.Option(help="LoRA's start and the texts.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the trained weights go.")] = TRAINED,
 ) -> None:
-    torch.set_num_threads(threads)
-    trainer = Trainer(work, seed)
+    trainer = Trainer(work, steps, Sizes(scenes, crowded, rows), workers, seed)
     trainer.run()
-    freeze(trainer.model)
+    freeze(trainer.model, out)
 
 
 if __name__ == "__main__":
