@@ -25,22 +25,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.chat import (
-    AnswerStream,
-    Chunk,
-    PreparedRequest,
-    fold,
-    model_names,
-    prepend,
-    read_chat,
-    read_vqa,
-    sse,
-    unknown_model,
-    vqa_reply,
-)
+from server.chat import model_names, read_chat, read_vqa, unknown_model
 from server.completions import as_completions, completion_reply, detokenize, read_completion, tokenize
 from server.errors import EspalierError, InvalidRequest, NotReady, PayloadTooLarge, UnknownPath, UnsupportedMedia
 from server.page import add_playground
+from server.replies import AnswerStream, Chunk, fold, prepend, sse, vqa_reply
+from server.request import PreparedRequest
 from server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, VqaRequest, invalid
 from server.settings import Settings
 from server.version import version

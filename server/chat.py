@@ -1,44 +1,18 @@
-"""OpenAI's messages in, OpenAI's answers out, and in between the choice of a level."""
+"""OpenAI's messages to a prepared request: prompt, pictures, sampling, level. What comes back is in `replies`."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from server import media
-from server.errors import (
-    ContextTooLong,
-    EngineFailure,
-    EspalierError,
-    InvalidRequest,
-    PayloadTooLarge,
-    UnknownLevel,
-    UnknownModel,
-)
-from server.metrics import STAGES
-from server.request import (
-    Delta,
-    Event,
-    Failed,
-    Finished,
-    ParentRequest,
-    PreparedImage,
-    Receipt,
-    Request,
-    Sampling,
-    Started,
-    TokenLogprob,
-)
+from server.errors import ContextTooLong, EspalierError, InvalidRequest, PayloadTooLarge, UnknownLevel, UnknownModel
+from server.request import PreparedImage, PreparedRequest
 from server.schemas import (
     MAX_DETAIL_IMAGES,
-    MAX_INT64,
     ChatRequest,
     Generation,
     ImagePart,
@@ -54,40 +28,13 @@ from server.settings import Settings
 if TYPE_CHECKING:
     from server.engine import Engine
 
-log = logging.getLogger(__name__)
-
 DETAIL_LEVELS = {"low": "strong", "high": "off", "original": "off"}
 CHARS_PER_TOKEN = 64
 """More characters than this per token of context cannot fit, so they are refused before they are tokenised."""
-MIN_LOGPROB = -9999.0
-"""What OpenAI reports for a token that cannot be drawn; JSON has no -inf."""
-KEEP_ALIVE_S = 15.0
 
-Chunk = dict[str, Any]
 Turn = dict[str, Any]
 ImageSource = tuple[str, str | bytes]
 """A picture's place in the body, for error messages, and its data URL or file."""
-
-
-@dataclass(frozen=True)
-class PreparedRequest:
-    """One POST, parsed, tokenised and decoded: what its `n` engine requests share. `model` is as the client wrote it; `follow_up`
-    says whether an answer stands before the question, `continues` whether the prompt ends within the answer."""
-
-    id: str
-    model: str
-    prompt: list[int]
-    images: list[PreparedImage]
-    image_seconds: float
-    level: str
-    reason: str
-    sampling: Sampling
-    follow_up: bool = False
-    continues: bool = False
-    n: int = 1
-    stream: bool = False
-    include_usage: bool = False
-    detail: bool = False
 
 
 # ---- reading: heavy, so it runs in a worker thread
@@ -267,203 +214,3 @@ def choose_level(
             raise UnknownLevel(f"Unknown pruning level {level[:100]!r}. The menu: {menu}.", param="pruning.level")
         return level, reason
     return engine.default_level, "default"
-
-
-# ---- answering
-
-
-class AnswerStream:
-    """The choices of one reply in the making: submitted at birth, to be aborted by whoever leaves it, finished or not.
-
-    `arrived` is a time.monotonic(). `receipt` and `timings` are known once the first chunk is, and final after the last.
-    """
-
-    def __init__(self, engine: Engine, prepared: PreparedRequest, arrived: float) -> None:
-        self._engine = engine
-        self._prepared = prepared
-        self._arrived = arrived
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._created = int(time.time())
-        self._parent = ParentRequest(prepared.n)
-        self._requests = [self._request(index) for index in range(prepared.n)]
-        self.receipt: Receipt | None = None
-        self.timings: dict[str, float] = {}
-        try:
-            for request in self._requests:
-                engine.submit(request)
-        except BaseException:
-            self.abort()
-            raise
-
-    def abort(self) -> None:
-        """Free whatever still runs."""
-        for request in self._requests:
-            self._engine.abort(request.id)
-
-    def headers(self) -> dict[str, str]:
-        """What the reply says about its route outside its body."""
-        receipt = self.receipt
-        if receipt is None:
-            return {}
-        timings = (f"{stage};dur={self.timings[stage] * 1000:.2f}" for stage in STAGES if stage in self.timings)
-        return {
-            "X-Pruning-Level": receipt.level,
-            "X-Pruning-Visual-Tokens": f"{receipt.visual_tokens}/{receipt.visual_tokens_total}",
-            "X-Pruning-Layers": f"{receipt.layers}/{receipt.layers_total}",
-            "Server-Timing": ", ".join(timings),
-        }
-
-    async def chunks(self) -> AsyncIterator[Chunk]:
-        """OpenAI's chunks, the usage always last; an empty one in each KEEP_ALIVE_S of silence. Raises EngineFailure."""
-        finished: list[Finished] = []
-        while len(finished) < len(self._requests):
-            try:
-                async with asyncio.timeout(KEEP_ALIVE_S):
-                    index, event = await self._events.get()
-            except TimeoutError:
-                if not self._engine.alive:
-                    raise EngineFailure("The engine has stopped.") from None
-                yield {}
-                continue
-            match event:
-                case Failed():
-                    raise EngineFailure(event.message)
-                case Started():
-                    self.receipt, self.timings = event.receipt, event.timings
-                    yield self._piece(index, {"role": "assistant", "content": ""})
-                case Delta():
-                    yield self._piece(index, {"content": event.text}, logprobs=_logprobs(event.logprobs))
-                case Finished():
-                    self.receipt, self.timings = event.receipt, event.timings
-                    finished.append(event)
-                    yield self._piece(index, {}, finish_reason=event.reason) | {"pruning": self._told(event)}
-        yield self._chunk([]) | {"usage": _usage(finished)}
-
-    def _request(self, index: int) -> Request:
-        prepared, loop, events = self._prepared, asyncio.get_running_loop(), self._events
-        seed = prepared.sampling.seed
-
-        def emit(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(events.put_nowait, (index, event))
-
-        return Request(
-            id=f"{prepared.id}-{index}",
-            prompt=list(prepared.prompt),
-            images=list(prepared.images),
-            level=prepared.level,
-            # Each choice draws its own luck; seeds stay what a 64-bit generator takes.
-            sampling=replace(prepared.sampling, seed=None if seed is None else (seed + index) & MAX_INT64),
-            emit=emit,
-            reason=prepared.reason,
-            follow_up=prepared.follow_up,
-            continues=prepared.continues,
-            detail=prepared.detail,
-            timings={"image": prepared.image_seconds},
-            created=self._arrived,
-            parent=self._parent,
-        )
-
-    def _told(self, event: Finished) -> dict[str, Any]:
-        """The receipt, with what `pruning.detail` asked for."""
-        receipt = asdict(event.receipt)
-        if receipt["detail"] is None:
-            del receipt["detail"]
-        else:
-            seconds = {stage: round(event.timings[stage], 5) for stage in STAGES if stage in event.timings}
-            receipt["detail"] |= {"center_crop": self._engine.preprocessor.center_crop, "seconds": seconds}
-        return receipt
-
-    def _piece(
-        self, index: int, delta: dict[str, Any], *, logprobs: Any = None, finish_reason: str | None = None
-    ) -> Chunk:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self._chunk([choice])
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> Chunk:
-        return {
-            "id": self._prepared.id,
-            "object": "chat.completion.chunk",
-            "created": self._created,
-            "model": self._prepared.model,
-            "system_fingerprint": self._engine.fingerprint,
-            "choices": choices,
-        }
-
-
-def _usage(finished: Sequence[Finished]) -> dict[str, Any]:
-    """The prompt counts once, as sent and not as pruned: the choices share it and its route."""
-    last = finished[-1]
-    completion = sum(event.completion_tokens for event in finished)
-    return {
-        "prompt_tokens": last.prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": last.prompt_tokens + completion,
-        "prompt_tokens_details": {
-            "image_tokens": last.receipt.visual_tokens_total,
-            "image_tokens_kept": last.receipt.visual_tokens,
-        },
-    }
-
-
-def _logprobs(tokens: Iterable[TokenLogprob]) -> dict[str, Any] | None:
-    def entry(one: TokenLogprob) -> dict[str, Any]:
-        return {"token": one.token, "logprob": max(one.logprob, MIN_LOGPROB), "bytes": list(one.bytes)}
-
-    content = [{**entry(one), "top_logprobs": [entry(other) for other in one.top]} for one in tokens]
-    return {"content": content} if content else None
-
-
-async def fold(chunks: AsyncIterator[Chunk]) -> dict[str, Any]:
-    """The whole reply that a stream of chunks amounts to."""
-    reply: dict[str, Any] = {}
-    choices: dict[int, dict[str, Any]] = {}
-    async for chunk in chunks:
-        reply |= chunk
-        for piece in chunk.get("choices", ()):
-            _add(choices.setdefault(piece["index"], _empty_choice(piece["index"])), piece)
-    return reply | {"object": "chat.completion", "choices": [choices[index] for index in sorted(choices)]}
-
-
-def _empty_choice(index: int) -> dict[str, Any]:
-    return {"index": index, "message": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-
-
-def _add(choice: dict[str, Any], piece: dict[str, Any]) -> None:
-    choice["message"]["content"] += piece["delta"].get("content", "")
-    choice["finish_reason"] = piece["finish_reason"]
-    if piece["logprobs"]:
-        before = choice["logprobs"]["content"] if choice["logprobs"] else []
-        choice["logprobs"] = {"content": before + piece["logprobs"]["content"]}
-
-
-def vqa_reply(reply: dict[str, Any]) -> dict[str, Any]:
-    """The short form: the answer, what was run for it, and what it cost."""
-    answer = reply["choices"][0]["message"]["content"]
-    return {"answer": answer, **{key: reply[key] for key in ("pruning", "usage", "model", "id")}}
-
-
-async def sse(chunks: AsyncIterator[Chunk], include_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events: each chunk, comments that keep proxies awake, an error if it comes to that, and [DONE]."""
-    try:
-        async for chunk in chunks:
-            if not chunk:
-                yield ": still here\n\n"
-            elif chunk["choices"] or include_usage:
-                yield _event({"usage": None, **chunk} if include_usage else chunk)
-    except EspalierError as error:
-        yield _event(error.body())
-    except Exception:
-        log.exception("a stream broke")
-        yield _event(EngineFailure("The server failed to finish this answer.").body())
-    yield "data: [DONE]\n\n"
-
-
-def _event(data: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
-
-
-async def prepend(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-    yield first
-    async for chunk in rest:
-        yield chunk

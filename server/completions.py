@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.chat import Chunk, PreparedRequest, check_length, check_tokens, conversation, prepare, split_model, turn_options
+from server.chat import check_length, check_tokens, conversation, prepare, split_model, turn_options
 from server.errors import InvalidRequest
+from server.replies import Chunk
+from server.request import PreparedRequest
 from server.schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from server.settings import Settings
 

@@ -140,3 +140,24 @@ class Request:
     timings: dict[str, float] = field(default_factory=dict)
     created: float = field(default_factory=time.monotonic)
     parent: ParentRequest = field(default_factory=ParentRequest)
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """One POST, parsed, tokenised and decoded: what its `n` engine requests share. `model` is as the client wrote it; `follow_up`
+    says whether an answer stands before the question, `continues` whether the prompt ends within the answer."""
+
+    id: str
+    model: str
+    prompt: list[int]
+    images: list[PreparedImage]
+    image_seconds: float
+    level: str
+    reason: str
+    sampling: Sampling
+    follow_up: bool = False
+    continues: bool = False
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    detail: bool = False

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server import chat
+from server import chat, replies
 from server.errors import InvalidRequest, UnknownLevel, UnknownModel
 from server.request import Sampling
 from server.schemas import NEUTRAL, UNSUPPORTED, ChatRequest, CompletionRequest, Generation, VqaRequest, parse
@@ -294,7 +294,7 @@ def piece(index: int, content: str, finish: str | None = None) -> dict[str, Any]
 
 @pytest.mark.anyio
 async def test_interleaved_choices_fold_apart() -> None:
-    reply = await chat.fold(chunks_of(piece(1, "b"), {}, piece(0, "a"), piece(1, "B", "stop"), piece(0, "A", "length")))
+    reply = await replies.fold(chunks_of(piece(1, "b"), {}, piece(0, "a"), piece(1, "B", "stop"), piece(0, "A", "length")))
     told = [(choice["message"]["content"], choice["finish_reason"]) for choice in reply["choices"]]
     assert told == [("aA", "length"), ("bB", "stop")]
 
@@ -302,10 +302,10 @@ async def test_interleaved_choices_fold_apart() -> None:
 @pytest.mark.anyio
 async def test_silence_is_a_comment_and_usage_is_optional() -> None:
     usage = {"id": "x", "choices": [], "usage": {"total_tokens": 3}}
-    plain = [event async for event in chat.sse(chunks_of(piece(0, "é"), {}, usage), include_usage=False)]
+    plain = [event async for event in replies.sse(chunks_of(piece(0, "é"), {}, usage), include_usage=False)]
     assert [event.split(":")[0] for event in plain] == ["data", "", "data"]
     assert plain[-1] == "data: [DONE]\n\n"
-    full = [event async for event in chat.sse(chunks_of(piece(0, "é"), usage), include_usage=True)]
+    full = [event async for event in replies.sse(chunks_of(piece(0, "é"), usage), include_usage=True)]
     assert [json.loads(event[6:])["usage"] for event in full[:-1]] == [None, {"total_tokens": 3}]
 
 
@@ -315,7 +315,7 @@ async def test_a_bug_in_the_middle_of_a_stream_is_told_without_details(caplog: p
         yield piece(0, "a")
         raise ZeroDivisionError("secret")
 
-    events = [event async for event in chat.sse(broken(), include_usage=False)]
+    events = [event async for event in replies.sse(broken(), include_usage=False)]
     assert json.loads(events[1][6:])["error"]["type"] == "server_error"
     assert "secret" not in "".join(events)
     assert events[2] == "data: [DONE]\n\n"

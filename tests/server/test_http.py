@@ -10,7 +10,7 @@ import httpx
 import pytest
 from anyio import to_thread
 
-from server import chat
+from server import replies
 from server.settings import Settings
 from tests.server.client import MENU, PICTURE, QUESTION, ask, body, check_error, connect, events, image_part
 from tests.server.client import client as client  # fixtures
@@ -74,7 +74,7 @@ async def test_a_stream_holds_what_the_whole_reply_does(client: httpx.AsyncClien
         for chunk in chunks:
             yield chunk
 
-    folded = await chat.fold(replay())
+    folded = await replies.fold(replay())
     same = ("object", "model", "system_fingerprint", "choices", "pruning", "usage")
     assert {key: folded[key] for key in same} == {key: whole[key] for key in same}
 
@@ -107,7 +107,7 @@ async def test_the_usage_comes_last_when_asked_for(client: httpx.AsyncClient) ->
 async def test_silence_in_a_stream_is_filled(
     client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr(replies, "KEEP_ALIVE_S", 0.01)
     engine.hold_after = 1
     asyncio.get_running_loop().call_later(0.1, engine.release.set)
     response = await ask(client, body(image_part(), stream=True))
@@ -119,7 +119,7 @@ async def test_silence_in_a_stream_is_filled(
 async def test_a_stopped_engine_ends_the_wait(
     client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    monkeypatch.setattr(chat, "KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr(replies, "KEEP_ALIVE_S", 0.01)
     engine.hold_after, engine.alive = 0, False
     check_error(await ask(client, body(image_part(), stream=stream)), 500)
     engine.release.set()
