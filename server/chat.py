@@ -11,24 +11,27 @@ from uuid import uuid4
 from server import media
 from server.errors import ContextTooLong, EspalierError, InvalidRequest, PayloadTooLarge, UnknownLevel, UnknownModel
 from server.request import PreparedImage, PreparedRequest
+from server.schema_parts import ImagePart, ImageUrl, Message, NamedTool
 from server.schemas import (
     MAX_DETAIL_IMAGES,
     ChatRequest,
+    Form,
     Generation,
-    ImagePart,
-    ImageUrl,
-    Message,
     OpenAIRequest,
     TokenizeRequest,
     VqaRequest,
     parse,
 )
 from server.settings import Settings
+from server.structured import Constraint, choice_grammar, compile_grammar, schema_grammar
+from server.tools import ToolUse, call_text
 
 if TYPE_CHECKING:
     from server.engine import Engine
 
 DETAIL_LEVELS = {"low": "strong", "high": "off", "original": "off"}
+TURN_OF = {"developer": "system", "tool": "user"}
+"""The role in the chat's template of those that it does not know."""
 CHARS_PER_TOKEN = 64
 """More characters than this per token of context cannot fit, so they are refused before they are tokenised."""
 
@@ -44,11 +47,14 @@ def read_chat(engine: Engine, settings: Settings, body: bytes, header: str | Non
     """A chat body to a prepared request; `header` is X-Pruning-Level. Raises a 4xx of `server.errors` for anything wrong in it."""
     request = parse(ChatRequest, body)
     turns, images = conversation(request.messages)
+    tools = tool_use(request)
+    if tools:
+        turns = told(turns, tools.prompt())
     level = request.pruning.level if request.pruning else None
     detail = hinted_level(engine, [image.detail for _, image in images])
     sources: list[ImageSource] = [(place, image.url) for place, image in images]
     # The menu first: what is refused for its level costs no decoding.
-    prepared = prepare(engine, settings, request, [], header=header, body=level, detail=detail)
+    prepared = prepare(engine, settings, request, [], header=header, body=level, detail=detail, tools=tools)
     if prepared.detail and len(images) > MAX_DETAIL_IMAGES:
         raise InvalidRequest(f"pruning.detail: for at most {MAX_DETAIL_IMAGES} images, not {len(images)}", param="pruning.detail")
     return _with_turns(engine, settings, prepared, turns, sources, **turn_options(request))
@@ -88,7 +94,7 @@ def _with_turns(
 
 def prepare(
     engine: Engine, settings: Settings, request: Generation, prompt: list[int],
-    *, header: str | None, body: str | None, detail: str | None = None, kind: str = "chatcmpl",
+    *, header: str | None, body: str | None, detail: str | None = None, kind: str = "chatcmpl", tools: ToolUse | None = None,
 ) -> PreparedRequest:  # fmt: skip
     """What a request says beside its prompt: model, level, sampling, form of the reply."""
     model, alias = split_model(engine, request.model)
@@ -101,7 +107,47 @@ def prepare(
         return prepared
     usage = bool(request.stream_options and request.stream_options.include_usage)
     detailed = bool(request.pruning and request.pruning.detail)
-    return replace(prepared, n=request.n or 1, stream=bool(request.stream), include_usage=usage, detail=detailed)
+    constraint = _constraint(engine, request.forms(), tools)
+    return replace(
+        prepared, n=request.n or 1, stream=bool(request.stream), include_usage=usage, detail=detailed, constraint=constraint,
+        tools=tools,
+    )  # fmt: skip
+
+
+def _constraint(engine: Engine, forms: Sequence[Form], tools: ToolUse | None) -> Constraint | None:
+    """What the answer must be. Raises InvalidRequest for a schema that cannot be kept, and for more than one form."""
+    fields = [*(form.field for form in forms), *(["tools"] if tools else [])]
+    if len(fields) > 1:
+        raise InvalidRequest(f"{fields[1]}: an answer has one form; leave out {fields[0]} or {fields[1]}", param=fields[1])
+    if tools:
+        return compile_grammar(engine.grammar_tokenizer, tools.grammar(), "tools")
+    for form in forms:
+        if form.schema is None:
+            return compile_grammar(engine.grammar_tokenizer, choice_grammar(form.choices), form.field)
+        grammar = schema_grammar(form.schema, form.field, strict=form.strict)
+        return compile_grammar(engine.grammar_tokenizer, grammar, form.field)
+    return None
+
+
+def tool_use(request: ChatRequest) -> ToolUse | None:
+    """The functions that the answer may or must call; None for none."""
+    functions, choice = tuple(tool.function for tool in request.tools or ()), request.tool_choice
+    if not functions or choice == "none":
+        return None
+    if isinstance(choice, NamedTool):
+        return ToolUse(tuple(one for one in functions if one.name == choice.function.name), required=True)
+    return ToolUse(functions, required=choice == "required")
+
+
+def told(turns: list[Turn], text: str) -> list[Turn]:
+    """The turns with a text at the end of the system's, which is made where there is none."""
+    if not text:
+        return turns
+    part = {"type": "text", "text": text}
+    if turns[0]["role"] == "system":
+        first = turns[0]["content"]
+        return [{"role": "system", "content": [*first, *([{"type": "text", "text": "\n\n"}] if first else []), part]}, *turns[1:]]
+    return [{"role": "system", "content": [part]}, *turns]
 
 
 def _data_url(image: str | bytes) -> str | bytes:
@@ -110,13 +156,16 @@ def _data_url(image: str | bytes) -> str | bytes:
 
 
 def conversation(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[str, ImageUrl]]]:
-    """Messages in the format of chat templates, and their images in order, each with its place in the body."""
+    """Messages in the format of chat templates, and their images in order, each with its place in the body.
+
+    Chat templates of LLaVA know no functions: a call stands in the assistant's turn as it would write it, its result in the user's.
+    """
     turns: list[Turn] = []
     images: list[tuple[str, ImageUrl]] = []
     asked = False
     for i, message in enumerate(messages):
         content: list[dict[str, str]] = []
-        for j, part in enumerate(message.content):
+        for j, part in enumerate(message.content or ()):
             place = f"messages[{i}].content[{j}]"
             if not isinstance(part, ImagePart):
                 content.append({"type": "text", "text": part.text})
@@ -125,7 +174,12 @@ def conversation(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[st
                 images.append((f"{place}.image_url.url", part.image_url))
             else:
                 raise InvalidRequest(f"{place}: only user messages may hold images", param=place)
-        turns.append({"role": "system" if message.role == "developer" else message.role, "content": content})
+        content += [{"type": "text", "text": call_text(call)} for call in message.tool_calls or ()]
+        role = TURN_OF.get(message.role, message.role)
+        if i and role == turns[-1]["role"] and "tool" in (message.role, messages[i - 1].role):
+            turns[-1]["content"] += [{"type": "text", "text": "\n"}, *content]  # results, and what follows them, are one turn
+        else:
+            turns.append({"role": role, "content": content})
         if message.role == "user":
             asked = asked or any(part["type"] == "image" or part["text"].strip() for part in content)
     if not asked:

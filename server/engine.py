@@ -13,8 +13,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+import llguidance.hf
 import torch
+from llguidance import LLTokenizer
 
 from models.checkpoint import Checkpoint
 from models.forward import SequenceInput, decode_input, forward, prefill_input
@@ -109,6 +112,11 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
+
+    @cached_property
+    def grammar_tokenizer(self) -> LLTokenizer:
+        """The tokenizer as llguidance knows it: about a second's work for 32,000 tokens, so only where it is needed."""
+        return llguidance.hf.from_tokenizer(self.preprocessor.tokenizer, eos_token=sorted(self.checkpoint.eos))
 
     @property
     def ready(self) -> bool:
@@ -313,17 +321,19 @@ class Engine:
         if not torch.isfinite(logits).all():
             raise ArithmeticError("logits are not finite")
         self._record_token_time(request, one)
-        sampling = request.sampling
-        if is_greedy(sampling):
+        sampling, constraint = request.sampling, request.constraint
+        if is_greedy(sampling) and constraint is None:
             token = int(logits.argmax())
         else:
-            token = sample(logits, one.output_ids, sampling, one.generator, request.prompt, one.ends)
+            allowed = constraint.allowed(len(logits)) if constraint else None
+            token = sample(logits, one.output_ids, sampling, one.generator, request.prompt, one.ends, allowed)
         one.output_ids.append(token)
         self.metrics.generated_tokens.inc()
+        complete = constraint.take(token) if constraint else False
         ends = token in one.ends
         text = "" if ends else one.text.push(token, may_stop=len(one.output_ids) > sampling.min_tokens)
         full = len(one.output_ids) >= self._max_new_tokens(request)
-        reason: FinishReason | None = "stop" if ends or one.text.stopped else "length" if full else None
+        reason: FinishReason | None = "stop" if ends or complete or one.text.stopped else "length" if full else None
         if reason:
             text += one.text.finish()
         logprobs = self._logprobs(one, logits, token, text)

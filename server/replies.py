@@ -15,6 +15,7 @@ from server.errors import EngineFailure, EspalierError
 from server.metrics import STAGES
 from server.request import Delta, Event, Failed, Finished, ParentRequest, PreparedRequest, Receipt, Request, Started, TokenLogprob
 from server.schemas import MAX_INT64
+from server.tools import AnswerReader
 
 if TYPE_CHECKING:
     from server.engine import Engine
@@ -42,6 +43,7 @@ class AnswerStream:
         self._created = int(time.time())
         self._parent = ParentRequest(prepared.n)
         self._requests = [self._request(index) for index in range(prepared.n)]
+        self._readers = [AnswerReader(prepared.tools) for _ in self._requests]
         self.receipt: Receipt | None = None
         self.timings: dict[str, float] = {}
         try:
@@ -86,13 +88,19 @@ class AnswerStream:
                     raise EngineFailure(event.message)
                 case Started():
                     self.receipt, self.timings = event.receipt, event.timings
-                    yield self._piece(index, {"role": "assistant", "content": ""})
+                    yield self._piece(index, {"role": "assistant", "content": None if self._prepared.tools else ""})
                 case Delta():
-                    yield self._piece(index, {"content": event.text}, logprobs=_logprobs(event.logprobs))
+                    deltas, logprobs = self._readers[index].push(event.text), _logprobs(event.logprobs)
+                    for delta in deltas or ([{}] if logprobs else []):
+                        yield self._piece(index, delta, logprobs=logprobs)
+                        logprobs = None
                 case Finished():
                     self.receipt, self.timings = event.receipt, event.timings
                     finished.append(event)
-                    yield self._piece(index, {}, finish_reason=event.reason) | {"pruning": self._told(event)}
+                    deltas, reason = self._readers[index].finish(event.reason)
+                    for delta in deltas:
+                        yield self._piece(index, delta)
+                    yield self._piece(index, {}, finish_reason=reason) | {"pruning": self._told(event)}
         yield self._chunk([]) | {"usage": _usage(finished)}
 
     def _request(self, index: int) -> Request:
@@ -115,6 +123,7 @@ class AnswerStream:
             follow_up=prepared.follow_up,
             continues=prepared.continues,
             detail=prepared.detail,
+            constraint=prepared.constraint and prepared.constraint.copy(),
             timings={"image": prepared.image_seconds},
             created=self._arrived,
             parent=self._parent,
@@ -186,7 +195,16 @@ def _empty_choice(index: int) -> dict[str, Any]:
 
 
 def _add(choice: dict[str, Any], piece: dict[str, Any]) -> None:
-    choice["message"]["content"] += piece["delta"].get("content", "")
+    message, delta = choice["message"], piece["delta"]
+    for call in delta.get("tool_calls", ()):
+        message["content"] = None
+        if "id" in call:
+            begun = {key: value for key, value in call.items() if key != "index"}
+            message.setdefault("tool_calls", []).append(begun | {"function": dict(call["function"])})
+        else:
+            message["tool_calls"][call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    if delta.get("content"):
+        message["content"] += delta["content"]
     choice["finish_reason"] = piece["finish_reason"]
     if piece["logprobs"]:
         before = choice["logprobs"]["content"] if choice["logprobs"] else []

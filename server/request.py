@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from server.route_detail import RouteDetail
 
-FinishReason = Literal["stop", "length"]
+if TYPE_CHECKING:
+    from server.structured import Constraint
+    from server.tools import ToolUse
+
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ class Request:
     follow_up: bool = False  # the question follows an answer in its chat
     continues: bool = False  # the answer goes on with a text, as in a completion: its leading blanks are its own
     detail: bool = False  # the receipt tells the route in full
+    constraint: Constraint | None = None  # what the answer must be
     timings: dict[str, float] = field(default_factory=dict)
     created: float = field(default_factory=time.monotonic)
     parent: ParentRequest = field(default_factory=ParentRequest)
@@ -161,3 +166,5 @@ class PreparedRequest:
     stream: bool = False
     include_usage: bool = False
     detail: bool = False
+    constraint: Constraint | None = None
+    tools: ToolUse | None = None

@@ -41,14 +41,17 @@ def penalize(logits: Tensor, made: Sequence[int], sampling: Sampling, prompt: Se
 
 def sample(
     logits: Tensor, made: Sequence[int], sampling: Sampling, generator: torch.Generator,
-    prompt: Sequence[int] = (), ends: Collection[int] = (),
+    prompt: Sequence[int] = (), ends: Collection[int] = (), allowed: Tensor | None = None,
 ) -> int:  # fmt: skip
-    """Draw one token from float32 `logits` [vocab] given the tokens `made` so far; none of `ends` before `min_tokens`."""
+    """Draw one token from float32 `logits` [vocab] given the tokens `made` so far; none of `ends` before `min_tokens`, and none
+    that is not `allowed`, bool [vocab]."""
     logits = penalize(logits, made, sampling, prompt)
     for token, bias in sampling.logit_bias:
         logits[token] += bias
     if len(made) < sampling.min_tokens:
         logits[list(ends)] = -torch.inf
+    if allowed is not None:
+        logits[~allowed.to(logits.device)] = -torch.inf
     if sampling.temperature == 0:
         return int(logits.argmax())
     # The largest logit is made zero first: divided by next to nothing, it would overflow.

@@ -5,22 +5,14 @@ from __future__ import annotations
 
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from server.errors import InvalidRequest
 from server.request import Sampling
+from server.schema_parts import Body, Choices, Message, NamedTool, ResponseFormat, StructuredOutputs, Tool
 
 MAX_INT64 = 2**63 - 1
 MAX_DETAIL_IMAGES = 4
@@ -49,58 +41,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Fields of other servers' requests that change the answer and are not obeyed where a body does not have them; each with the
 values that ask for nothing, beside NEUTRAL. Fields that are in neither table change no answer and are ignored."""
+STRUCTURED = {"response_format", "structured_outputs", "guided_choice", "guided_json", "tools", "tool_choice"}
+"""Fields whose empty values ask for nothing, where a body has them."""
 MISPLACED = {"level": "pruning.level", "pruning": "level"}
 """Where our own fields belong in the bodies that do not have them."""
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_the_default(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {name: value for name, value in values.items() if value is not None}
-
-
-Detail = Literal["auto", "low", "high", "original"]
-
-
-class ImageUrl(Body):
-    url: str = Field(description="A base64 data URL of a JPEG, PNG or WebP picture. Other URLs are not fetched.")
-    detail: Detail = Field(
-        "auto", description="`low` asks for level `strong`, `high` and `original` for `off`, unless the request names a level."
-    )
-
-
-def _url(image: Any) -> Any:
-    return {"url": image} if isinstance(image, str) else image
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-class ImagePart(Body):
-    type: Literal["image_url"]
-    image_url: Annotated[ImageUrl, BeforeValidator(_url, json_schema_input_type=str | ImageUrl)]
-
-
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-
-
-def _parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-Content = Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
-
-
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content = Field(max_length=1024)
 
 
 class PruningOptions(Body):
@@ -197,6 +141,16 @@ def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
+@dataclass(frozen=True)
+class Form:
+    """What `field` of a body asks the answer to be: JSON that fits a schema, or one of some choices."""
+
+    field: str
+    schema: dict[str, Any] | None = None
+    strict: bool = True
+    choices: tuple[str, ...] = ()
+
+
 class OpenAIRequest(Generation):
     """What OpenAI's two endpoints share beyond that."""
 
@@ -204,6 +158,37 @@ class OpenAIRequest(Generation):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     pruning: PruningOptions | None = Field(None, description="How much of the model to run.")
+    response_format: ResponseFormat | None = Field(None, description="JSON, or JSON that fits a schema.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's: one of `choice`, `json`, `json_object`.")
+    guided_choice: Choices | None = Field(None, description="vLLM's: the answer is one of these.")
+    guided_json: dict[str, Any] | None = Field(None, description="vLLM's: the answer is JSON that fits this schema.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_asks_nothing(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if name not in STRUCTURED or value not in ([], {}, "")}
+
+    @model_validator(mode="after")
+    def _ends_by_itself(self) -> OpenAIRequest:
+        if self.forms() and (self.ignore_eos or self.min_tokens):
+            raise ValueError("ignore_eos and min_tokens exclude structured answers, which end by themselves")
+        return self
+
+    def forms(self) -> list[Form]:
+        """What the answer is asked to be, by field."""
+        asked, outputs = [], self.structured_outputs or StructuredOutputs.model_validate({})
+        if ((format := self.response_format) and format.type == "json_object") or outputs.json_object:
+            asked.append(Form("response_format" if format else "structured_outputs", schema={"type": "object"}))
+        if format and format.json_schema:
+            strict = bool(format.json_schema.strict)
+            asked.append(Form("response_format", schema=format.json_schema.json_schema, strict=strict))
+        for field, schema in (("structured_outputs.json", outputs.json_), ("guided_json", self.guided_json)):
+            asked += [Form(field, schema=schema)] if schema is not None else []
+        for field, choices in (("structured_outputs.choice", outputs.choice), ("guided_choice", self.guided_choice)):
+            asked += [Form(field, choices=tuple(choices))] if choices else []
+        return asked
 
 
 class ChatRequest(OpenAIRequest):
@@ -214,6 +199,9 @@ class ChatRequest(OpenAIRequest):
     continue_final_message: bool | None = Field(None, description="Go on with the last message, the assistant's own.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token; requires `logprobs`.")
+    tools: list[Tool] | None = Field(None, max_length=128, description="Functions that the model may call, one an answer.")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(None, description="`auto` is the default.")
+    parallel_tool_calls: bool | None = Field(None, description="Taken, and no matter: an answer makes one call.")
 
     @field_validator("continue_final_message")
     @classmethod
@@ -230,6 +218,24 @@ class ChatRequest(OpenAIRequest):
     def _needs_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and not info.data.get("logprobs"):
             raise ValueError("requires `logprobs: true`")
+        return value
+
+    @field_validator("tools")
+    @classmethod
+    def _names_are_different(cls, value: list[Tool] | None) -> list[Tool] | None:
+        names = [tool.function.name for tool in value or ()]
+        if len(names) != len(set(names)):
+            raise ValueError("two functions have one name")
+        return value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _is_a_tool(cls, value: str | NamedTool | None, info: ValidationInfo) -> str | NamedTool | None:
+        names = [tool.function.name for tool in info.data.get("tools") or ()]
+        if isinstance(value, NamedTool) and value.function.name not in names:
+            raise ValueError("names no function of `tools`")
+        if value == "required" and not names:
+            raise ValueError("requires `tools`")
         return value
 
     def sampling(self, default_max_tokens: int) -> Sampling:

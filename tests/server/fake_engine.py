@@ -8,12 +8,16 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 from io import BytesIO
 from typing import Any
 
+import llguidance.hf
 import torch
+from llguidance import LLTokenizer
 from PIL import Image
 
+from checkpoints.embedded.build import build_processor
 from pruning.dynamic.levels import fixed_menu
 from server.errors import ContextTooLong
 from server.metrics import Metrics
@@ -22,6 +26,11 @@ from server.request import Delta, Event, Failed, Finished, Receipt, Request, Sta
 VISUAL_TOKENS = 12
 LAYERS = 16
 WORDS = ("A", " red", " star", ".")
+
+
+@cache
+def embedded_tokenizer() -> LLTokenizer:
+    return llguidance.hf.from_tokenizer(build_processor().tokenizer)
 
 
 class FakePreprocessor:
@@ -74,6 +83,10 @@ class FakeEngine:
     context_length = 2000
     fingerprint = "fp_fake"
     created = 1_700_000_000
+
+    @property
+    def grammar_tokenizer(self) -> LLTokenizer:
+        return embedded_tokenizer()
 
     def __init__(self) -> None:
         self.preprocessor = FakePreprocessor()

@@ -1,0 +1,130 @@
+"""What the bodies of `schemas` are made of: messages and their parts, functions, and forms of answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
+Detail = Literal["auto", "low", "high", "original"]
+
+
+class ImageUrl(Body):
+    url: str = Field(description="A base64 data URL of a JPEG, PNG or WebP picture. Other URLs are not fetched.")
+    detail: Detail = Field(
+        "auto", description="`low` asks for level `strong`, `high` and `original` for `off`, unless the request names a level."
+    )
+
+
+def _url(image: Any) -> Any:
+    return {"url": image} if isinstance(image, str) else image
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(Body):
+    type: Literal["image_url"]
+    image_url: Annotated[ImageUrl, BeforeValidator(_url, json_schema_input_type=str | ImageUrl)]
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+Content = Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
+
+
+FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
+
+
+class CalledFunction(Body):
+    name: FunctionName
+    arguments: str = Field(description="JSON.")
+
+
+class AssistantCall(Body):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[Content, Field(max_length=1024)] | None = Field(None, validate_default=True)
+    tool_calls: list[AssistantCall] | None = Field(None, max_length=128, description="Of the assistant: functions it called.")
+    tool_call_id: str | None = Field(None, description="Of a tool: the call that this is the result of.")
+
+    @field_validator("content")
+    @classmethod
+    def _has_content(cls, value: list[Part] | None, info: ValidationInfo) -> list[Part] | None:
+        if value is None and info.data.get("role") != "assistant":
+            raise ValueError("Field required")
+        return value
+
+
+class JsonSchema(Body):
+    json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool = Field(False, description="Refuse a schema with keywords that cannot be kept, instead of ignoring these.")
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("`json_schema` goes with type `json_schema`")
+        return self
+
+
+Choices = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(min_length=1, max_length=128)]
+
+
+class StructuredOutputs(Body):
+    """vLLM's form; its regular expressions and grammars are not taken."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    choice: Choices | None = None
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    json_object: bool | None = None
+
+
+class Function(Body):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of the arguments; none takes none.")
+    strict: bool | None = Field(None, description="Refuse a schema with keywords that cannot be kept, instead of ignoring these.")
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction

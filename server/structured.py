@@ -1,0 +1,84 @@
+"""Structured answers: JSON, JSON that fits a schema, one of some choices, or a function call; by llguidance's grammars."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from torch import Tensor
+
+from server.errors import InvalidRequest
+
+LIMITS = LLParserLimits(verbose_errors=False)
+MAX_SCHEMA_CHARS = 2**16
+"""Of all schemas of a request together; llguidance bounds what it makes of them."""
+FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as models write it most: free blanks would let a weak model write blanks for ever."""
+
+
+class Constraint:
+    """What an answer may still be: a grammar, and the tokens that have been taken. Copies go separate ways."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def copy(self) -> Constraint:
+        return Constraint(self._matcher.deep_copy())
+
+    def allowed(self, size: int) -> Tensor:
+        """Which tokens may come next, bool [size]; the end of the answer is one of them."""
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        if self._matcher.is_error():
+            raise RuntimeError(f"the grammar stopped: {_reason(self._matcher)}")
+        allowed = torch.zeros(size, dtype=torch.bool)
+        allowed[: min(size, len(bits))] = torch.from_numpy(bits[:size]).bool()
+        return allowed
+
+    def take(self, token: int) -> bool:
+        """Go on with a token; whether the answer is now complete and nothing can follow."""
+        if not self._matcher.consume_token(token):
+            raise RuntimeError(f"token {token} is not in the grammar: {_reason(self._matcher)}")
+        return bool(self._matcher.is_stopped())
+
+
+def compile_grammar(tokenizer: LLTokenizer, grammar: str, param: str) -> Constraint:
+    """A grammar, whose rule `answer` is what an answer must be, ready to run. A blank may come before: it is the prompt's, and
+    SentencePiece writes it into the first token. Raises InvalidRequest, on `param`, for one that llguidance does not take."""
+    alone = LLMatcher(tokenizer, f"start: answer\n{grammar}", log_level=0, limits=LIMITS)
+    alone.compute_bitmask()
+    if alone.is_error():
+        raise InvalidRequest(f"{param}: {_reason(alone)}", param=param)
+    return Constraint(LLMatcher(tokenizer, f'start: " "? answer\n{grammar}', log_level=0, limits=LIMITS))
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """llguidance says on its first line what is wrong, behind a place in our own grammar."""
+    first = str(matcher.get_error()).partition("\n")[0]
+    return first.rpartition("failed to compile JSON schema: ")[2][:200].replace("NoExtensionBias", "no answer can fit")
+
+
+def schema_grammar(schema: Mapping[str, Any], param: str, *, strict: bool) -> str:
+    """Answers that are JSON and fit `schema`; unless `strict`, keywords that llguidance lacks bind nothing."""
+    return f"answer: {json_rule(schema, param, strict=strict)}"
+
+
+def choice_grammar(choices: Sequence[str]) -> str:
+    """Answers that are one of `choices`."""
+    return f"answer: {' | '.join(map(quoted, choices))}"
+
+
+def json_rule(schema: Mapping[str, Any], param: str, *, strict: bool) -> str:
+    """A schema as the right side of a Lark rule. Raises InvalidRequest, on `param`, for one that is too large."""
+    text = json.dumps({**schema, "x-guidance": {**FORM, "lenient": not strict}})
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise InvalidRequest(f"{param}: a schema may have at most {MAX_SCHEMA_CHARS:,} characters", param=param)
+    return f"%json {text}"
+
+
+def quoted(text: str) -> str:
+    """A literal of a Lark grammar."""
+    return json.dumps(text, ensure_ascii=False)
