@@ -11,7 +11,9 @@ from random import Random
 from checkpoints.things import boards, catalogue, charts, shapes, signs, things
 from checkpoints.things.scene import SIZE, Box, Mark, Question, Scene, matches, normalize
 
-__all__ = ["FAMILIES", "HANDS", "NAMES", "SIZE", "SPLITS", "TURNS", "Box", "Mark", "Question", "Scene", "draw", "matches", "normalize"]
+__all__ = [
+    "FAMILIES", "HANDS", "NAMES", "SIZE", "SPLITS", "TURNS", "Box", "Mark", "Question", "Scene", "draw", "matches", "normalize",
+]  # fmt: skip
 
 _TRAINING = ("noto", "noto-v1", "twemoji", "fluent-emoji", "fluent-emoji-flat", "fluent-emoji-high-contrast", "emojione",
              "streamline-emojis")  # fmt: skip
