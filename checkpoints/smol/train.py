@@ -100,7 +100,7 @@ class Trainer:
         tower.net.load_state_dict(vision)
         start_neck(tower, classes[0], torch.Generator().manual_seed(seed))
         self.model = Smol(weights, tower).to(self.device)
-        self.model.tower.net.to(memory_format=torch.channels_last)
+        self.model.tower.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.before = deepcopy(self.model.tower.net).requires_grad_(False)
         self.classes = [tensor.to(self.device) for tensor in classes]
         for part in (self.model.tower.net.stem, *self.model.tower.net.blocks[:FROZEN_BLOCKS]):
@@ -145,7 +145,7 @@ class Trainer:
     def _load(self, batches: Batches, which: Iterable[int]) -> DataLoader[dict[str, Any]]:
         return DataLoader(
             batches, batch_size=None, sampler=which, num_workers=self.workers, pin_memory=self.cuda,
-            prefetch_factor=2 if self.workers else None, worker_init_fn=_one_thread, collate_fn=_same,
+            prefetch_factor=2 if self.workers else None, worker_init_fn=_one_thread, collate_fn=_same,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def run(self) -> None:
