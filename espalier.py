@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import wraps
 from importlib import metadata
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -36,7 +36,11 @@ TOKEN_POLICY = Annotated[
 DATA = Annotated[
     str | None, typer.Option(help="A JSONL file (docs/pruning.md), or world; what the checkpoint was trained on by default.")
 ]
-EvalTask = Literal["scenes", "things", "names", "photographs", "easy-vqa", "perplexity"]
+OwnTask = Literal["scenes", "things", "names", "photographs", "easy-vqa", "perplexity"]
+OfficialTask = Literal[
+    "scienceqa", "vizwiz", "mmvet", "llava-bench", "pope", "gqa", "textvqa", "vqav2", "mme", "mmbench", "okvqa",
+]  # fmt: skip
+EvalTask = Literal[OwnTask, OfficialTask]
 DTYPE = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 
 
@@ -97,22 +101,28 @@ def serve(
 
 
 @app.command("eval")
-def evaluate(
+def eval_(
     checkpoint: CHECKPOINT = "embedded",
     task: Annotated[
-        EvalTask,
+        EvalTask | None,
         typer.Option(
-            help="scenes of the embedded world; scenes of things; names of things, one to a picture; photographs of Debian's "
-            "tuxpaint-stamps-default; the public test set easy-vqa; or perplexity on English text, without pictures."
+            help="In official formats, with --data DIR: scienceqa to okvqa. Without: scenes of the embedded world; scenes of "
+            "things; names of things, one to a picture; photographs of Debian's tuxpaint-stamps-default; the public test set "
+            "easy-vqa; or perplexity on English text, without pictures.",
+            show_default="scenes",
         ),
-    ] = "scenes",
+    ] = None,
     level: Annotated[str, typer.Option(help="Pruning level.")] = "off",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="An official task's folder; or, without a task, a JSONL file of your own questions (docs/pruning.md)."),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
             min=1,
             help="Questions, at most; perplexity: passages of 1,024 tokens.",
-            show_default="4000; names: 2000; photographs, easy-vqa: all; perplexity: 64",
+            show_default="4000; names: 2000; perplexity: 64; else all",
         ),
     ] = None,
     split: Annotated[
@@ -124,8 +134,19 @@ def evaluate(
         str | None, typer.Option(help="things, names: wordings seen in training, or held_out ones.", show_default="seen")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="perplexity: a language model to compare with, a GGUF file or a directory.")
+        Path | None,
+        typer.Option(
+            help="What to compare with. Official tasks: the folder of another run; your own questions: the dense checkpoint; "
+            "perplexity: a language model, a GGUF file or a directory."
+        ),
     ] = None,
+    compare: Annotated[str | None, typer.Option(help="Levels side by side, such as off,balanced,strong.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw accuracy against FLOPs and time to this file.")] = None,
+    out: Annotated[Path, typer.Option(help="With --data: the folder of runs; one that was stopped goes on.")] = Path("eval-runs"),
+    url: Annotated[str | None, typer.Option(help="With --data: ask a running server instead of CHECKPOINT.")] = None,
+    judge: Annotated[str | None, typer.Option(help="mmvet, llava-bench: an OpenAI-compatible API, such as http://host/v1.")] = None,
+    judge_model: Annotated[str, typer.Option(help="The judge's model; its key is OPENAI_API_KEY.")] = "gpt-4-0613",
+    at_once: Annotated[int, typer.Option(min=1, help="With --data: questions under way at a time.")] = 16,
     token_policy: TOKEN_POLICY = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "auto",
@@ -133,23 +154,11 @@ def evaluate(
     cards: Annotated[bool, typer.Option("--cards", help="Ask at every level and write what each does into the manifest.")] = False,
 ) -> None:
     """Ask held-out questions and count right answers, with 95 % intervals."""
-    from checkpoints.shipped import resolve
-    from evals import cards as every_level
-    from evals import exam, perplexity
-    from evals.tasks import open_task
+    given = dict(locals())
+    from evals.command import Options, evaluate
 
-    options = {"split": split, "family": family, "paraphrase": paraphrase}
     with _plain_errors():
-        if against and task != "perplexity":
-            raise ValueError(f"the task {task} has no --against")
-        if task == "perplexity":
-            for option in (name for name, value in options.items() if value):
-                raise ValueError(f"the task perplexity has no --{option}")
-            perplexity.run(resolve(checkpoint), against, limit, device, dtype, quiet=json)
-        elif cards:
-            every_level.run(resolve(checkpoint, write=True), partial(open_task, task, limit, **options), device, dtype, quiet=json)
-        else:
-            exam.run(resolve(checkpoint), open_task(task, limit, **options), level, token_policy, device, dtype, quiet=json)
+        evaluate(Options(**given))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -19,7 +19,6 @@ from rich.table import Table
 from evals.statistics import wilson
 from models.checkpoint import load
 from models.preprocess import Preprocessor
-from pruning.dynamic.token_policy import TokenPolicy
 from server.engine import Engine, Limits
 from server.request import Delta, Event, Failed, Finished, PreparedImage, Receipt, Request, Sampling
 
@@ -81,18 +80,22 @@ Results = list[tuple[Item, RecordedAnswer]]
 
 
 def make_request(
-    preprocessor: Preprocessor, number: int, picture: Image.Image, text: str, level: str, answer: RecordedAnswer
-) -> Request:
-    image = PreparedImage(preprocessor.pixels(picture), sha256(picture.tobytes()).hexdigest())
-    return Request(f"exam-{number}", preprocessor.question(text), [image], level, Sampling(max_tokens=MAX_TOKENS), answer)
+    preprocessor: Preprocessor, number: int, picture: Image.Image | None, text: str, level: str, answer: RecordedAnswer,
+    max_tokens: int = MAX_TOKENS,
+) -> Request:  # fmt: skip
+    """A question about a picture, or about none."""
+    if picture:
+        images = [PreparedImage(preprocessor.pixels(picture), sha256(picture.tobytes()).hexdigest())]
+        prompt = preprocessor.question(text)
+    else:
+        images, prompt = [], preprocessor.prompt([{"role": "user", "content": [{"type": "text", "text": text}]}])
+    return Request(f"exam-{number}", prompt, images, level, Sampling(max_tokens=max_tokens), answer)
 
 
 def run(checkpoint: Path, task: Task, level: str, token_policy: str | None, device: str, dtype: str, quiet: bool) -> dict[str, Any]:
     """Evaluate and print; the last line is one JSON document, which is also returned."""
     console = Console(stderr=True, quiet=quiet)
     loaded = load(checkpoint, device, dtype)
-    if token_policy not in (None, *get_args(TokenPolicy)):
-        raise ValueError(f"token policy {token_policy!r} is not one of {', '.join(get_args(TokenPolicy))}")
     engine = Engine(loaded, LIMITS, token_policy=token_policy)  # type: ignore[arg-type]
     if level not in engine.menu:
         raise ValueError(f"level {level!r} is not one of {', '.join(engine.menu)}")

@@ -1,0 +1,76 @@
+"""A run's folder: what ran, and each answer as it came, so that a run that was stopped goes on.
+
+`answers.jsonl` is LLaVA's own answer format; what our receipt says is in its `metadata`. `run.json` says what ran.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from evals.official.ask import Answer
+from evals.official.task import DataError, Question
+
+Line = dict[str, Any]
+
+
+def open_folder(folder: Path, about: dict[str, Any]) -> None:
+    """Make the folder of a run, or see that it holds this very run. Raises DataError for another's."""
+    path = folder / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        if different := [name for name in about.keys() | before.keys() if about.get(name) != before.get(name)]:
+            name = sorted(different)[0]
+            raise DataError(
+                f"{folder} holds a run whose {name} is {before.get(name)!r}, not {about.get(name)!r}; "
+                "name another --out, or delete it"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about, indent=2) + "\n")
+
+
+def stored(path: Path) -> list[Line]:
+    """All whole lines; a last one that was cut short as it was written is cut off. Raises DataError for another that is none."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        path.write_bytes(whole)
+    lines = []
+    for number, line in enumerate(whole.decode().split("\n")[:-1], 1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); delete it, and its question is asked again") from error
+    return lines
+
+
+def add(path: Path, line: Line) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def rewrite(path: Path, lines: Iterable[Line]) -> None:
+    """All at once, or not at all."""
+    whole = path.with_suffix(".tmp")
+    whole.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    whole.replace(path)
+
+
+def line(question: Question, answer: Answer, model: str, seconds: float) -> Line:
+    """`seconds` passed since the answer before: those of all lines add up to the time of the run, however often it was stopped."""
+    metadata = answer.receipt | {"seconds": round(seconds, 4)} | ({"refused": answer.refused} if answer.refused else {})
+    return {
+        "question_id": question.id, "prompt": question.text, "text": answer.text,
+        "answer_id": sha256(f"{question.key}".encode()).hexdigest()[:22], "model_id": model, "metadata": metadata,
+    }  # fmt: skip
+
+
+def by_question(path: Path, questions: Sequence[Question]) -> list[Line | None]:
+    """What is stored for each question."""
+    found = {(one["question_id"], one["prompt"]): one for one in stored(path)}
+    return [found.get(question.key) for question in questions]

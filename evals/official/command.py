@@ -1,0 +1,119 @@
+"""`espalier eval --task scienceqa --data DIR` and its kin: one level or several, through the engine or a server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from rich.console import Console
+
+from evals import curve
+from evals.official.ask import Ask, server_model, through_engine, through_server
+from evals.official.judge import Judge
+from evals.official.own import OWN, with_dense
+from evals.official.run import Document, Measured, compare, reopen, run, show, show_change
+from evals.official.task import DataError, Question, Task, sample
+from evals.official.tasks import TASKS
+from models.checkpoint import load
+from server.engine import Engine, Limits
+
+
+@dataclass(frozen=True)
+class Source:
+    """What answers: its name, what else makes its answers another run's, and how to ask at a level."""
+
+    name: str
+    about: Document
+    ask: Callable[[str], Ask]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run. `task` is None for a user's own questions."""
+
+    task: str | None
+    data: Path
+    levels: Sequence[str]
+    split: str | None
+    limit: int | None
+    out: Path
+    judge: Judge | None
+    picture: Path | None
+    quiet: bool
+
+
+def engine_source(
+    checkpoint: Path, levels: Sequence[str], token_policy: str | None, device: str, dtype: str, at_once: int
+) -> Source:
+    """A checkpoint, loaded. Raises ValueError for a level that it does not have."""
+    loaded = load(checkpoint, device, dtype)
+    limits = Limits(max_running=at_once, max_waiting=max(64, at_once))
+    engine = Engine(loaded, limits, token_policy=token_policy)  # type: ignore[arg-type]
+    curve.check_levels(levels, engine)
+    about = {
+        "fingerprint": loaded.fingerprint, "token_policy": engine.token_policy, "device": engine.model.device.type,
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+    }  # fmt: skip
+    return Source(loaded.name, about, lambda level: through_engine(engine, level, at_once))
+
+
+def server_source(url: str, at_once: int) -> Source:
+    """A running server. Raises ConnectionError where none answers."""
+    model = server_model(url)
+    return Source(model, {"url": url}, lambda level: through_server(url, model, level, at_once))
+
+
+def evaluate(plan: Plan, source: Source, against: Path | None, dense: Source | None = None) -> Document:
+    """Run every level and print; the last line is one JSON document, which is also returned.
+
+    `against` is the folder of another run to compare with; otherwise levels are compared with the first, and a user's own questions
+    with `dense` at `off`, by default the same model.
+    """
+    console = Console(stderr=True, quiet=plan.quiet)
+    if plan.picture:
+        curve.check(plan.picture)
+    task = TASKS[plan.task] if plan.task else OWN
+    every = task.read(plan.data, plan.split)
+    if not every:
+        raise DataError(f"{plan.data}: no questions in it")
+    questions = sample(every, plan.limit)
+    data = {"data": _digest(every)}
+    others: list[Measured] = []
+    if plan.task is None:
+        answered = _one(replace(task, score=None), questions, plan, dense or source, "off", data, console)
+        questions = with_dense(questions, answered.texts)
+        others = [replace(answered, questions=questions, scores=[1.0] * len(questions))]
+    elif against:
+        others = [reopen(task, against, questions)]
+    measured = [_one(task, questions, plan, source, level, data, console) for level in plan.levels]
+    others = others or measured[:1]
+    changes = []
+    for one in measured:
+        show(one, console)
+        changes += [compare(one, other) for other in others if other is not one]
+    for change in changes:
+        show_change(change, console)
+    return curve.finish([one.document for one in measured], changes, plan.picture)
+
+
+def _one(
+    task: Task, questions: list[Question], plan: Plan, source: Source, level: str, data: Document, console: Console
+) -> Measured:
+    name = plan.task or "own"
+    about = {"task": name, "split": plan.split, "model": source.name, "level": level, **source.about, **data}
+    folder = plan.out / name / f"{source.name.replace('/', '--')}@{level}"
+    if plan.task is None:
+        folder = plan.out / name / plan.data.stem / folder.name
+    return run(task, questions, plan.data, source.ask(level), about, folder, plan.judge, console)
+
+
+def _digest(questions: Sequence[Question]) -> str:
+    """What tells two sets of questions apart; pictures by their name, or their bytes where the data file holds them."""
+    found = sha256()
+    for question in questions:
+        found.update(json.dumps([question.id, question.text]).encode())
+        found.update(question.image if isinstance(question.image, bytes) else Path(str(question.image)).name.encode())
+    return found.hexdigest()[:16]
