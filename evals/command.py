@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 from checkpoints.shipped import resolve
 from evals import cards, curve, exam, perplexity
@@ -13,7 +12,6 @@ from evals.official import command as official
 from evals.official.judge import Judge
 from evals.official.tasks import TASKS
 from evals.tasks import open_task
-from pruning.dynamic.token_policy import TokenPolicy
 
 WITH_DATA = ("url", "judge")
 """Options of runs on data files alone."""
@@ -53,8 +51,6 @@ class Options:
 
 def evaluate(options: Options) -> None:
     """Raises ValueError for options that do not go together and for whatever the task cannot use."""
-    if options.token_policy not in (None, *get_args(TokenPolicy)):
-        raise ValueError(f"token policy {options.token_policy!r} is not one of {', '.join(get_args(TokenPolicy))}")
     if options.task in TASKS or (options.data and not options.task):
         _with_data(options)
     elif options.task == "perplexity":

@@ -11,10 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from evals.exam import LIMITS, Task, ask_all, judged, summarise
+from evals.exam import Task, ask_all, judged, open_engine, summarise
 from evals.official.run import Measured, compare, show_change
 from evals.official.task import Question
-from models.checkpoint import load
 from server.engine import Engine
 
 Document = dict[str, Any]
@@ -28,21 +27,12 @@ def run(
     console = Console(stderr=True, quiet=quiet)
     if picture:
         check(picture)
-    loaded = load(checkpoint, device, dtype)
-    engine = Engine(loaded, LIMITS, token_policy=token_policy)  # type: ignore[arg-type]
-    check_levels(levels, engine)
+    engine = open_engine(checkpoint, levels, token_policy, device, dtype)
     measured = [_measure(engine, new_task(), level, console) for level in levels]
     changes = [compare(one, measured[0]) for one in measured[1:]]
     for change in changes:
         show_change(change, console)
     return finish([one.document for one in measured], changes, picture)
-
-
-def check_levels(levels: Sequence[str], engine: Engine) -> None:
-    """Raises ValueError for a level that is not on the menu."""
-    for level in levels:
-        if level not in engine.menu:
-            raise ValueError(f"level {level!r} is not one of {', '.join(engine.menu)}")
 
 
 def _measure(engine: Engine, task: Task, level: str, console: Console) -> Measured:
@@ -63,7 +53,7 @@ def finish(documents: Sequence[Document], changes: Sequence[Document], picture: 
     first, *others = documents
     whole = {"task": first["task"], "levels": {one["level"]: one for one in documents}} if others else dict(first)
     if changes:
-        whole["changes"] = list(changes)
+        whole["changes"] = [{name: value for name, value in change.items() if name != "changed"} for change in changes]
     Console(soft_wrap=True, highlight=False, markup=False).print(json.dumps(whole))
     return whole
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.table import Table
 from evals.statistics import wilson
 from models.checkpoint import load
 from models.preprocess import Preprocessor
+from pruning.dynamic.token_policy import TokenPolicy
 from server.engine import Engine, Limits
 from server.request import Delta, Event, Failed, Finished, PreparedImage, Receipt, Request, Sampling
 
@@ -95,18 +96,28 @@ def make_request(
 def run(checkpoint: Path, task: Task, level: str, token_policy: str | None, device: str, dtype: str, quiet: bool) -> dict[str, Any]:
     """Evaluate and print; the last line is one JSON document, which is also returned."""
     console = Console(stderr=True, quiet=quiet)
-    loaded = load(checkpoint, device, dtype)
-    engine = Engine(loaded, LIMITS, token_policy=token_policy)  # type: ignore[arg-type]
-    if level not in engine.menu:
-        raise ValueError(f"level {level!r} is not one of {', '.join(engine.menu)}")
+    engine = open_engine(checkpoint, [level], token_policy, device, dtype)
     started = time.monotonic()
     results = ask_all(engine, level, task, console)
     document = summarise(results, task.about, level, engine.token_policy) | {
-        "checkpoint": loaded.name, "fingerprint": loaded.fingerprint, "seconds": round(time.monotonic() - started, 1)
+        "checkpoint": engine.checkpoint.name, "fingerprint": engine.fingerprint, "seconds": round(time.monotonic() - started, 1)
     }  # fmt: skip
     _show(document, results, console)
     Console(soft_wrap=True, highlight=False, markup=False).print(json.dumps(document))
     return document
+
+
+def open_engine(
+    checkpoint: Path, levels: Sequence[str], token_policy: str | None, device: str, dtype: str, limits: Limits = LIMITS
+) -> Engine:
+    """A checkpoint's engine, to be stepped. Raises ValueError for a policy that there is not, or a level that it does not have."""
+    if token_policy not in (None, *get_args(TokenPolicy)):
+        raise ValueError(f"token policy {token_policy!r} is not one of {', '.join(get_args(TokenPolicy))}")
+    engine = Engine(load(checkpoint, device, dtype), limits, token_policy=token_policy)  # type: ignore[arg-type]
+    for level in levels:
+        if level not in engine.menu:
+            raise ValueError(f"level {level!r} is not one of {', '.join(engine.menu)}")
+    return engine
 
 
 def ask_all(engine: Engine, level: str, task: Task, console: Console) -> Results:

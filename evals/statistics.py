@@ -38,6 +38,13 @@ def interval(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[float
     return wilson(center * trials, trials)
 
 
+def difference_interval(gains: Sequence[float], groups: Sequence[Hashable]) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences; where all are the same, by the rule of three."""
+    error = clustered_error(gains, groups)
+    half = 1.96 * error if error else 3 / len(set(groups))
+    return (round(max(-1.0, fmean(gains) - half), 4), round(min(1.0, fmean(gains) + half), 4))
+
+
 def half_width(values: Sequence[float]) -> float:
     """Of the 95 % interval of the mean of `values` (Student's t)."""
     from scipy.stats import t  # for the reports alone, which are made where the tests are

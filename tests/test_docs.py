@@ -102,7 +102,7 @@ def test_named_files_exist(path: Path) -> None:
     names = {word for span in spans(path.read_text()) for word in span.split() if FILE.fullmatch(word)}
     assert [name for name in names if not any(f"/{one}".endswith(f"/{name}") for one in files())] == []
     modules = {module.replace(".", "/") for module in re.findall(r"python -m ([\w.]+)", path.read_text())}
-    assert modules - {"pytest", "pip"} <= {file.removesuffix(".py") for file in files()}
+    assert modules - {"pytest", "pip", "lmms_eval"} <= {file.removesuffix(".py") for file in files()}
 
 
 @documents

@@ -124,11 +124,11 @@ def _picture(field: str, pictures: dict[str, bytes]) -> bytes:
 
 
 def infer(answer: str, options: Sequence[str]) -> str | None:
-    """The letter that an answer means, by MMBench's rules without a judge: the one letter among its last words, or the one
-    option whose text it holds. An "A" in more than three words is an article; much more text than the options have says nothing."""
+    """The letter that an answer means, by the rules that VLMEvalKit scores MMBench with where it has no judge: the one letter in
+    it, among its last words, or the one option whose text it holds. Much more text than the options have says nothing."""
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
     letters = [letter for letter in _LETTERS[: len(options)] if letter in words]
-    if len(letters) == 1 and not ("A" in words and len(words) > 3) and words.index(letters[0]) > len(words) - 5:
+    if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:
         return letters[0]
     if len(answer) > 2 * sum(map(len, options)):
         return None

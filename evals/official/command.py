@@ -11,14 +11,15 @@ from pathlib import Path
 from rich.console import Console
 
 from evals import curve
+from evals.exam import open_engine
+from evals.official.answers import rewrite
 from evals.official.ask import Ask, server_model, through_engine, through_server
 from evals.official.judge import Judge
 from evals.official.own import OWN, with_dense
 from evals.official.run import Document, Measured, compare, reopen, run, show, show_change
 from evals.official.task import DataError, Question, Task, sample
 from evals.official.tasks import TASKS
-from models.checkpoint import load
-from server.engine import Engine, Limits
+from server.engine import Limits
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,13 @@ class Plan:
 def engine_source(
     checkpoint: Path, levels: Sequence[str], token_policy: str | None, device: str, dtype: str, at_once: int
 ) -> Source:
-    """A checkpoint, loaded. Raises ValueError for a level that it does not have."""
-    loaded = load(checkpoint, device, dtype)
-    limits = Limits(max_running=at_once, max_waiting=max(64, at_once))
-    engine = Engine(loaded, limits, token_policy=token_policy)  # type: ignore[arg-type]
-    curve.check_levels(levels, engine)
+    """A checkpoint, loaded. Raises ValueError for a level or policy that it does not have."""
+    engine = open_engine(checkpoint, levels, token_policy, device, dtype, Limits(max_running=at_once, max_waiting=at_once))
     about = {
-        "fingerprint": loaded.fingerprint, "token_policy": engine.token_policy, "device": engine.model.device.type,
+        "fingerprint": engine.fingerprint, "token_policy": engine.token_policy, "device": engine.model.device.type,
         "dtype": str(engine.model.dtype).removeprefix("torch."),
     }  # fmt: skip
-    return Source(loaded.name, about, lambda level: through_engine(engine, level, at_once))
+    return Source(engine.checkpoint.name, about, lambda level: through_engine(engine, level, at_once))
 
 
 def server_source(url: str, at_once: int) -> Source:
@@ -93,21 +91,24 @@ def evaluate(plan: Plan, source: Source, against: Path | None, dense: Source | N
     changes = []
     for one in measured:
         show(one, console)
-        changes += [compare(one, other) for other in others if other is not one]
-    for change in changes:
-        show_change(change, console)
+        for other in others:
+            if other is not one:
+                changes.append(change := compare(one, other))
+                show_change(change, console)
+                rewrite(_folder(plan, source, one.document["level"]) / "changes.jsonl", change.get("changed", []))
     return curve.finish([one.document for one in measured], changes, plan.picture)
 
 
 def _one(
     task: Task, questions: list[Question], plan: Plan, source: Source, level: str, data: Document, console: Console
 ) -> Measured:
-    name = plan.task or "own"
-    about = {"task": name, "split": plan.split, "model": source.name, "level": level, **source.about, **data}
-    folder = plan.out / name / f"{source.name.replace('/', '--')}@{level}"
-    if plan.task is None:
-        folder = plan.out / name / plan.data.stem / folder.name
-    return run(task, questions, plan.data, source.ask(level), about, folder, plan.judge, console)
+    about = {"task": plan.task or "own", "split": plan.split, "model": source.name, "level": level, **source.about, **data}
+    return run(task, questions, plan.data, source.ask(level), about, _folder(plan, source, level), plan.judge, console)
+
+
+def _folder(plan: Plan, source: Source, level: str) -> Path:
+    folder = plan.out / plan.task if plan.task else plan.out / "own" / plan.data.stem
+    return folder / f"{source.name.replace('/', '--')}@{level}"
 
 
 def _digest(questions: Sequence[Question]) -> str:

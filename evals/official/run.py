@@ -19,7 +19,7 @@ from evals.official import answers
 from evals.official.ask import Ask
 from evals.official.judge import Judge, JudgeError
 from evals.official.task import DataError, Question, Task, check_pictures
-from evals.statistics import clustered_error, interval
+from evals.statistics import difference_interval, interval
 
 Document = dict[str, Any]
 
@@ -194,15 +194,14 @@ def compare(ours: Measured, theirs: Measured) -> Document:
     if ours.scores is None or theirs.scores is None:
         return found
     gains = [ours.scores[a] - theirs.scores[b] for a, b in pairs]
-    difference, error = fmean(gains), clustered_error(gains, [ours.questions[a].picture for a, _ in pairs])
     changed = [
         {"question_id": question.id, "prompt": question.text, "ours": ours.texts[a], "theirs": theirs.texts[b], "gain": gain}
         for (a, b), gain in zip(pairs, gains, strict=True)
         if gain and (question := ours.questions[a])
     ]
     return found | {
-        "better": sum(gain > 0 for gain in gains), "worse": sum(gain < 0 for gain in gains), "difference": round(difference, 4),
-        "interval": (round(difference - 1.96 * error, 4), round(difference + 1.96 * error, 4)), "changed": changed,
+        "better": sum(gain > 0 for gain in gains), "worse": sum(gain < 0 for gain in gains), "difference": round(fmean(gains), 4),
+        "interval": difference_interval(gains, [ours.questions[a].picture for a, _ in pairs]), "changed": changed,
     }  # fmt: skip
 
 
