@@ -17,7 +17,7 @@ from models.flops import prefill_flops
 from models.llava import Llava
 from models.route import Route
 from models.sparse import AnyLinear
-from models.vision.clip import feature_layers
+from models.vision.vit import feature_layers
 
 STREAM_BYTES = 1 << 30
 """Far more than any cache holds."""

@@ -19,7 +19,7 @@ from models.linear import Linear
 from models.llava import Llava, from_transformers
 from models.route import Route
 from models.sparse import AnyLinear
-from models.vision.clip import ClipTower, feature_layers
+from models.vision.vit import VisionTransformer, feature_layers
 from models.weight_format import choose_format
 from pruning.dynamic.router import Router, score_request, text_window
 from pruning.dynamic.training.teacher import Prompt
@@ -173,7 +173,7 @@ def share_weights(reference: LlavaForConditionalGeneration) -> Llava:
     model = from_transformers(reference)
     encoder.layers = nn.ModuleList(layers)
     tower = model.vision.tower
-    assert isinstance(tower, ClipTower)
+    assert isinstance(tower, VisionTransformer)
     for layer, vision in zip(layers, tower.layers, strict=False):
         give_back(vision.qkv, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
         give_back(vision.out, layer.self_attn.out_proj)

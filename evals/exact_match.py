@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from checkpoints.world import FAMILIES, draw
 from models.llava import Llava
@@ -26,7 +26,7 @@ RESAMPLES = 1000
 
 
 def right_by_family(
-    model: LlavaForConditionalGeneration, preprocessor: Preprocessor, pictures: int, split: str = "test"
+    model: PreTrainedModel, preprocessor: Preprocessor, pictures: int, split: str = "test"
 ) -> dict[str, list[list[bool]]]:
     """Whether each question of each picture is answered right, by family; `pictures` of the split, families in turn."""
     found: dict[str, list[list[bool]]] = {family: [] for family in FAMILIES}
@@ -37,7 +37,7 @@ def right_by_family(
 
 
 @torch.inference_mode()
-def _answers(model: LlavaForConditionalGeneration, sample: PackedSample) -> list[bool]:
+def _answers(model: PreTrainedModel, sample: PackedSample) -> list[bool]:
     wanted = sample.before_answers.to(model.device)
     said = model(**sample.inputs(model), logits_to_keep=wanted, use_cache=False).logits[0].argmax(-1).cpu()
     right, segments = said == sample.ids[sample.answers], sample.segments[sample.answers]

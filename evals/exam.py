@@ -86,8 +86,8 @@ def make_request(
 ) -> Request:  # fmt: skip
     """A question about a picture, or about none."""
     if picture:
-        images = [PreparedImage(preprocessor.pixels(picture), sha256(picture.tobytes()).hexdigest())]
-        prompt = preprocessor.question(text)
+        images = [PreparedImage(preprocessor.picture(picture), sha256(picture.tobytes()).hexdigest())]
+        prompt = preprocessor.question(text, layout=images[0].picture.layout)
     else:
         images, prompt = [], preprocessor.prompt([{"role": "user", "content": [{"type": "text", "text": text}]}])
     return Request(f"exam-{number}", prompt, images, level, Sampling(max_tokens=max_tokens), answer)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from models.checkpoint import Checkpoint, load
+from models.llava import Llava, most_visual_tokens_per_image
 from models.manifest import Pruning
 from pruning.dynamic.levels import Level, OperatingPoint
 from pruning.dynamic.planner import load_menu
@@ -24,7 +25,7 @@ def run(directory: Path, picture: Path | None = None, device: str = "cpu", dtype
     model, manifest = checkpoint.model, checkpoint.manifest
     console.print(
         f"[b]{checkpoint.name}[/b] ({checkpoint.fingerprint}): {model.num_layers} layers, "
-        f"{model.visual_tokens_per_image} visual tokens an image, context {model.context_length}, "
+        f"{_visual_tokens(model)} visual tokens an image, context {model.context_length}, "
         f"{model.weight_bytes / 1e6:.1f} MB in {str(model.dtype).removeprefix('torch.')}"
     )
     if manifest.pruning:
@@ -42,6 +43,11 @@ def run(directory: Path, picture: Path | None = None, device: str = "cpu", dtype
             raise ValueError(f"{checkpoint.name} is not pruned: there is nothing to draw")
         draw(manifest.pruning, {name: level.card for name, level in menu.items() if level.card}, picture)
         console.print(f"picture: {picture}")
+
+
+def _visual_tokens(model: Llava) -> str:
+    fewest, most = model.visual_tokens_per_image, most_visual_tokens_per_image(model.config)
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def _show_pruning(pruning: Pruning) -> None:

@@ -78,8 +78,8 @@ def questions(checkpoint: Checkpoint, scene: Scene, visual: Tensor) -> tuple[lis
 
 
 def encode(checkpoint: Checkpoint, scene: Scene) -> ImageFeatures:
-    model = checkpoint.model
-    return model.vision(checkpoint.preprocessor.pixels(scene.image)[None].to(model.device, model.dtype))
+    picture = checkpoint.preprocessor.picture(scene.image)
+    return checkpoint.model.encode(picture.pixels, picture.layout)
 
 
 def score(router: Router, model: Llava, prompt: Prompt, image: ImageFeatures) -> RequestRouting:

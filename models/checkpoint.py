@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoConfig, LlavaProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from models.layer_shapes import SlicedLlava
-from models.llava import Llava, check_supported, from_transformers, visual_tokens_per_image
+from models.families import ARCHITECTURES, family_of
+from models.layer_shapes import sliced
+from models.llava import Llava, check_supported, from_transformers
 from models.manifest import MANIFEST, CheckpointError, Manifest, read_manifest
 from models.preprocess import Preprocessor
 
@@ -66,7 +68,7 @@ class TransformersCheckpoint:
 
     directory: Path
     name: str
-    model: LlavaForConditionalGeneration
+    model: PreTrainedModel
     preprocessor: Preprocessor
     manifest: Manifest
     fingerprint: str
@@ -82,7 +84,7 @@ def open_transformers(directory: Path, device: str = "cpu", dtype: str = "auto")
     check_supported(config)
     manifest = read_manifest(directory)
     _verify(directory, manifest)
-    model, info = _from_pretrained(directory, device, dtype)
+    model, info = _from_pretrained(config, directory, device, dtype)
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted((*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])))
         raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or have another shape, first {wrong[0]}")
@@ -90,7 +92,7 @@ def open_transformers(directory: Path, device: str = "cpu", dtype: str = "auto")
         directory=directory,
         name=manifest.name or directory.resolve().name,
         model=model,
-        preprocessor=Preprocessor(_processor(directory), config, visual_tokens_per_image(config)),
+        preprocessor=_preprocessor(directory, config),
         manifest=manifest,
         fingerprint="fp_" + fingerprint(shards),
     )
@@ -106,14 +108,31 @@ def check_device(name: str) -> None:
         raise CheckpointError(f"device {name!r} is not here: torch sees {count} CUDA devices; use --device cpu")
 
 
-def _config(directory: Path) -> LlavaConfig:
+def _config(directory: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory)
     except Exception as error:  # whatever transformers' parsers raise
         raise CheckpointError(f"{directory / 'config.json'}: {_reason(error)}") from error
 
 
+def _preprocessor(directory: Path, config: PreTrainedConfig) -> Preprocessor:
+    size = config.vision_config.image_size
+    try:
+        preprocessor = Preprocessor(_processor(directory), config)
+        made = preprocessor.picture(Image.new("RGB", (size, size))).pixels
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    if made.shape[-2:] != (size, size):
+        raise CheckpointError(
+            f"{directory}: the processor makes pictures of {made.shape[-2]} x {made.shape[-1]} pixels and the tower takes "
+            f"{size} x {size}; copy the processor's files that belong to the weights"
+        )
+    return preprocessor
+
+
 def _processor(directory: Path) -> LlavaProcessor:
+    """The picture's processor, the tokenizer and the chat template. Those are all that is needed of any family's processor, whose
+    own class may want more: OneVision's decodes films with torchvision."""
     try:
         processor = LlavaProcessor.from_pretrained(directory)
     except Exception as error:  # the same
@@ -128,11 +147,13 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()).split(". ")[0]
 
 
-def _from_pretrained(directory: Path, device: str, dtype: str) -> tuple[LlavaForConditionalGeneration, dict[str, Any]]:
+def _from_pretrained(
+    config: PreTrainedConfig, directory: Path, device: str, dtype: str
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model, info = SlicedLlava.from_pretrained(
+        model, info = sliced(family_of(config).model).from_pretrained(
             directory,
             dtype=DTYPES.get(dtype, "auto"),
             use_safetensors=True,
@@ -155,8 +176,9 @@ def check_files(directory: Path) -> list[Path]:
         architectures = json.loads(config.read_text()).get("architectures") or ["none"]
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{config} is not a JSON object: {error}") from error
-    if architectures != ["LlavaForConditionalGeneration"]:
-        raise CheckpointError(f"{config}: architecture {architectures[0]} is not LlavaForConditionalGeneration")
+    if len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
+        known = f"{', '.join(ARCHITECTURES)}{_original(architectures)}"
+        raise CheckpointError(f"{config}: architecture {architectures[0]} is not one of {known}")
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(f"{directory}: tokenizer.json is missing; copy the processor's files beside the weights")
     if not any((directory / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
@@ -175,6 +197,12 @@ def check_files(directory: Path) -> list[Path]:
         except SafetensorError as error:
             raise CheckpointError(f"{shard} is truncated or not safetensors ({error}); fetch it again") from error
     return shards
+
+
+def _original(architectures: list[str]) -> str:
+    """What to do with LLaVA's own format, which came before transformers'."""
+    original = architectures[0].startswith("Llava") and architectures[0].endswith("ForCausalLM")
+    return "; it is LLaVA's original format: convert it with `espalier convert`" if original else ""
 
 
 def _shards(directory: Path) -> list[Path]:

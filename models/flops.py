@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import LlavaConfig
+from transformers import PreTrainedConfig
 
 from models.layer_shapes import head_dim, layer_shapes, query_heads
 from models.route import Route
 
 
-def prefill_flops(config: LlavaConfig, route: Route, prompt: int) -> int:
+def prefill_flops(config: PreTrainedConfig, route: Route, prompt: int) -> int:
     """FLOPs of the language model's prefill of `prompt` tokens on a route: matrices, attention and head, two for a multiply-add.
 
     The vision tower is left out: it costs the same on every route.
@@ -32,7 +32,7 @@ def prefill_flops(config: LlavaConfig, route: Route, prompt: int) -> int:
     return 2 * int(total)
 
 
-def flops_ratio(config: LlavaConfig, route: Route, prompt: int, router: int = 0) -> float:
+def flops_ratio(config: PreTrainedConfig, route: Route, prompt: int, router: int = 0) -> float:
     """FLOPs of a route's prefill and of its `router`, over those of the dense prefill."""
     dense = Route.full(route.visual_tokens, len(route.layers))
     return (prefill_flops(config, route, prompt) + router) / prefill_flops(config, dense, prompt)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class CoupledUnits:
 
 
 def coupled_units(layer: nn.Module) -> tuple[CoupledUnits, CoupledUnits]:
-    """KV groups and neurons of a layer of a supported text model, or of CLIP."""
+    """KV groups and neurons of a layer of a supported text model, or of a vision transformer."""
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
     qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -113,7 +113,7 @@ def slice_to_shape(layer: nn.Module, shape: LayerShape) -> None:
     slice_layer(layer, torch.arange(shape.kv_heads, device=device), torch.arange(shape.ffn, device=device))
 
 
-def towers(model: LlavaForConditionalGeneration) -> dict[str, tuple[PreTrainedConfig, nn.ModuleList]]:
+def towers(model: PreTrainedModel) -> dict[str, tuple[PreTrainedConfig, nn.ModuleList]]:
     """Configuration and layers of the towers that have such layers, by their key in `config.json`."""
     config, inner = model.config, model.model
     found = {"text_config": (config.text_config, inner.language_model.layers)}
@@ -122,7 +122,7 @@ def towers(model: LlavaForConditionalGeneration) -> dict[str, tuple[PreTrainedCo
     return found
 
 
-def changed_keys(model: LlavaForConditionalGeneration) -> dict[str, dict[str, Any]]:
+def changed_keys(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """What `config.json` must say of a sliced model, by tower.
 
     In transformers' own keys where all layers have one shape that those can express, else as `layer_shapes`.
@@ -146,24 +146,25 @@ def changed_keys(model: LlavaForConditionalGeneration) -> dict[str, dict[str, An
 def transformers_can_build(config: PreTrainedConfig, shape: LayerShape) -> bool:
     """Whether transformers builds such layers from its own keys.
 
-    LlamaConfig wants heads that divide the hidden size, and CLIP computes the size of a head from their number.
+    LlamaConfig wants heads that divide the hidden size, and vision transformers compute the size of a head from their number.
     """
     if shape.kv_heads == _kv_heads(config):
         return True
     heads = shape.kv_heads * query_heads(config)
-    return config.model_type != "clip_vision_model" and config.hidden_size % heads == 0
+    return config.model_type not in ("clip_vision_model", "siglip_vision_model") and config.hidden_size % heads == 0
 
 
-class SlicedLlava(LlavaForConditionalGeneration):
-    """LLaVA whose layers have the shapes that its configuration says, for `from_pretrained` to fill."""
+def sliced(kind: Any) -> Any:
+    """A transformers class whose layers have the shapes that its configuration says, for `from_pretrained` to fill."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
-        for part, layers in towers(self).values():
-            for layer, shape in zip(layers, layer_shapes(part), strict=True):
-                if shape != shape_of(layer):
-                    slice_to_shape(layer, shape)
+    class Sliced(kind):
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            for part, layers in towers(self).values():
+                for layer, shape in zip(layers, layer_shapes(part), strict=True):
+                    if shape != shape_of(layer):
+                        slice_to_shape(layer, shape)
 
-
-# transformers maps the hub's key names only for classes of its own, which it knows by their module.
-SlicedLlava.__module__ = LlavaForConditionalGeneration.__module__
+    # transformers maps the hub's key names only for classes of its own, which it knows by their module.
+    Sliced.__module__ = kind.__module__
+    return Sliced

@@ -11,15 +11,16 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from models.families import Layout, arrange, check_tiles, family_of, layout_of
 from models.kv_cache import RequestCache
 from models.layer_shapes import head_dim, layer_shapes, query_heads
 from models.linear import Linear, fuse
 from models.ops import rms_norm
 from models.sparse import AnyLinear
 from models.vision import TOWERS
-from models.vision.features import VisionEncoder
+from models.vision.features import ImageFeatures, VisionEncoder
 from models.weight_format import choose_format
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
@@ -48,7 +49,7 @@ class DecoderLayer:
 
 @dataclass
 class Llava:
-    config: LlavaConfig
+    config: PreTrainedConfig
     vision: VisionEncoder
     embedding: Tensor  # [vocab, width]
     decoder_layers: list[DecoderLayer]
@@ -56,6 +57,7 @@ class Llava:
     head: Linear
     inv_freq: Tensor  # [head_dim / 2], float32
     rope_scaling: float
+    newline: Tensor | None = None  # [width], behind each row of a tiled picture
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +97,13 @@ class Llava:
     @property
     def visual_tokens_per_image(self) -> int:
         return visual_tokens_per_image(self.config)
+
+    def encode(self, pixels: Tensor, layout: Layout) -> ImageFeatures:
+        """One picture, its tiles `pixels` [tiles, 3, height, width], to the features of its prompt [1, visual_tokens, width]."""
+        features = self.vision(pixels.to(self.device, self.dtype))
+        if not layout.newline:
+            return features
+        return ImageFeatures(arrange(features.tokens, layout, self.newline)[None], layout=layout)
 
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding)
@@ -136,15 +145,28 @@ class Llava:
         return {name: 1 - sum(m.nonzeros for m in held) / sum(m.size for m in held) for name, held in modules.items()}
 
 
-def visual_tokens_per_image(config: LlavaConfig) -> int:
-    return int(TOWERS[config.vision_config.model_type].visual_tokens(config))
+def visual_tokens_per_image(config: PreTrainedConfig) -> int:
+    """Of a picture as large as the tower sees; where pictures are tiled, larger ones have more."""
+    size = config.vision_config.image_size
+    return layout_of(config, size, size).visual_tokens
 
 
-def check_supported(config: LlavaConfig) -> None:
+def most_visual_tokens_per_image(config: PreTrainedConfig) -> int:
+    """Of the largest picture."""
+    if not family_of(config).tiled:
+        return visual_tokens_per_image(config)
+    return max(layout_of(config, height, width).visual_tokens for height, width in config.image_grid_pinpoints)
+
+
+def check_supported(config: PreTrainedConfig) -> None:
     """Raise UnsupportedCheckpoint, naming what is missing, for a configuration that the forward does not compute."""
+    try:
+        family_of(config)
+    except ValueError as error:
+        raise UnsupportedCheckpoint(f"config.json: {error}") from error
     text, vision = config.text_config, config.vision_config
     if vision.model_type not in TOWERS:
-        raise UnsupportedCheckpoint(f"vision tower {vision.model_type!r} is not supported; {', '.join(TOWERS)} is")
+        raise UnsupportedCheckpoint(f"vision tower {vision.model_type!r} is not supported; {', '.join(TOWERS)} are")
     if text.model_type not in TEXT_MODELS:
         raise UnsupportedCheckpoint(f"text model {text.model_type!r} is not supported; {', '.join(TEXT_MODELS)} are")
     if text.hidden_act not in ("silu", "swish"):
@@ -154,13 +176,14 @@ def check_supported(config: LlavaConfig) -> None:
         raise UnsupportedCheckpoint(f"RoPE type {rope!r} changes with the prompt's length and is not supported")
     try:
         TOWERS[vision.model_type].check_supported(config)
+        check_tiles(config)
         layer_shapes(text)
     except ValueError as error:
         raise UnsupportedCheckpoint(f"config.json: {error}") from error
 
 
 @torch.no_grad()
-def from_transformers(model: LlavaForConditionalGeneration) -> Llava:
+def from_transformers(model: PreTrainedModel) -> Llava:
     """Take the weights out of a transformers model and leave it empty, so that they are held once.
 
     `choose_format` chooses the format of each matrix of the language model. The others stay dense: the vision tower and the
@@ -199,6 +222,7 @@ def from_transformers(model: LlavaForConditionalGeneration) -> Llava:
         head=fuse(model.lm_head),
         inv_freq=text.rotary_emb.inv_freq.float(),
         rope_scaling=float(text.rotary_emb.attention_scaling),
+        newline=model.model.image_newline.detach() if family_of(config).tiled else None,
     )
 
 

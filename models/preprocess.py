@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from tokenizers import decoders
-from transformers import LlavaConfig, LlavaProcessor
+from transformers import LlavaProcessor, PreTrainedConfig
+
+from models.families import Layout, family_of, layout_of
 
 # What stands for each byte in a byte-level vocabulary (GPT-2): itself where it prints, else the next code from 256 on.
 _PRINTS = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -32,12 +35,31 @@ def _begins_one_of(specials: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(begins(special) for special in sorted(specials) if len(special) > 1) or r"(?!)")
 
 
+def _check_tiles(image_processor: Any, config: PreTrainedConfig) -> None:
+    if not family_of(config).tiled:
+        return
+    wanted, made = (sorted(map(list, grids)) for grids in (config.image_grid_pinpoints, image_processor.image_grid_pinpoints))
+    if wanted != made:
+        raise ValueError("image_grid_pinpoints of preprocessor_config.json and of config.json differ; a picture must fit both")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as the vision tower takes it, `pixels` [tiles, 3, height, width] float32, and how its visual tokens will lie."""
+
+    pixels: torch.Tensor
+    layout: Layout
+
+
 class Preprocessor:
-    def __init__(self, processor: LlavaProcessor, config: LlavaConfig, visual_tokens_per_image: int) -> None:
+    """Raises ValueError for a processor that makes other pictures than the configuration's tower takes."""
+
+    def __init__(self, processor: LlavaProcessor, config: PreTrainedConfig) -> None:
         self.tokenizer = processor.tokenizer
-        self.visual_tokens_per_image = visual_tokens_per_image
-        self.center_crop = bool(processor.image_processor.do_center_crop)
-        self._processor = processor
+        self.tiled = family_of(config).tiled
+        self.center_crop = bool(getattr(processor.image_processor, "do_center_crop", False)) and not self.tiled
+        self._processor, self._config = processor, config
+        _check_tiles(processor.image_processor, config)
         self._image_id = int(config.image_token_index)
         # Those that the tokenizer names (beginning, end), and those that it merely turns into one id wherever they stand.
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
@@ -47,13 +69,26 @@ class Preprocessor:
         self._byte_level = isinstance(self.tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
         self._begins_special = _begins_one_of({*added, *self.tokenizer.all_special_tokens})
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """An RGB picture to float32 [3, height, width], resized and normalised."""
-        batch = self._processor.image_processor(image, return_tensors="pt")
-        return batch["pixel_values"][0].float()
+    def picture(self, image: Image.Image, *, alone: bool = True) -> Picture:
+        """An RGB picture, resized, cut into tiles if that is the family's way, and normalised. `alone` in its prompt or not: some
+        families have no tiles of a picture that is one of several."""
+        layout = self.layout(image, alone=alone)
+        whole = self.tiled and layout.tiles == 1
+        # A processor that is given several pictures of one prompt makes no tiles of them.
+        batch = self._processor.image_processor([[image, image]] if whole else image, return_tensors="pt")
+        pixels = batch["pixel_values"][0].float()
+        return Picture(pixels if pixels.dim() == 4 else pixels[None], layout)
 
-    def prompt(self, messages: list[dict[str, Any]], *, generation: bool = True, continued: bool = False) -> list[int]:
-        """Render a chat (transformers' message format) and tokenise it; each image becomes its visual tokens.
+    def layout(self, image: Image.Image, *, alone: bool = True) -> Layout:
+        """How the visual tokens of a picture will lie."""
+        return layout_of(self._config, image.height, image.width, alone=alone)
+
+    def prompt(
+        self, messages: list[dict[str, Any]], layouts: Sequence[Layout] | None = None, *, generation: bool = True,
+        continued: bool = False,
+    ) -> list[int]:  # fmt: skip
+        """Render a chat (transformers' message format) and tokenise it; each image becomes its visual tokens, as many as its layout
+        says. `layouts` may be left out where no picture is tiled.
 
         `generation` lets the assistant's turn begin; `continued` ends within the last message, which must be text.
 
@@ -71,9 +106,16 @@ class Preprocessor:
         asked = sum(part["type"] == "image" for message in messages for part in message["content"] if isinstance(part, dict))
         if (found := self.count_images(ids)) != asked:
             raise ValueError(f"the chat template makes {found} image tokens of {asked} images")
-        return self._expand(ids)
+        return self._expand(ids, [self.untiled] * asked if layouts is None else layouts)
 
-    def question(self, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+    @property
+    def untiled(self) -> Layout:
+        """The layout of any picture, where none is tiled. Raises ValueError where they are."""
+        if self.tiled:
+            raise ValueError("how many visual tokens a picture has depends on its size: layouts are needed")
+        return layout_of(self._config, 1, 1)
+
+    def question(self, text: str, history: Sequence[tuple[str, str]] = (), layout: Layout | None = None) -> list[int]:
         """The prompt of one question about one picture; `history` are the questions and answers that it follows."""
         texts = [*(each for turn in history for each in turn), text]
         messages: list[dict[str, Any]] = [
@@ -81,7 +123,7 @@ class Preprocessor:
             for number, each in enumerate(texts)
         ]
         messages[0]["content"].insert(0, {"type": "image"})
-        return self.prompt(messages)
+        return self.prompt(messages, None if layout is None else [layout])
 
     def tokenize(self, text: str, special: bool = True) -> list[int]:
         """A text to ids as it stands, special tokens read as such; `special` begins it as the tokenizer begins a text."""
@@ -137,8 +179,9 @@ class Preprocessor:
     def _guard_text(self, text: str) -> str:
         return self._begins_special.sub(lambda found: found[0] + _BREAK, text.replace(_BREAK, ""))
 
-    def _expand(self, ids: list[int]) -> list[int]:
+    def _expand(self, ids: list[int], layouts: Sequence[Layout]) -> list[int]:
+        counts = iter([layout.visual_tokens for layout in layouts])
         out: list[int] = []
         for token in ids:
-            out += [token] * (self.visual_tokens_per_image if token == self._image_id else 1)
+            out += [token] * (next(counts) if token == self._image_id else 1)
         return out

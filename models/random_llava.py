@@ -9,11 +9,16 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
     MistralConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
+    SiglipVisionConfig,
 )
+
+from models.families import family_of
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "tinyllava-1.1b": {"layers": 22, "width": 2048, "ffn": 5632, "heads": 32, "kv_heads": 4, "vocab": 32064},
@@ -52,29 +57,42 @@ def geometry_config(name: str) -> LlavaConfig:
     )  # fmt: skip
 
 
-def tiny_config(kind: str = "llama", *, kv_heads: int = 2, bias: bool = False, layers: int = 3) -> LlavaConfig:
-    """Sixteen visual tokens, a few narrow layers, vocabulary of 128 with the image token at 127."""
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8,
-        projection_dim=32,
-    )  # fmt: skip
+def tiny_config(
+    kind: str = "llama", *, kv_heads: int = 2, bias: bool = False, layers: int = 3, family: str = "llava", tower: str = "clip"
+) -> Any:
+    """Sixteen visual tokens a tile, a few narrow layers, vocabulary of 128 with the image token at 127."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = {
+        "clip": CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=32),
+        "siglip": SiglipVisionConfig(**sizes, image_size=32, patch_size=8, vision_use_head=False),
+    }[tower]
     text = text_config(kind, layers=layers, width=48, ffn=96, heads=4, kv_heads=kv_heads, vocab=128, bias=bias)
-    return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=127, image_seq_length=16, vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+    common = {
+        "vision_config": vision, "text_config": text, "image_token_index": 127, "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default" if tower == "clip" else "full",
+    }  # fmt: skip
+    if family == "llava":
+        return LlavaConfig(**common, image_seq_length=16)
+    if family == "llava_next":
+        grids = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+        return LlavaNextConfig(**common, image_grid_pinpoints=grids, image_seq_length=16)
+    sides = range(32, 32 * 4, 32)
+    grids = [[height, width] for height in sides for width in sides]
+    return LlavaOnevisionConfig(
+        **common, image_grid_pinpoints=grids, vision_aspect_ratio="anyres_max_4", video_token_index=126
     )  # fmt: skip
 
 
 def random_model(
-    config: LlavaConfig, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> LlavaForConditionalGeneration:
+    config: PreTrainedConfig, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> PreTrainedModel:
     """A transformers model with random weights, made in `dtype` at once so that no larger copy ever exists."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = LlavaForConditionalGeneration(config)
+            model: Any = family_of(config).model(config)
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():  # biases start at zero, and a zero bias would hide that it is left out

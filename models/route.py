@@ -33,8 +33,8 @@ class Route:
             raise ValueError(f"kept visual tokens must lie in 0..{self.visual_tokens - 1}")
         if not all(0 <= layer < len(self.layers) and self.layers[layer] for layer in self.frozen_layers):
             raise ValueError("visual rows can only be frozen in layers that run")
-        if sizes and (len(sizes) != len(kept) or sum(sizes) != self.visual_tokens):
-            raise ValueError("token sizes are given to every kept token and add up to all of them")
+        if sizes and (len(sizes) != len(kept) or sum(sizes) > self.visual_tokens):
+            raise ValueError("token sizes are given to every kept token and add up to no more than all of them")
 
     @classmethod
     def full(cls, visual_tokens: int, layers: int) -> Route:

@@ -17,7 +17,7 @@ from models.checkpoint import load
 from models.forward import forward, prefill_input
 from models.llava import Llava
 from models.manifest import Calibration, write_manifest
-from models.preprocess import Preprocessor
+from models.preprocess import Picture, Preprocessor
 from models.route import Route
 from pruning import samples
 
@@ -38,25 +38,26 @@ def calibrate(
     return calibration
 
 
-def _prompts(preprocessor: Preprocessor, read: Iterable[samples.Sample], seed: int) -> Iterator[tuple[list[int], Tensor]]:
+def _prompts(preprocessor: Preprocessor, read: Iterable[samples.Sample], seed: int) -> Iterator[tuple[list[int], Picture]]:
     """One question to each picture, whichever of its turns."""
     for number, sample in enumerate(read):
         question, _ = Random(f"{seed}/{number}").choice(sample.turns)
-        yield preprocessor.question(question), preprocessor.pixels(sample.image)[None]
+        picture = preprocessor.picture(sample.image)
+        yield preprocessor.question(question, layout=picture.layout), picture
 
 
 @torch.inference_mode()
-def layer_change(model: Llava, prompts: Iterable[tuple[list[int], Tensor]]) -> list[float]:
-    """1 - cosine between each layer's input and output, mean over the rows of all prompts (ids, pixels [n, 3, h, w]).
+def layer_change(model: Llava, prompts: Iterable[tuple[list[int], Picture]]) -> list[float]:
+    """1 - cosine between each layer's input and output, mean over the rows of all prompts (ids and picture).
 
     ShortGPT's block influence (Men et al. 2024, arXiv 2403.03853, equation 1). The last layer's output is read by nothing that
     could be compared; it counts as 1 and always runs.
     """
     total = torch.zeros(model.num_layers, dtype=torch.float64)
     rows = 0
-    for ids, pixels in prompts:
+    for ids, picture in prompts:
         inputs: list[Tensor] = []
-        visual = model.vision(pixels.to(model.device, model.dtype)).tokens.flatten(0, 1)
+        visual = model.encode(picture.pixels, picture.layout).tokens[0]
         route = Route.full(len(visual), model.num_layers)
         cache = model.new_cache(route.rows(len(ids)))
         prompt = prefill_input(model, torch.tensor(ids, device=model.device), visual, route, cache)

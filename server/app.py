@@ -105,7 +105,7 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
     async def tokens(request: Request) -> dict[str, Any]:
         """The tokens of a text, or of a chat with each image as its visual tokens before pruning."""
         body = await request.body()
-        return await to_thread.run_sync(lambda: tokenize(engine, body), limiter=readers)
+        return await to_thread.run_sync(lambda: tokenize(engine, settings, body), limiter=readers)
 
     @app.post("/detokenize", openapi_extra=_body(DetokenizeRequest.__name__))
     async def text(request: Request) -> dict[str, str]:

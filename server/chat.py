@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -195,9 +196,9 @@ def prompt_and_images(
         message = f"A request may hold at most {settings.max_images} images, not {len(sources)}."
         raise PayloadTooLarge(message, param=sources[settings.max_images][0])
     check_length(engine, sum(len(part.get("text", "")) for turn in turns for part in turn["content"]), "messages")
-    images = [_picture(engine, settings, source) for source in sources]
+    images = [_picture(engine, settings, source, alone=len(sources) == 1) for source in sources]
     try:
-        return engine.preprocessor.prompt(turns, **template), images
+        return engine.preprocessor.prompt(turns, [image.picture.layout for image in images], **template), images
     except ValueError as error:  # the chat template refuses the order of the roles
         raise InvalidRequest(str(error), param="messages") from error
 
@@ -215,10 +216,10 @@ def check_tokens(engine: Engine, tokens: Sequence[int], param: str) -> None:
         raise InvalidRequest(f"{param}: the vocabulary ends at token {size - 1}", param=param)
 
 
-def _picture(engine: Engine, settings: Settings, source: ImageSource) -> PreparedImage:
+def _picture(engine: Engine, settings: Settings, source: ImageSource, *, alone: bool) -> PreparedImage:
     place, data = source
     try:
-        return media.prepare(data, engine.preprocessor.pixels, settings)
+        return media.prepare(data, partial(engine.preprocessor.picture, alone=alone), settings)
     except EspalierError as error:
         error.param = place
         raise

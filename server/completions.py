@@ -6,7 +6,16 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.chat import check_length, check_tokens, conversation, prepare, split_model, turn_options
+from server.chat import (
+    ImageSource,
+    check_length,
+    check_tokens,
+    conversation,
+    prepare,
+    prompt_and_images,
+    split_model,
+    turn_options,
+)
 from server.errors import InvalidRequest
 from server.replies import Chunk
 from server.request import PreparedRequest
@@ -40,14 +49,14 @@ def _prompt(engine: Engine, request: CompletionRequest) -> list[int]:
     return tokens
 
 
-def tokenize(engine: Engine, body: bytes) -> dict[str, Any]:
+def tokenize(engine: Engine, settings: Settings, body: bytes) -> dict[str, Any]:
     """vLLM's reply to `POST /tokenize`: the tokens of a text, or of a chat with each image as its visual tokens."""
     request = parse(TokenizeRequest, body)
     split_model(engine, request.model)
     if request.messages is not None:
-        turns, _ = conversation(request.messages)
-        check_length(engine, sum(len(part.get("text", "")) for turn in turns for part in turn["content"]), "messages")
-        tokens = engine.preprocessor.prompt(turns, **turn_options(request))
+        turns, images = conversation(request.messages)
+        sources: list[ImageSource] = [(place, image.url) for place, image in images]
+        tokens, _ = prompt_and_images(engine, settings, turns, sources, **turn_options(request))
     else:
         assert request.prompt is not None
         check_length(engine, len(request.prompt), "prompt")

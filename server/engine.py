@@ -20,6 +20,7 @@ import torch
 from llguidance import LLTokenizer
 
 from models.checkpoint import Checkpoint
+from models.families import Layout
 from models.forward import SequenceInput, decode_input, forward, prefill_input
 from models.kv_cache import KVCache, RequestCache
 from models.vision.features import ImageFeatures
@@ -29,7 +30,7 @@ from server.detokenize import Detokenizer, LogprobQueue
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.load import WorkRate
 from server.metrics import OUTCOMES, Metrics
-from server.request import Delta, Event, Failed, Finished, FinishReason, Receipt, Request, Started, TokenLogprob
+from server.request import Delta, Event, Failed, Finished, FinishReason, PreparedImage, Receipt, Request, Started, TokenLogprob
 from server.route_detail import explain
 from server.sampling import is_greedy, new_generator, sample, top_logprobs
 from server.scheduler import NeverFits, QueueFull, ScheduledRequest, Scheduler
@@ -88,7 +89,7 @@ class Engine:
         rows = limits.kv_rows or _rows_for_free_memory(checkpoint, limits)
         self.kv = KVCache(rows, self.model.new_cache)
         self.scheduler = Scheduler(rows, limits.max_running, limits.max_waiting, limits.max_prefill)
-        self._features: OrderedDict[str, ImageFeatures] = OrderedDict()
+        self._features: OrderedDict[tuple[str, Layout], ImageFeatures] = OrderedDict()
         self._cached_images = limits.cached_images
         self._requests: dict[str, Request] = {}
         self._aborted: set[str] = set()
@@ -150,7 +151,7 @@ class Engine:
                 param="messages",
             )
         new_tokens = self._max_new_tokens(request)
-        most = self.planner.reserve(request.level, len(request.prompt), len(request.images), new_tokens)
+        most = self.planner.reserve(request.level, len(request.prompt), _layouts(request), new_tokens)
         with self._changed:
             if self._draining or (self._thread and not self._thread.is_alive()):
                 raise ShuttingDown("the server is shutting down")
@@ -223,12 +224,10 @@ class Engine:
         """Engine time that the queue will take, each request at the level that it asks for."""
         with self._changed:
             waiting = [self._requests[scheduled.id] for scheduled in self.scheduler.waiting]
-        return sum(
-            self._work.seconds(
-                self.planner.expected_rows(request.level, len(request.prompt), len(request.images)), self._max_new_tokens(request)
-            )
-            for request in waiting
-        )
+        return sum(self._work.seconds(self._expected_rows(one), self._max_new_tokens(one)) for one in waiting)
+
+    def _expected_rows(self, request: Request) -> float:
+        return self.planner.expected_rows(request.level, len(request.prompt), _layouts(request))
 
     def _drop_aborted(self) -> None:
         with self._changed:
@@ -254,7 +253,7 @@ class Engine:
         """Encode the images, plan the route, give back what was reserved and is not needed, and lay out the prompt's rows."""
         now = time.monotonic()
         request.timings["queue"] = now - request.created - request.timings.get("image", 0.0)
-        features = [self._encode(image.digest, image.pixels) for image in request.images]
+        features = [self._encode(image) for image in request.images]
         encoded = time.monotonic()
         plan = self.planner.plan(request.level, request.reason, request.prompt, features, follow_up=request.follow_up)
         request.timings |= {"encode": encoded - now, "route": time.monotonic() - encoded}
@@ -282,16 +281,17 @@ class Engine:
             request, plan, receipt, cache, prompt, text, generator, ends, LogprobQueue(request.continues)
         )
 
-    def _encode(self, digest: str, pixels: torch.Tensor) -> ImageFeatures:
+    def _encode(self, image: PreparedImage) -> ImageFeatures:
         """An image's features [1, visual_tokens, width], remembered by content: encoding does not depend on the level."""
-        features = self._features.get(digest)
+        key = (image.digest, image.picture.layout)
+        features = self._features.get(key)
         self.metrics.cache_queries.labels("image").inc()
         if features is None:
-            features = self.model.vision(pixels[None].to(self.model.device, self.model.dtype))
+            features = self.model.encode(image.picture.pixels, image.picture.layout)
         else:
             self.metrics.cache_hits.labels("image").inc()
-        self._features[digest] = features
-        self._features.move_to_end(digest)
+        self._features[key] = features
+        self._features.move_to_end(key)
         while len(self._features) > self._cached_images:
             self._features.popitem(last=False)
         return features
@@ -423,6 +423,10 @@ class Engine:
 def _prefill_rows(one: Running) -> int:
     """Rows that a new prompt runs in all layers together."""
     return sum(one.plan.route.rows(len(one.request.prompt)))
+
+
+def _layouts(request: Request) -> list[Layout]:
+    return [image.picture.layout for image in request.images]
 
 
 def _receipt(plan: Plan, fingerprint: str) -> Receipt:

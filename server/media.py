@@ -6,16 +6,16 @@ import binascii
 import hashlib
 from collections.abc import Callable
 
-import torch
 from PIL import Image
 
 from models.images import ImageError, decode
+from models.preprocess import Picture
 from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, UnsupportedMedia
 from server.request import PreparedImage
 from server.settings import Settings
 
 
-def prepare(source: str | bytes, pixels: Callable[[Image.Image], torch.Tensor], settings: Settings) -> PreparedImage:
+def prepare(source: str | bytes, picture: Callable[[Image.Image], Picture], settings: Settings) -> PreparedImage:
     """A data URL or a file's bytes to what the vision tower takes. Raises a 4xx of `server.errors`."""
     data = source if isinstance(source, bytes) else read_data_url(source, settings.max_image_bytes)
     if len(data) > settings.max_image_bytes:
@@ -24,7 +24,7 @@ def prepare(source: str | bytes, pixels: Callable[[Image.Image], torch.Tensor], 
         image = decode(data, settings.max_image_pixels)
     except ImageError as error:
         raise refusal(error) from error
-    return PreparedImage(pixels(image), digest(image))
+    return PreparedImage(picture(image), digest(image))
 
 
 def refusal(error: ImageError) -> EspalierError:

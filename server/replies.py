@@ -136,7 +136,8 @@ class AnswerStream:
             del receipt["detail"]
         else:
             seconds = {stage: round(event.timings[stage], 5) for stage in STAGES if stage in event.timings}
-            receipt["detail"] |= {"center_crop": self._engine.preprocessor.center_crop, "seconds": seconds}
+            preprocessor = self._engine.preprocessor
+            receipt["detail"] |= {"center_crop": preprocessor.center_crop, "tiled": preprocessor.tiled, "seconds": seconds}
         return receipt
 
     def _piece(

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
+from models.preprocess import Picture
 from server.route_detail import RouteDetail
 
 if TYPE_CHECKING:
@@ -42,9 +41,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """Pixels ready for the vision tower, float32 [3, height, width], and the digest that caches are keyed by."""
+    """A picture ready for the vision tower, and the digest that caches are keyed by."""
 
-    pixels: torch.Tensor
+    picture: Picture
     digest: str
 
 

@@ -11,7 +11,7 @@ from models.flops import flops_ratio
 from models.route import Route
 from models.vision.features import ImageFeatures
 from pruning.dynamic.levels import layers_to_freeze, layers_to_run
-from pruning.dynamic.planner import Plan, Planner
+from pruning.dynamic.planner import Plan, Planner, make_route
 from pruning.dynamic.router import RequestRouting, select_tokens
 from pruning.dynamic.token_merging import choose_tokens
 
@@ -48,7 +48,8 @@ class RouteDetail:
 
     `token_sizes`: how many tokens each of `kept_tokens` stands for. `token_scores`, where a router ran: the logarithm of the
     attention that it foresees for each token. `merged_into`: by the number of tokens kept at an operating point, for each token
-    the kept one that stands for it; where all are kept, each stands for itself and nothing is listed.
+    the kept one that stands for it; where all are kept, each stands for itself and nothing is listed. Of tiled pictures nothing is
+    listed either.
     """
 
     kept_tokens: tuple[int, ...]
@@ -68,7 +69,9 @@ def explain(planner: Planner, plan: Plan, images: Sequence[ImageFeatures], promp
     for place, point in enumerate(planner.menu[plan.level].operating_points):
         kept_per_image = point.kept(model.visual_tokens_per_image)
         kept = tuple(range(route.visual_tokens))
-        if images and kept_per_image < model.visual_tokens_per_image:
+        if any(image.layout for image in images):  # tiles and newlines make no square: which tokens stay is all that is told
+            kept = make_route(point, images, model.num_layers, planner.layer_change)[0].kept_tokens
+        elif images and kept_per_image < model.visual_tokens_per_image:
             count = kept_per_image * len(images)
             merged[count] = owners = merged.get(count) or stands_for(images, kept_per_image, routing)
             kept = tuple(sorted(set(owners)))

@@ -58,7 +58,8 @@ class PruningOptions(Body):
         "many each kept one stands for), `merged_into` (by the number kept at an operating point: for each token the kept one that "
         "stands for it), `token_scores` (logarithm of the attention the router foresees; null without one), `layers` by kind "
         "(`run`, `frozen`, `skipped`), `operating_points` (`visual_tokens`, `layers`, `flops_ratio`, `expected_agreement`, "
-        "`chosen`), `center_crop` (whether the tokens cover the middle square of a picture, or all of it) and `seconds` by stage.",
+        "`chosen`), `center_crop` (whether the tokens cover the middle square of a picture, or all of it), `tiled` (whether they "
+        "cover its tiles too) and `seconds` by stage.",
     )
 
 

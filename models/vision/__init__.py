@@ -2,7 +2,11 @@
 
 from types import ModuleType
 
-from models.vision import clip, efficientnet
+from models.vision import efficientnet, vit
 
-TOWERS: dict[str, ModuleType] = {"clip_vision_model": clip, efficientnet.EfficientNetLiteConfig.model_type: efficientnet}
+TOWERS: dict[str, ModuleType] = {
+    "clip_vision_model": vit,
+    "siglip_vision_model": vit,
+    efficientnet.EfficientNetLiteConfig.model_type: efficientnet,
+}
 """The towers that run, by the `model_type` of their configuration."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from transformers.activations import ACT2FN
 
 from models.linear import Linear
 from models.ops import quick_gelu
+
+if TYPE_CHECKING:
+    from models.families import Layout
 
 MAX_CPU_BATCH = 2
 """Images that a CPU encodes at once: four to sixteen took up to 1.25 times as long each, one 1.05 times."""
@@ -21,11 +24,13 @@ MAX_CPU_BATCH = 2
 class ImageFeatures:
     """Visual tokens [images, visual_tokens, width], and the class token's attention to each where the tower has a class token.
 
-    `attention` [images, visual_tokens]; rows sum to at most 1.
+    `attention` [images, visual_tokens]; rows sum to at most 1. `layout` says how the tokens of one picture lie, where some are
+    newlines.
     """
 
     tokens: Tensor
     attention: Tensor | None = None
+    layout: Layout | None = None
 
 
 class VisionTower(Protocol):

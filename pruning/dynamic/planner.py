@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
+from models.families import Layout
 from models.flops import flops_ratio
 from models.route import Route
 from models.vision.features import ImageFeatures
@@ -61,17 +62,16 @@ class Planner:
             raise ValueError(f"{checkpoint.directory} has no router; train one with `espalier route`, or name another policy")
         self.menu = load_menu(checkpoint, routed=self.token_policy == "router")
 
-    def reserve(self, level: str, prompt_tokens: int, images: int, max_new_tokens: int) -> Reservation:
+    def reserve(self, level: str, prompt_tokens: int, images: Sequence[Layout], max_new_tokens: int) -> Reservation:
         """The most that any plan for this request will hold."""
-        visual, layers = self.model.visual_tokens_per_image, self.model.num_layers
-        points = self.menu[level].operating_points
-        prefill = [prompt_tokens - images * (visual - point.kept(visual)) for point in points]
+        layers, points = self.model.num_layers, self.menu[level].operating_points
+        prefill = [prompt_tokens - sum(_fewest_dropped(point, image) for image in images) for point in points]
         rows = [(n + max_new_tokens) * (layers - point.skipped_layers) for n, point in zip(prefill, points, strict=True)]
         return Reservation(max(rows), max(prefill))
 
-    def expected_rows(self, level: str, prompt_tokens: int, images: int) -> float:
+    def expected_rows(self, level: str, prompt_tokens: int, images: Sequence[Layout]) -> float:
         """Rows of prefill in all layers together that a request at a level takes on average."""
-        dropped = images * self.model.visual_tokens_per_image * (1 - self.menu[level].visual_ratio)
+        dropped = sum(image.visual_tokens for image in images) * (1 - self.menu[level].visual_ratio)
         return (prompt_tokens - dropped) * self.model.num_layers
 
     def plan(
@@ -122,10 +122,34 @@ def make_route(
     if not images:
         return Route(0, (), runs), None
     if routing is None:
-        kept = [merge_tokens(image.tokens[0], point.kept(image.tokens.shape[1])) for image in images]
-        return join(kept, runs)
+        return join([_merge(point, image) for image in images], runs)
     kept = routing.keep_tokens(point.kept(routing.visual.shape[1]))
     return join(kept, runs, layers_to_freeze(runs, point.frozen_layers, routing.layer_scores))
+
+
+def _fewest_dropped(point: OperatingPoint, layout: Layout) -> int:
+    """Visual tokens of a picture that go at an operating point, if every one that stays keeps a newline."""
+    pictured = layout.visual_tokens - len(layout.newlines)
+    return layout.visual_tokens - layout.most_tokens(point.kept(pictured))
+
+
+def _merge(point: OperatingPoint, image: ImageFeatures) -> KeptTokens:
+    """A picture's tokens, merged by themselves. Newlines are no part of it: each goes when all others of its row have gone."""
+    tokens, layout = image.tokens[0], image.layout
+    if layout is None or not layout.newlines:
+        return merge_tokens(tokens, point.kept(len(tokens)))
+    is_newline = torch.zeros(len(tokens), dtype=torch.bool)
+    is_newline[list(layout.newlines)] = True
+    pictured = (~is_newline).nonzero()[:, 0].to(tokens.device)
+    if (keep := point.kept(len(pictured))) == len(pictured):
+        return KeptTokens.all(tokens)
+    merged = merge_tokens(tokens[pictured], keep)
+    stay = pictured[merged.indices]
+    sizes = dict(zip(stay.tolist(), merged.sizes, strict=True)) | dict.fromkeys(layout.newlines_of(stay.tolist()), 1)
+    indices = sorted(sizes)
+    return KeptTokens(
+        torch.tensor(indices, device=tokens.device), tokens.index_copy(0, pictured, merged.tokens), tuple(sizes[i] for i in indices)
+    )
 
 
 def join(

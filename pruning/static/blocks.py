@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from pruning.static.packing import PackedSample
 
@@ -42,12 +42,12 @@ class Block:
         return {f"{self.name}.{short}": self.linear(short) for group in self.groups for short in group}
 
 
-def blocks(model: LlavaForConditionalGeneration) -> list[Block]:
+def blocks(model: PreTrainedModel) -> list[Block]:
     """The layers of the language model, front to back."""
     return [Block(i, layer) for i, layer in enumerate(model.model.language_model.layers)]
 
 
-def linears(model: LlavaForConditionalGeneration) -> dict[str, nn.Linear]:
+def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Every matrix that can be pruned, by name. Embeddings, norms, vision tower, projector and head are not among them."""
     return {name: linear for block in blocks(model) for name, linear in block.linears().items()}
 
@@ -69,7 +69,7 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
-def first_inputs(model: LlavaForConditionalGeneration, samples: Sequence[PackedSample]) -> list[BlockInput]:
+def first_inputs(model: PreTrainedModel, samples: Sequence[PackedSample]) -> list[BlockInput]:
     """The inputs of the first block, by sample."""
     inputs: list[BlockInput] = []
 
@@ -115,7 +115,7 @@ def input_statistics(
 
 
 def sequential(
-    model: LlavaForConditionalGeneration, samples: Sequence[PackedSample]
+    model: PreTrainedModel, samples: Sequence[PackedSample]
 ) -> Iterator[tuple[Block, list[BlockInput]]]:
     """Each block with its inputs. Change the block's weights, and the next one sees what they put out (as SparseGPT does)."""
     inputs = first_inputs(model, samples)

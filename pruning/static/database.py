@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from models.run_state import read_record, write_tensors
 from pruning.static.allocation import Allocation, block_of
@@ -74,7 +74,7 @@ def level_grid(sizes: Mapping[str, int], level_0: Allocation, levels: int) -> tu
 
 
 def build(
-    database: Database, model: LlavaForConditionalGeneration, samples: Sequence[PackedSample], criterion: Criterion,
+    database: Database, model: PreTrainedModel, samples: Sequence[PackedSample], criterion: Criterion,
     progress: Callable[[], None],
 ) -> dict[str, float]:  # fmt: skip
     """Make what is missing on disk, block by block. Returns the dampings that were raised."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
+from models.families import arrange
 from pruning.static.database import Database, Policy
 from pruning.static.packing import PackedSample
 
@@ -19,19 +20,19 @@ class Reference:
     """What the dense model makes of a sample."""
 
     sample: PackedSample
-    image_features: Tensor  # [visual tokens, width]: what the projector reads; the search does not change it
+    image_features: Tensor  # [tiles, tokens of a tile, width]: what the projector reads; the search does not change it
     log_probs: Tensor  # [answer tokens, vocab] float32
 
 
 class Divergence:
     """How far a model is from what the dense one said."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, references: Sequence[Reference]) -> None:
+    def __init__(self, model: PreTrainedModel, references: Sequence[Reference]) -> None:
         self.model, self.references = model, references
 
     @classmethod
     @torch.no_grad()
-    def from_dense(cls, model: LlavaForConditionalGeneration, samples: Sequence[PackedSample]) -> Divergence:
+    def from_dense(cls, model: PreTrainedModel, samples: Sequence[PackedSample]) -> Divergence:
         """The model, dense as it is now, becomes the reference."""
         references = []
         for sample in samples:
@@ -48,28 +49,30 @@ class Divergence:
         return F.kl_div(logits.log_softmax(-1), reference.log_probs, reduction="none", log_target=True).sum(-1).mean()
 
 
-def _logits(model: LlavaForConditionalGeneration, sample: PackedSample, features: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel, sample: PackedSample, features: Tensor) -> Tensor:
     """float32 [answer tokens, vocab]. One sample at a time: on CPU, batches of long rows are half as fast."""
     inputs = sample.text(model)
     ids = inputs.pop("input_ids")
     embeds = model.get_input_embeddings()(ids)
     places = (ids == model.config.image_token_id)[..., None].expand_as(embeds)
-    embeds = embeds.masked_scatter(places, model.model.multi_modal_projector(features[None]).to(embeds.dtype))
+    newline = model.model.image_newline if sample.picture.layout.newline else None
+    visual = arrange(model.model.multi_modal_projector(features), sample.picture.layout, newline)
+    embeds = embeds.masked_scatter(places, visual.to(embeds.dtype))
     out = model.model.language_model(inputs_embeds=embeds, **inputs, use_cache=False).last_hidden_state
     return model.lm_head(out[0, sample.before_answers.to(out.device)]).float()
 
 
 @torch.no_grad()
-def _image_features(model: LlavaForConditionalGeneration, sample: PackedSample) -> Tensor:
-    """What the projector reads: [visual tokens, width]."""
+def _image_features(model: PreTrainedModel, sample: PackedSample) -> Tensor:
+    """What the projector reads: [tiles, tokens of a tile, width]."""
     features: list[Tensor] = []
 
     def catch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        features.append(inputs[0].detach()[0])
+        features.append(inputs[0].detach())
 
     handle = model.model.multi_modal_projector.register_forward_pre_hook(catch)
     try:
-        model.model.get_image_features(pixel_values=sample.pixels.to(model.device, model.dtype))
+        model.model.get_image_features(**sample.image(model))
     finally:
         handle.remove()
     return features[0]

@@ -11,9 +11,9 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
-from models.preprocess import Preprocessor
+from models.preprocess import Picture, Preprocessor
 from pruning.samples import Sample
 
 
@@ -21,21 +21,30 @@ from pruning.samples import Sample
 class PackedSample:
     """A picture and its questions, side by side behind the rows that all of them share.
 
-    ids: [n] int64, image tokens expanded. pixels: [1, 3, height, width] float32. answers: [n] bool, the tokens of answers.
-    segments: [n] int64, which question a row is of, from 1; 0 for the shared ones. positions: [n] int64.
+    ids: [n] int64, image tokens expanded. image_size: height and width of the picture before it was cut into tiles. answers:
+    [n] bool, the tokens of answers. segments: [n] int64, which question a row is of, from 1; 0 for the shared ones. positions: [n]
+    int64.
     """
 
     ids: Tensor
-    pixels: Tensor
+    picture: Picture
+    image_size: tuple[int, int]
     answers: Tensor
     segments: Tensor
     positions: Tensor
 
-    def inputs(self, model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+    def inputs(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Arguments of the transformers model."""
-        return {**self.text(model), "pixel_values": self.pixels.to(model.device, model.dtype)}
+        return {**self.text(model), **self.image(model)}
 
-    def text(self, model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+    def image(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """The picture alone."""
+        pixels = self.picture.pixels.to(model.device, model.dtype)
+        if not self.picture.layout.newline:
+            return {"pixel_values": pixels}
+        return {"pixel_values": pixels[None], "image_sizes": torch.tensor([self.image_size], device=model.device)}
+
+    def text(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """The same without the picture: input_ids and position_ids [1, n], attention_mask [1, 1, n, n], additive."""
         order = torch.arange(len(self.ids))
         seen = (self.segments[:, None] == self.segments) | (self.segments == 0)
@@ -54,9 +63,10 @@ def pack(preprocessor: Preprocessor, sample: Sample) -> PackedSample:
     """One sequence of a picture and its turns; segment k is turn k - 1."""
     tokenizer = preprocessor.tokenizer
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    picture = preprocessor.picture(sample.image)
     prompts, answers = [], []
     for question, answer in sample.turns:
-        prompts.append(preprocessor.question(question))
+        prompts.append(preprocessor.question(question, layout=picture.layout))
         answers.append(tokenizer(f" {answer}", add_special_tokens=False).input_ids + end)
     # What every prompt begins with; its last row, which says the answer's first token, is each question's own.
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
@@ -69,4 +79,4 @@ def pack(preprocessor: Preprocessor, sample: Sample) -> PackedSample:
         segments += [segment] * len(own)
         positions += range(shared, shared + len(own))  # where it would be alone
     rows = (torch.tensor(column) for column in (spoken, segments, positions))
-    return PackedSample(torch.tensor(ids), preprocessor.pixels(sample.image)[None], *rows)
+    return PackedSample(torch.tensor(ids), picture, (sample.image.height, sample.image.width), *rows)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from models.checkpoint import check_files, open_transformers
 from models.layer_shapes import LayerShape
@@ -104,7 +104,7 @@ class PruningRun:
     """One run's model, samples and finished parts."""
 
     def __init__(
-        self, recipe: Recipe, model: LlavaForConditionalGeneration, samples: list[PackedSample], run_state: RunState,
+        self, recipe: Recipe, model: PreTrainedModel, samples: list[PackedSample], run_state: RunState,
         progress: Progress, checkpoint: Path, ray: str | None,
     ) -> None:  # fmt: skip
         self.recipe, self.model, self.samples, self.run_state, self.progress = recipe, model, samples, run_state, progress

@@ -10,7 +10,7 @@ from zlib import crc32
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from pruning.static.blocks import BlockInput, blocks, linears, sequential
 from pruning.static.packing import PackedSample
@@ -21,13 +21,13 @@ OUTLIER = 5.0
 """OWL's M: an outlier is this many times the mean of its matrix."""
 
 
-def answer_loss(model: LlavaForConditionalGeneration, sample: PackedSample) -> Tensor:
+def answer_loss(model: PreTrainedModel, sample: PackedSample) -> Tensor:
     """Cross entropy of the answers' tokens given picture and question."""
     logits = model(**sample.inputs(model), logits_to_keep=sample.before_answers.to(model.device), use_cache=False).logits[0]
     return _cross_entropy(logits, sample)
 
 
-def _answer_loss_from(model: LlavaForConditionalGeneration, index: int, block_input: BlockInput, sample: PackedSample) -> Tensor:
+def _answer_loss_from(model: PreTrainedModel, index: int, block_input: BlockInput, sample: PackedSample) -> Tensor:
     """`answer_loss`, going on from the input of block `index`: what comes before a changed matrix need not run again."""
     hidden = block_input.hidden_states
     for block in blocks(model)[index:]:
@@ -42,7 +42,7 @@ def _cross_entropy(logits: Tensor, sample: PackedSample) -> Tensor:
 
 @torch.no_grad()
 def zeroth_order(
-    model: LlavaForConditionalGeneration, samples: Sequence[PackedSample], seed: int, known: Collection[str] = ()
+    model: PreTrainedModel, samples: Sequence[PackedSample], seed: int, known: Collection[str] = ()
 ) -> Iterator[tuple[str, float]]:
     """(matrix, score) of each not in `known`: the sum over samples of |L(W + εz) - L(W - εz)| / 2ε for a normal z.
 
@@ -75,7 +75,7 @@ def _loss_at(weight: Tensor, dense: Tensor, noise: Tensor, sign: int, loss: Call
 
 
 def first_order(
-    model: LlavaForConditionalGeneration, samples: Sequence[PackedSample], progress: Callable[[], None]
+    model: PreTrainedModel, samples: Sequence[PackedSample], progress: Callable[[], None]
 ) -> dict[str, float]:
     """The sum over samples of each matrix's gradient norm, which the zeroth order estimates: one backward pass a sample."""
     model.requires_grad_(False)

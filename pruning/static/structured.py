@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.linalg import cholesky, solve_triangular
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from models.layer_shapes import (
     CoupledUnits,
@@ -200,7 +200,7 @@ def restore(block: Block, shape: LayerShape, saved: Mapping[str, Tensor]) -> Non
         linear.load_state_dict({key: saved[f"{name}.{key}"] for key in linear.state_dict()})
 
 
-def update_config(model: LlavaForConditionalGeneration) -> dict[str, dict[str, Any]]:
+def update_config(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """Once all blocks are pruned: have the configuration say so. Returns the keys that changed, by section of `config.json`."""
     changed = changed_keys(model)
     for section, keys in changed.items():

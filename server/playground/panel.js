@@ -74,8 +74,8 @@ export class Panel {
     const { run, frozen, skipped } = point.layers;
     strip.setAttribute("aria-label", `${count(run.length, "layer")} run, ${frozen.length} frozen for visual tokens, ${skipped.length} skipped`);
     const picture = this.find(".picture");
-    picture.hidden = !this.total;
-    if (!this.total) return;
+    picture.hidden = !this.total || this.detail.tiled;
+    if (picture.hidden) return;
     const owners = this.detail.merged_into[point.visual_tokens] ?? Array.from({ length: this.total }, (_, token) => token);
     const say = (text) => (this.find(".token").textContent = text);
     light(picture, this.picture, this.detail.center_crop, owners, this.detail.token_scores, say);

@@ -47,7 +47,7 @@ def test_a_checkpoint_knows_its_name_its_end_and_its_manifest(saved):
     assert checkpoint.name == "one-file"
     assert checkpoint.eos == {processor().tokenizer.eos_token_id}
     assert checkpoint.manifest.calibration.layer_change == [0.5, 0.1, 1.0]
-    assert checkpoint.preprocessor.visual_tokens_per_image == VISUAL
+    assert checkpoint.preprocessor.untiled.visual_tokens == VISUAL
 
 
 def test_several_end_tokens_are_all_ends(broken):
@@ -162,7 +162,7 @@ def test_a_tensor_of_another_shape_is_named(broken):
     [
         (put("architectures", value=["LlamaForCausalLM"]), CheckpointError, "LlamaForCausalLM"),
         (put("architectures", value=None), CheckpointError, "architecture none"),
-        (put("vision_config", "model_type", value="siglip_vision_model"), UnsupportedCheckpoint, "siglip_vision_model"),
+        (put("vision_config", "model_type", value="siglip2_vision_model"), UnsupportedCheckpoint, "siglip2_vision_model"),
         (put("vision_config", "model_type", value="nonesuch"), CheckpointError, "nonesuch"),
         (put("text_config", "model_type", value="gemma"), UnsupportedCheckpoint, "gemma"),
         (put("text_config", "model_type", value="nonesuch"), CheckpointError, "nonesuch"),

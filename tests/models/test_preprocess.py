@@ -16,7 +16,7 @@ from models.preprocess import Preprocessor
 from tests.server.tiny import VISUAL, config, processor
 
 TOKENIZER = processor().tokenizer
-PREPROCESSOR = Preprocessor(processor(), config(), VISUAL)
+PREPROCESSOR = Preprocessor(processor(), config())
 IMAGE_ID, BOS, EOS = TOKENIZER.convert_tokens_to_ids("<image>"), TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
 SPECIALS = ("<image>", "</s>", "<s>", "<pad>")
 
@@ -97,7 +97,7 @@ def test_parts_that_are_joined_make_no_special_token(parts):
         vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=joins,
     )  # fmt: skip
     expected = PREPROCESSOR.prompt([user(*(part and "x" for part in parts))])
-    for preprocessor in (PREPROCESSOR, Preprocessor(own, config(), VISUAL)):
+    for preprocessor in (PREPROCESSOR, Preprocessor(own, config())):
         assert specials(preprocessor.prompt([user(*parts)])) == specials(expected)
 
 
@@ -106,7 +106,7 @@ def test_a_template_that_loses_an_image_is_refused():
         image_processor=processor().image_processor, tokenizer=TOKENIZER, patch_size=8, image_token="<image>", chat_template="hi",
     )  # fmt: skip
     with pytest.raises(ValueError, match="0 image tokens of 1 images"):
-        Preprocessor(own, config(), VISUAL).prompt([user(None, "a")])
+        Preprocessor(own, config()).prompt([user(None, "a")])
 
 
 def test_a_prompt_may_end_within_the_answer():
@@ -135,7 +135,7 @@ def test_a_special_token_without_a_name_is_text():
         image_processor=processor().image_processor, tokenizer=backend, patch_size=8, image_token="<image>",
         vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=processor().chat_template,
     )  # fmt: skip
-    preprocessor = Preprocessor(own, config(), VISUAL)
+    preprocessor = Preprocessor(own, config())
     assert preprocessor.prompt([user("a <image> b")]).count(IMAGE_ID) == 0
     assert preprocessor.prompt([user(None, "a <image> b")]).count(IMAGE_ID) == VISUAL
 
@@ -156,7 +156,7 @@ def test_a_template_with_a_first_token_does_not_double_it():
         chat_template="<s>" + processor().chat_template,
     )  # fmt: skip
     messages = CHATS["one image"]
-    assert Preprocessor(own, config(), VISUAL).prompt(messages) == PREPROCESSOR.prompt(messages)
+    assert Preprocessor(own, config()).prompt(messages) == PREPROCESSOR.prompt(messages)
 
 
 def test_what_the_template_refuses_is_the_callers_error():
@@ -164,20 +164,20 @@ def test_what_the_template_refuses_is_the_callers_error():
         image_processor=processor().image_processor, tokenizer=TOKENIZER, patch_size=8, image_token="<image>",
         chat_template="{% if messages[0]['role'] != 'user' %}{{ raise_exception('the user speaks first') }}{% endif %}hi",
     )  # fmt: skip
-    preprocessor = Preprocessor(own, config(), VISUAL)
+    preprocessor = Preprocessor(own, config())
     with pytest.raises(ValueError, match="the user speaks first"):
         preprocessor.prompt([{"role": "assistant", "content": "No."}])
 
 
 @pytest.mark.parametrize("size", [(96, 96), (1, 1), (300, 20), (20, 300)])
 def test_pixels_are_what_the_tower_expects_at_any_size(size):
-    pixels = PREPROCESSOR.pixels(Image.new("RGB", size, (255, 0, 127)))
-    assert pixels.shape == (3, 96, 96)
+    pixels = PREPROCESSOR.picture(Image.new("RGB", size, (255, 0, 127))).pixels
+    assert pixels.shape == (1, 3, 96, 96)
     assert pixels.dtype == torch.float32
-    torch.testing.assert_close(pixels[:, 40, 40], torch.tensor([2.0, -2.0, (127 / 255 - 0.5) / 0.25]))
+    torch.testing.assert_close(pixels[0, :, 40, 40], torch.tensor([2.0, -2.0, (127 / 255 - 0.5) / 0.25]))
 
 
 def test_pixels_equal_transformers():
     image = draw("validation", 3).image
     expected = processor()(text="<image>", images=[image], return_tensors="pt").pixel_values[0]
-    assert torch.equal(PREPROCESSOR.pixels(image), expected)
+    assert torch.equal(PREPROCESSOR.picture(image).pixels[0], expected)

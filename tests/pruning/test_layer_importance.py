@@ -21,7 +21,7 @@ def test_a_layer_that_does_nothing_changes_nothing(tmp_path: Path) -> None:
     idle.out.weight.zero_()
     idle.down.weight.zero_()
     requests = [ask(new_engine(checkpoint), (picture,)) for picture in range(3)]
-    found = layer_change(checkpoint.model, [(request.prompt, request.images[0].pixels[None]) for request in requests])
+    found = layer_change(checkpoint.model, [(request.prompt, request.images[0].picture) for request in requests])
     assert found[1] == pytest.approx(0, abs=1e-5)
     assert found[0] > 0.01
     assert found[-1] == 1.0, "the last layer is read by nothing it could be compared with"

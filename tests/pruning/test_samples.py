@@ -17,9 +17,9 @@ from models.preprocess import Preprocessor
 from pruning.samples import WORLD, DataError, choose, content, read
 from server import media
 from server.settings import Settings
-from tests.server.tiny import VISUAL, config, processor
+from tests.server.tiny import config, processor
 
-PIXELS = Preprocessor(processor(), config(), VISUAL).pixels
+PICTURE = Preprocessor(processor(), config()).picture
 
 
 def line(path: Path, entry: dict[str, Any]) -> str:
@@ -69,9 +69,9 @@ def test_the_server_and_calibration_see_the_same_picture(kind: str, tmp_path: Pa
     (tmp_path / "picture").write_bytes(file.getvalue())
     data = line(tmp_path / "data.jsonl", {"image": "picture", "question": "What is it?", "answer": "a gradient"})
     (sample,) = read(data, 1, seed=0)
-    served = media.prepare(file.getvalue(), PIXELS, Settings())
+    served = media.prepare(file.getvalue(), PICTURE, Settings())
     assert media.digest(sample.image) == served.digest
-    assert (PIXELS(sample.image) == served.pixels).all()
+    assert (PICTURE(sample.image).pixels == served.picture.pixels).all()
     assert sample.image.size == ((24, 40) if "turned" in kind else (40, 24))
     assert np.asarray(sample.image).std() > 20, "it is not burnt out"
 

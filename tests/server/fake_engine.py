@@ -18,6 +18,8 @@ from llguidance import LLTokenizer
 from PIL import Image
 
 from checkpoints.embedded.build import build_processor
+from models.families import Layout
+from models.preprocess import Picture
 from pruning.dynamic.levels import fixed_menu
 from server.errors import ContextTooLong
 from server.metrics import Metrics
@@ -36,7 +38,7 @@ def embedded_tokenizer() -> LLTokenizer:
 class FakePreprocessor:
     """A token per word, VISUAL_TOKENS per image; refuses to let the assistant speak first."""
 
-    visual_tokens_per_image = VISUAL_TOKENS
+    tiled = False
     center_crop = False
 
     def __init__(self) -> None:
@@ -47,11 +49,11 @@ class FakePreprocessor:
         self.turns: list[dict[str, Any]] = []
         self.template: dict[str, bool] = {}
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
+    def picture(self, image: Image.Image, *, alone: bool = True) -> Picture:
         self.seen.append(image)
         self.busy.set()
         self.may_finish.wait(30)
-        return torch.zeros(3, 2, 2)
+        return Picture(torch.zeros(1, 3, 2, 2), Layout(VISUAL_TOKENS))
 
     vocab_size = 1000
 
@@ -65,7 +67,7 @@ class FakePreprocessor:
     def count_images(self, ids: Sequence[int]) -> int:
         return ids.count(999)
 
-    def prompt(self, messages: list[dict[str, Any]], **template: bool) -> list[int]:
+    def prompt(self, messages: list[dict[str, Any]], layouts: list[Layout] | None = None, **template: bool) -> list[int]:
         self.turns, self.template = messages, template
         if messages[0]["role"] == "assistant":
             raise ValueError("the chat template refuses these messages: the user speaks first")

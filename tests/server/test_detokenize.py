@@ -16,7 +16,7 @@ from server.request import TokenLogprob
 from tests.server.tiny import config, processor
 
 TOKENIZER = processor().tokenizer
-PREPROCESSOR = Preprocessor(processor(), config(), 1)
+PREPROCESSOR = Preprocessor(processor(), config())
 SPELL = PREPROCESSOR.token_bytes
 ALPHABET = "abAB 0.\n\u00e9\u4e2d\U0001f60e"
 texts = st.text(ALPHABET, max_size=30)
@@ -199,5 +199,5 @@ def test_sentencepiece_tokenizers_spell_too():
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
     processor = SimpleNamespace(tokenizer=tokenizer, image_processor=SimpleNamespace(do_center_crop=False))
-    spell = Preprocessor(processor, SimpleNamespace(image_token_index=0), 1).token_bytes
+    spell = Preprocessor(processor, SimpleNamespace(image_token_index=0, model_type="llava")).token_bytes
     assert [spell(token) for token in range(7)] == [b"", b"", b"\xc3", b"\xa9", b" red", b"star", b""]

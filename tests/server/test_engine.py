@@ -68,7 +68,7 @@ def test_an_answer_is_what_the_model_says_on_the_route(engine, tiny, level):
     request, reader = submit(engine, 0, level=level, logprobs=0)
     drain(engine)
     model = tiny.model
-    images = [model.vision(image.pixels[None]) for image in request.images]
+    images = [model.vision(image.picture.pixels) for image in request.images]
     (point,) = engine.menu[level].operating_points
     route, visual = make_route(point, images, LAYERS, tiny.manifest.calibration.layer_change)
     cache = model.new_cache(route.rows(len(request.prompt), 8))
@@ -89,7 +89,7 @@ def test_at_off_an_answer_is_transformers_own(engine, tiny):
         request = ask(engine, pictures)
         engine.submit(request)
         drain(engine)
-        pixels = torch.stack([image.pixels for image in request.images])
+        pixels = torch.cat([image.picture.pixels for image in request.images])
         prompt = torch.tensor([request.prompt])
         made = reference.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), pixel_values=pixels, max_new_tokens=8, do_sample=False
@@ -126,7 +126,7 @@ def test_the_same_picture_and_level_repeat_receipt_and_answer(engine):
 def test_the_receipt_is_the_route_and_the_memory_what_it_needs(engine, tiny, level):
     request, reader = submit(engine, 0, 2, level=level, max_tokens=5)
     engine.step()
-    features = [tiny.model.vision(image.pixels[None]) for image in request.images]
+    features = [tiny.model.vision(image.picture.pixels) for image in request.images]
     change = tiny.manifest.calibration.layer_change
     route, _ = make_route(engine.menu[level].operating_points[0], features, LAYERS, change)
     receipt = reader.started.receipt

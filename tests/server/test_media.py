@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from models.families import Layout
+from models.preprocess import Picture
 from server import media
 from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, UnsupportedMedia
 from server.settings import Settings
@@ -21,11 +23,11 @@ def prepare(source: str | bytes, **limits: Any) -> tuple[Image.Image, str]:
     """What the vision tower would see, and the digest."""
     seen: list[Image.Image] = []
 
-    def pixels(image: Image.Image) -> torch.Tensor:
+    def picture(image: Image.Image) -> Picture:
         seen.append(image)
-        return torch.zeros(3, 1, 1)
+        return Picture(torch.zeros(1, 3, 1, 1), Layout(1))
 
-    digest = media.prepare(source, pixels, Settings(**limits)).digest
+    digest = media.prepare(source, picture, Settings(**limits)).digest
     return seen[0], digest
 
 

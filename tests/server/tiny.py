@@ -148,7 +148,7 @@ def ask(
     images = []
     for number in pictures:
         image = draw("validation", number).image
-        images.append(PreparedImage(engine.preprocessor.pixels(image), sha256(image.tobytes()).hexdigest()))
+        images.append(PreparedImage(engine.preprocessor.picture(image), sha256(image.tobytes()).hexdigest()))
     prompt = engine.preprocessor.prompt([{"role": "user", "content": parts}])
     options = Sampling(**{"max_tokens": 8, **sampling})
     return Request(f"request-{next(_numbers)}", prompt, images, level, options, Reader(), reason="body")
@@ -162,7 +162,7 @@ def submit(engine: Engine, *pictures: int, **options: Any) -> tuple[Request, Rea
 
 
 def spoil(request: Any, pixels: torch.Tensor) -> Any:
-    return replace(request, images=[replace(request.images[0], pixels=pixels, digest="bad0bad0")])
+    return replace(request, images=[PreparedImage(replace(request.images[0].picture, pixels=pixels[None]), "bad0bad0")])
 
 
 def drain(engine: Engine, steps: int = 500) -> None:

@@ -96,8 +96,8 @@ def _collect(config: TrainingConfig, source: Checkpoint, samples: Iterable[Sampl
     found: list[dict[str, Tensor]] = []
     visual = []
     for number, sample in enumerate(samples):
-        pixels = source.preprocessor.pixels(sample.image)[None].to(source.model.device, source.model.dtype)
-        visual.append(source.model.vision(pixels).tokens[0])
+        picture = source.preprocessor.picture(sample.image)
+        visual.append(source.model.encode(picture.pixels, picture.layout).tokens[0])
         turns = Random(f"{config.seed}/{first + number}").sample(sample.turns, min(config.questions, len(sample.turns)))
         held_out = first + number >= config.training_pictures
         openings, follow_ups = _split([question for question, _ in turns], held_out=held_out)

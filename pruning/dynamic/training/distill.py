@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from pruning.dynamic.levels import layers_to_freeze
 from pruning.dynamic.router import Router, select_tokens
@@ -39,7 +39,7 @@ def budget(seed: int, tokens: int, layers: int) -> tuple[int, int]:
     return max(1, round(share * tokens)), frozen
 
 
-def distillation_loss(router: Router, model: LlavaForConditionalGeneration, data: RouterDataset, seed: int) -> Tensor:
+def distillation_loss(router: Router, model: PreTrainedModel, data: RouterDataset, seed: int) -> Tensor:
     """Mean divergence over the questions: those with answers of like length together, each such part at a budget of its own."""
     tokens, total = data.attention.shape[1], torch.zeros((), device=router.layer_tokens.device)
     by_length = (data.answer >= 0).sum(1).argsort(stable=True)
@@ -49,7 +49,7 @@ def distillation_loss(router: Router, model: LlavaForConditionalGeneration, data
     return total / len(by_length)
 
 
-def divergence(router: Router, model: LlavaForConditionalGeneration, data: RouterDataset, keep: int, frozen: int) -> Tensor:
+def divergence(router: Router, model: PreTrainedModel, data: RouterDataset, keep: int, frozen: int) -> Tensor:
     """KL(un-pruned || routed), summed over the answer's tokens: float32 [questions]. Differentiable in the correction."""
     with torch.no_grad():
         batch = score(router, model.get_input_embeddings(), data)
@@ -69,7 +69,7 @@ def divergence(router: Router, model: LlavaForConditionalGeneration, data: Route
 
 
 def _logits(
-    model: LlavaForConditionalGeneration, data: RouterDataset, values: Tensor, kept: Tensor, log_sizes: Tensor,
+    model: PreTrainedModel, data: RouterDataset, values: Tensor, kept: Tensor, log_sizes: Tensor,
     frozen_layers: list[frozenset[int]],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """float32 logits [answer tokens of all questions, vocab] and which question each is of; rows are padded at their ends."""
@@ -100,7 +100,7 @@ def _logits(
 
 
 @contextmanager
-def _frozen(model: LlavaForConditionalGeneration, visual: Tensor, frozen_layers: list[frozenset[int]]) -> Iterator[None]:
+def _frozen(model: PreTrainedModel, visual: Tensor, frozen_layers: list[frozenset[int]]) -> Iterator[None]:
     """While it lasts, the `visual` rows [batch, n] of each question leave its frozen layers as they came."""
 
     def freeze(layer: int) -> torch.utils.hooks.RemovableHandle:

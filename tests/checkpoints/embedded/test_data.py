@@ -26,7 +26,7 @@ EVEN = (1,) * len(FAMILIES)
 @pytest.mark.parametrize("index", range(4))
 def test_sequences_are_the_prompts_that_serving_makes(index):
     """Token for token, positions too, for every type of question: what is learned is what will be asked."""
-    preprocessor = Preprocessor(processor(), config(), VISUAL)
+    preprocessor = Preprocessor(processor(), config())
     scene = draw("train", index)
     packed = Packer(TOKENIZER, VISUAL).pack(scene.questions, ALL, Random(0))
     for question, conversation in zip(scene.questions, conversations(packed), strict=True):
@@ -38,7 +38,7 @@ def test_sequences_are_the_prompts_that_serving_makes(index):
 
 
 def test_follow_up_turns_are_the_chats_that_serving_makes():
-    preprocessor = Preprocessor(processor(), config(), VISUAL)
+    preprocessor = Preprocessor(processor(), config())
     first, second, third, fourth = draw("train", 0).questions[:4]
     packed = Packer(TOKENIZER, VISUAL).pack([first, second, third, fourth], replace(ALL, follow_up=1.0), Random(0))
     long, short = conversations(packed)  # three turns at most, then another conversation

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.checkpoint import load
+from models.families import Layout
 from models.flops import flops_ratio
 from models.vision.features import ImageFeatures
 from pruning.dynamic.levels import AUTO, Level, OperatingPoint, layers_to_run
@@ -56,7 +57,7 @@ def test_no_plan_of_a_router_holds_more_than_was_reserved(planner, data, images,
     level = data.draw(st.sampled_from([name for name in LEVELS if name in planner.menu]))
     planner.menu[level] = replace(planner.menu[level], cost_weight=data.draw(st.floats(0, 100)))
     prompt = prompt_of(planner, images, text)
-    reserved = planner.reserve(level, len(prompt), images, answer)
+    reserved = planner.reserve(level, len(prompt), [Layout(VISUAL)] * images, answer)
     plan = planner.plan(level, "body", prompt, pictures(images), follow_up=follow_up)
     rows = plan.route.rows(len(prompt))
     assert sum(n + answer for n in rows if n) <= reserved.cache_rows
@@ -72,7 +73,7 @@ def test_no_plan_of_a_router_holds_more_than_was_reserved(planner, data, images,
 def test_without_a_router_a_plan_holds_what_was_reserved(merging, images, ratio, skipped, text, answer):
     merging.menu["some"] = Level("some", "", ratio, (OperatingPoint(ratio, skipped),))
     prompt = prompt_of(merging, images, text)
-    reserved = merging.reserve("some", len(prompt), images, answer)
+    reserved = merging.reserve("some", len(prompt), [Layout(VISUAL)] * images, answer)
     plan = merging.plan("some", "body", prompt, pictures(images))
     rows = plan.route.rows(len(prompt))
     assert sum(n + answer for n in rows if n) == reserved.cache_rows
@@ -86,10 +87,39 @@ def test_without_a_router_a_plan_holds_what_was_reserved(merging, images, ratio,
         assert len(set(shares)) == 1, "each picture keeps as much as the others"
 
 
+@given(data=st.data(), images=st.integers(1, 3), ratio=st.floats(0.001, 1), skipped=st.integers(0, LAYERS - 2))
+def test_a_plan_of_tiled_pictures_holds_no_more_than_reserved(merging, data, images, ratio, skipped):
+    sizes = st.integers(0, 6)
+    layouts = [
+        Layout(9, newline=True, grid=(1, 1), rows=data.draw(sizes), columns=data.draw(sizes)) if data.draw(st.booleans())
+        else Layout(9, newline=True)
+        for _ in range(images)
+    ]  # fmt: skip
+    generator = torch.Generator().manual_seed(images)
+    features = [ImageFeatures(torch.randn(1, one.visual_tokens, WIDTH, generator=generator), None, one) for one in layouts]
+    merging.menu["some"] = Level("some", "", ratio, (OperatingPoint(ratio, skipped),))
+    total = sum(one.visual_tokens for one in layouts)
+    prompt = [*[merging.model.config.image_token_id] * total, *range(40, 50)]
+    reserved = merging.reserve("some", len(prompt), layouts, 7)
+    plan = merging.plan("some", "body", prompt, features)
+    rows = plan.route.rows(len(prompt))
+    assert sum(n + 7 for n in rows if n) <= reserved.cache_rows
+    assert max(rows) <= reserved.prefill_tokens <= len(prompt)
+    assert plan.route.visual_tokens == len(plan.visual) == total
+    start = 0
+    for one in layouts:
+        kept = {token - start for token in plan.route.kept_tokens if start <= token < start + one.visual_tokens}
+        others = sorted(kept - set(one.newlines))
+        wanted = one.newlines if len(others) + len(one.newlines) == one.visual_tokens else one.newlines_of(others)
+        assert kept - set(others) == set(wanted)
+        start += one.visual_tokens
+
+
 def test_what_off_needs_is_the_most_that_is_ever_reserved(planner):
-    off = planner.reserve("off", 300, 2, 8)
+    two = [Layout(VISUAL)] * 2
+    off = planner.reserve("off", 300, two, 8)
     assert (off.cache_rows, off.prefill_tokens) == (308 * LAYERS, 300)
-    assert planner.reserve("balanced", 300, 2, 8) == planner.reserve(AUTO, 300, 2, 8) == off
+    assert planner.reserve("balanced", 300, two, 8) == planner.reserve(AUTO, 300, two, 8) == off
 
 
 def test_off_is_the_whole_model(planner):

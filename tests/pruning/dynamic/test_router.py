@@ -85,7 +85,7 @@ def test_it_costs_under_three_percent_of_a_prefill_at_7b():
 def test_agreement_is_that_of_the_hardest_picture(routed):
     checkpoint = load(routed)
     router = load_router(checkpoint)
-    pictures = [ask(new_engine(checkpoint), (number,)).images[0].pixels[None] for number in range(3)]
+    pictures = [ask(new_engine(checkpoint), (number,)).images[0].picture.pixels for number in range(3)]
     features = [checkpoint.model.vision(pixels) for pixels in pictures]
     one_by_one = [score_request(router, checkpoint.model, [image], [40, 41]).expected_agreement for image in features]
     together = score_request(router, checkpoint.model, features, [40, 41]).expected_agreement

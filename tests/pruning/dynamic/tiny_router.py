@@ -54,4 +54,4 @@ def router_dataset(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Rou
 
 def prompt_of(checkpoint: Checkpoint, text: str = "What color is the star?", picture: int = 0) -> Prompt:
     request = ask(new_engine(checkpoint), (picture,), text)
-    return Prompt(request.prompt, checkpoint.model.vision(request.images[0].pixels[None]).tokens[0])
+    return Prompt(request.prompt, checkpoint.model.vision(request.images[0].picture.pixels).tokens[0])

@@ -33,7 +33,7 @@ def test_questions_side_by_side_are_answered_as_each_alone(source: TransformersC
     for segment, question in enumerate(SCENE.questions, 1):
         content = [{"type": "image"}, {"type": "text", "text": question.text}]
         prompt = source.preprocessor.prompt([{"role": "user", "content": content}])
-        alone = source.model(input_ids=torch.tensor([prompt]), pixel_values=together.pixels, use_cache=False).logits[0, -1]
+        alone = source.model(input_ids=torch.tensor([prompt]), pixel_values=together.picture.pixels, use_cache=False).logits[0, -1]
         assert_close(logits[segments == segment][0], alone, rtol=1e-4, atol=1e-5)
 
 

@@ -149,7 +149,7 @@ def test_it_serves_with_the_answers_that_transformers_gives(dense, tmp_path, pat
         scene = draw("test", index)
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": scene.questions[0].text}]}]
         ids = torch.tensor([checkpoint.preprocessor.prompt(messages)])
-        pixels = checkpoint.preprocessor.pixels(scene.image)[None]
+        pixels = checkpoint.preprocessor.picture(scene.image).pixels
         expected = source.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=MAX_TOKENS, do_sample=False)
         ours = RecordedAnswer()
         engine.submit(make_request(checkpoint.preprocessor, index, scene.image, scene.questions[0].text, "off", ours))
@@ -291,7 +291,7 @@ def test_a_pruned_checkpoint_is_not_pruned_again(dense, tmp_path):
 def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    with pytest.raises(CheckpointError, match="LlamaForCausalLM is not LlavaForConditionalGeneration"):
+    with pytest.raises(CheckpointError, match="LlamaForCausalLM is not one of LlavaForConditionalGeneration"):
         prune(tmp_path / "other", tmp_path / "out")
 
 

@@ -295,7 +295,7 @@ def test_layers_of_different_shapes_answer_as_sliced_modules(kind, options, tmp_
     model.save_pretrained(tmp_path)
     ours = from_transformers(model)
     assert ours.kv_heads == [1, 2, 1]
-    torch.testing.assert_close(answers(ours, sample.ids.tolist(), sample.pixels, 0)[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(answers(ours, sample.ids.tolist(), sample.picture.pixels, 0)[0], expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match="mismatch"):
         LlavaForConditionalGeneration.from_pretrained(tmp_path)
 

@@ -20,7 +20,7 @@ def test_attention_is_the_most_that_transformers_computes(plain):
     said, attention = observe(checkpoint.model, prompts, answers)
     for number, (prompt, own) in enumerate(zip(prompts, answers, strict=True)):
         ids = torch.tensor([[*prompt.ids, *own[:-1]]])
-        pixels = ask(new_engine(checkpoint), (number,)).images[0].pixels[None]
+        pixels = ask(new_engine(checkpoint), (number,)).images[0].picture.pixels
         with torch.no_grad():
             out = reference(input_ids=ids, pixel_values=pixels, output_attentions=True)
         visual = (ids[0] == reference.config.image_token_id).nonzero()[:, 0]

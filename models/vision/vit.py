@@ -1,7 +1,8 @@
-"""The CLIP vision tower: its features, and the class token's attention to each patch.
+"""Vision transformers as towers, CLIP and SigLIP: their features, and the class token's attention to each patch.
 
-Only the layers up to the feature layer run. LLaVA-1.5 reads the output of the last layer but one, so the last layer, the final
-norm and the pooling are never computed.
+SigLIP has no class token, no norm before its layers and a bias in its patch embedding; the rest is the same. Only the layers up to
+the feature layer run. LLaVA-1.5 reads the output of the last layer but one, so the last layer, the final norm and the pooling are
+never computed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from models.attention import attend
 from models.layer_shapes import layer_shapes
@@ -33,22 +34,25 @@ class EncoderLayer:
 
 
 @dataclass
-class ClipTower:
-    config: LlavaConfig
-    patch_embedding: Tensor  # [width, 3, patch, patch]
-    class_embedding: Tensor  # [width]
-    position_embedding: Tensor  # [1 + patches, width]
-    pre_norm: tuple[Tensor, Tensor]
+class VisionTransformer:
+    config: PreTrainedConfig
+    patch_embedding: tuple[Tensor, Tensor | None]  # [width, 3, patch, patch] and its bias
+    class_embedding: Tensor | None  # [width]
+    position_embedding: Tensor  # [patches, and one more for the class token, width]
+    pre_norm: tuple[Tensor, Tensor] | None
     layers: list[EncoderLayer]
 
     def __call__(self, pixels: Tensor) -> ImageFeatures:
-        config, clip = self.config, self.config.vision_config
-        images, width = len(pixels), clip.hidden_size
-        patches = F.conv2d(pixels, self.patch_embedding, stride=clip.patch_size).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_embedding.expand(images, 1, -1), patches], dim=1).add_(self.position_embedding)
+        config, vit = self.config, self.config.vision_config
+        images, width = len(pixels), vit.hidden_size
+        tokens = F.conv2d(pixels, *self.patch_embedding, stride=vit.patch_size).flatten(2).transpose(1, 2)
+        if self.class_embedding is not None:
+            tokens = torch.cat([self.class_embedding.expand(images, 1, -1), tokens], dim=1)
+        tokens = tokens + self.position_embedding
         rows = tokens.shape[1]
-        x = F.pad(tokens.view(-1, width), (0, 0, 0, -images * rows % ROW_MULTIPLE))
-        x = F.layer_norm(x, (width,), *self.pre_norm, clip.layer_norm_eps)
+        x = F.pad(tokens.reshape(-1, width), (0, 0, 0, -images * rows % ROW_MULTIPLE))
+        if self.pre_norm is not None:
+            x = F.layer_norm(x, (width,), *self.pre_norm, vit.layer_norm_eps)
         wanted, outputs = feature_layers(config), {}
         attention = torch.empty(0)
         for index, layer in enumerate(self.layers, 1):
@@ -56,17 +60,21 @@ class ClipTower:
             if index in wanted:
                 outputs[index] = x[: images * rows].view(images, rows, width)
         features = torch.cat([outputs[i] for i in wanted], dim=-1) if len(wanted) > 1 else outputs[wanted[0]]
-        if config.vision_feature_select_strategy == "default":
+        leaves_out_first = config.vision_feature_select_strategy == "default"
+        if self.class_embedding is None:
+            return ImageFeatures(features[:, int(leaves_out_first) :])
+        if leaves_out_first:
             return ImageFeatures(features[:, 1:], attention)
         # "full" keeps the class token as a visual token, which must never be dropped.
         return ImageFeatures(features, F.pad(attention, (1, 0), value=1.0))
 
     def _layer(self, x: Tensor, layer: EncoderLayer, images: int, rows: int, *, last: bool) -> tuple[Tensor, Tensor]:
-        """One layer on packed rows [images * rows + padding, width]; of the `last` one also the class token's attention."""
-        clip = self.config.vision_config
+        """One layer on packed rows [images * rows + padding, width]; of the `last` one also the class token's attention,
+        if there is one."""
+        vit = self.config.vision_config
         width = x.shape[-1]
-        dim = width // clip.num_attention_heads
-        qkv = layer.qkv(F.layer_norm(x, (width,), *layer.norm1, clip.layer_norm_eps))
+        dim = width // vit.num_attention_heads
+        qkv = layer.qkv(F.layer_norm(x, (width,), *layer.norm1, vit.layer_norm_eps))
         heads = qkv.shape[1] // (3 * dim)  # structured pruning may leave a layer fewer of them
         mixed = x.new_zeros(len(x), heads * dim)
         attention = []
@@ -75,23 +83,28 @@ class ClipTower:
             query, key, value = qkv[here].view(rows, 3, heads, dim).unbind(1)
             keys, values = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
             mixed[here] = attend(query, keys, values, scale=dim**-0.5, causal=False).reshape(rows, -1)
-            if last:
+            if last and self.class_embedding is not None:
                 attention.append(class_attention(query[0], keys))
         x = layer.out(mixed).add_(x)
-        hidden = activate(layer.up(F.layer_norm(x, (width,), *layer.norm2, clip.layer_norm_eps)), clip.hidden_act)
-        return layer.down(hidden).add_(x), torch.stack(attention) if last else torch.empty(0)
+        hidden = activate(layer.up(F.layer_norm(x, (width,), *layer.norm2, vit.layer_norm_eps)), vit.hidden_act)
+        return layer.down(hidden).add_(x), torch.stack(attention) if attention else torch.empty(0)
 
     def linears(self) -> dict[str, Linear]:
         return {f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(self.layers) for name in ("qkv", "out", "up", "down")}
 
 
-def visual_tokens(config: LlavaConfig) -> int:
-    """Of one image."""
-    clip = config.vision_config
-    return int((clip.image_size // clip.patch_size) ** 2) + (config.vision_feature_select_strategy == "full")
+def visual_tokens(config: PreTrainedConfig) -> int:
+    """Of one tile. "default" leaves out the first token, whether it is a class token or, in SigLIP, a patch."""
+    vit = config.vision_config
+    patches = int(vit.image_size // vit.patch_size) ** 2
+    return patches + has_class_token(config) - (config.vision_feature_select_strategy == "default")
 
 
-def feature_layers(config: LlavaConfig) -> list[int]:
+def has_class_token(config: PreTrainedConfig) -> bool:
+    return bool(config.vision_config.model_type == "clip_vision_model")
+
+
+def feature_layers(config: PreTrainedConfig) -> list[int]:
     """The layers whose output the projector reads, as counts of layers run (0 is the embedding)."""
     total = config.vision_config.num_hidden_layers + 1
     chosen = config.vision_feature_layer
@@ -104,7 +117,7 @@ def class_attention(query: Tensor, keys: Tensor) -> Tensor:
     return logits.softmax(-1).mean(0)[1:]
 
 
-def check_supported(config: LlavaConfig) -> None:
+def check_supported(config: PreTrainedConfig) -> None:
     """Raise ValueError for layers or features that the tower does not have."""
     layer_shapes(config.vision_config)
     if config.vision_feature_select_strategy not in ("default", "full"):
@@ -116,7 +129,7 @@ def check_supported(config: LlavaConfig) -> None:
             raise ValueError(f"vision_feature_layer {layer} names no layer of a tower of {layers}")
 
 
-def from_transformers(model: LlavaForConditionalGeneration) -> ClipTower:
+def from_transformers(model: PreTrainedModel) -> VisionTransformer:
     """Take the tower's weights out of a transformers model; layers above the feature layer are freed."""
     tower = model.model.vision_tower
     used = max(feature_layers(model.config))
@@ -132,12 +145,12 @@ def from_transformers(model: LlavaForConditionalGeneration) -> ClipTower:
         for layer in tower.encoder.layers[:used]
     ]
     del tower.encoder.layers[used:]
-    embeddings = tower.embeddings
-    return ClipTower(
+    embeddings, patch = tower.embeddings, tower.embeddings.patch_embedding
+    return VisionTransformer(
         config=model.config,
-        patch_embedding=embeddings.patch_embedding.weight.detach(),
-        class_embedding=embeddings.class_embedding.detach(),
+        patch_embedding=(patch.weight.detach(), None if patch.bias is None else patch.bias.detach()),
+        class_embedding=embeddings.class_embedding.detach() if has_class_token(model.config) else None,
         position_embedding=embeddings.position_embedding.weight.detach(),
-        pre_norm=(tower.pre_layrnorm.weight.detach(), tower.pre_layrnorm.bias.detach()),
+        pre_norm=(tower.pre_layrnorm.weight.detach(), tower.pre_layrnorm.bias.detach()) if has_class_token(model.config) else None,
         layers=layers,
     )
