@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
+# Tools of the extra dev lie beside Python: hadolint, kubectl.
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 import pytest
 import torch

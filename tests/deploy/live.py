@@ -99,7 +99,9 @@ def prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(shipped / name) for name in config["rule_files"]]
     (job,) = config["scrape_configs"]
-    job["static_configs"] = [{"targets": [target.removeprefix("http://")]}]
+    # As the Prometheus operator would label a pod.
+    labels = {"namespace": "espalier", "pod": "espalier-0"}
+    job["static_configs"] = [{"targets": [target.removeprefix("http://")], "labels": labels}]
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
     url = f"127.0.0.1:{free_port()}"
     command = [

@@ -36,6 +36,20 @@ def panels() -> Iterator[tuple[str, str]]:
             yield f"variable {variable['name']}", variable["definition"].removeprefix("label_values(").rpartition(",")[0]
 
 
+def adapted() -> Iterator[tuple[str, str]]:
+    """What prometheus-adapter asks for each metric of the HPA, by pod."""
+    folder = DEPLOY / "kubernetes/components/hpa"
+    (rule,) = yaml.safe_load((folder / "prometheus-adapter-values.yaml").read_text())["rules"]["custom"]
+    for metric in yaml.safe_load((folder / "hpa.yaml").read_text())["spec"]["metrics"]:
+        name = metric["pods"]["metric"]["name"]
+        filled = {"<<.GroupBy>>": "pod", "<<.Series>>": name, "<<.LabelMatchers>>": 'namespace="espalier",pod=~".+"'}
+        query = rule["metricsQuery"]
+        for template, value in filled.items():
+            query = query.replace(template, value)
+        yield name, query
+        yield f"{name} found", rule["seriesQuery"]
+
+
 def expressions() -> Iterator[tuple[str, str]]:
     """(where, expression), with Grafana's variables filled in and the bounds of alerts left out: a healthy server crosses none."""
     for where, expression in panels():
@@ -52,6 +66,10 @@ def expressions() -> Iterator[tuple[str, str]]:
     for path in DEPLOY.rglob("*.yaml"):
         for query in re.findall(r"^\s*query: (.+)$", path.read_text(), re.MULTILINE):
             yield f"scaler {path.name}", yaml.safe_load(query)
+    for metric, query in adapted():
+        yield f"HPA {metric}", query
+    for name in re.findall(r"Spec: (\S+)", (DEPLOY / "kubernetes/components/inference-pool/picker.yaml").read_text()):
+        yield f"picker {name}", name
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for block in re.findall(r"```promql\n(.*?)```", path.read_text(), re.DOTALL):
             for line in block.strip().splitlines():
