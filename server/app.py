@@ -25,9 +25,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.caller import CALLER, Caller
 from server.chat import model_names, read_chat, read_vqa, unknown_model
 from server.completions import as_completions, completion_reply, detokenize, read_completion, tokenize
 from server.errors import EspalierError, InvalidRequest, NotReady, PayloadTooLarge, UnknownPath, UnsupportedMedia
+from server.logs import fields
 from server.page import add_playground
 from server.replies import AnswerStream, Chunk, fold, prepend, sse, vqa_reply
 from server.request import PreparedRequest
@@ -285,6 +287,8 @@ class Envelope:
                 message = {**message, "body": b""}
             await send(message)
 
+        trace = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
+        caller = CALLER.set(Caller(request_id, trace))
         try:
             await self.app(scope, bounded_receive, labelled_send)
         except Exception:
@@ -293,6 +297,8 @@ class Envelope:
                 raise
             error = EspalierError("The server failed to answer; its log has the details.", code="internal_error")
             await JSONResponse(error.body(), error.status)(scope, receive, labelled_send)
+        finally:
+            CALLER.reset(caller)
 
 
 def unpack(gunzip: Any, message: Message, room: int) -> Message:
@@ -313,7 +319,8 @@ def _add_error_handlers(app: FastAPI, engine: Engine) -> None:
         if request.method == "POST" and refusal.status != 500:
             engine.metrics.rejected(refusal.code or refusal.type)
             reason, where = refusal.code or refusal.type, request.scope["path"][:100]
-            log.info("refused POST %r: %d %s, param %r", where, refusal.status, reason, refusal.param)
+            told = fields(path=where, status=refusal.status, reason=reason, param=refusal.param)
+            log.info("refused POST %r: %d %s, param %r", where, refusal.status, reason, refusal.param, extra=told)
         theirs = error.headers if isinstance(error, HTTPException) else None
         return JSONResponse(refusal.body(), refusal.status, headers={**(theirs or {}), **refusal.headers()})
 

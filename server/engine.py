@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import llguidance.hf
 import torch
@@ -29,12 +30,16 @@ from pruning.dynamic.token_policy import TokenPolicy
 from server.detokenize import Detokenizer, LogprobQueue
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.load import WorkRate
+from server.logs import fields
 from server.metrics import OUTCOMES, Metrics
 from server.request import Delta, Event, Failed, Finished, FinishReason, PreparedImage, Receipt, Request, Started, TokenLogprob
 from server.route_detail import explain
 from server.sampling import is_greedy, new_generator, sample, top_logprobs
 from server.scheduler import NeverFits, QueueFull, ScheduledRequest, Scheduler
 from server.version import version
+
+if TYPE_CHECKING:  # its package is an extra
+    from server.tracing import Tracing
 
 log = logging.getLogger("espalier.engine")
 
@@ -74,10 +79,11 @@ class Engine:
     def __init__(
         self, checkpoint: Checkpoint, limits: Limits | None = None, *, default_level: str = "off",
         token_policy: TokenPolicy | None = None, name: str | None = None, metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:  # fmt: skip
         limits = limits or Limits()
         self.checkpoint, self.model, self.preprocessor = checkpoint, checkpoint.model, checkpoint.preprocessor
-        self.metrics = metrics or Metrics()
+        self.metrics, self._tracing = metrics or Metrics(), tracing
         self.planner = Planner(checkpoint, token_policy)
         self.menu, self.token_policy = self.planner.menu, self.planner.token_policy
         if default_level not in self.menu:
@@ -391,11 +397,11 @@ class Engine:
             self.kv.free(request.id)
             self._changed.notify_all()
         if known:
-            made = len(running.output_ids) if running else 0
-            self._count_ended(request, outcome, made)
+            self._count_ended(request, outcome, running)
 
-    def _count_ended(self, request: Request, outcome: str, new_tokens: int) -> None:
+    def _count_ended(self, request: Request, outcome: str, running: Running | None) -> None:
         """Count a client's request when the last of its choices has ended, by the worst outcome among them."""
+        new_tokens = len(running.output_ids) if running else 0
         if outcome in ("stop", "length"):
             self._work.observe_answer(new_tokens)
         parent = request.parent
@@ -406,10 +412,20 @@ class Engine:
             return
         seconds = time.monotonic() - request.created
         self.metrics.finished(request.level, parent.outcome, seconds, request.timings)
-        stages = " ".join(f"{stage} {value:.3f}" for stage, value in request.timings.items())
+        receipt = running.receipt if running else None
+        if self._tracing:
+            self._tracing.ended(request, self.model_name, receipt)
+        stages = {stage: round(value, 4) for stage, value in request.timings.items()}
         log.info(
             "request %s: %s, level %s, %d prompt and %d new tokens, %.3f s (%s)",
-            request.id, parent.outcome, request.level, len(request.prompt), parent.new_tokens, seconds, stages,
+            request.id, parent.outcome, request.level, len(request.prompt), parent.new_tokens, seconds,
+            " ".join(f"{stage} {value:.3f}" for stage, value in stages.items()),
+            extra=fields(
+                **parent.caller.fields(), id=request.id, outcome=parent.outcome, pruning_level=request.level, reason=request.reason,
+                prompt_tokens=len(request.prompt), new_tokens=parent.new_tokens, choices=parent.choices,
+                visual_tokens=receipt and receipt.visual_tokens, visual_tokens_total=receipt and receipt.visual_tokens_total,
+                flops_ratio=receipt and receipt.flops_ratio, seconds=round(seconds, 4), stages=stages,
+            ),
         )  # fmt: skip
 
     def _emit(self, request: Request, event: Event) -> None:

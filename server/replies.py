@@ -41,7 +41,7 @@ class AnswerStream:
         self._arrived = arrived
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._created = int(time.time())
-        self._parent = ParentRequest(prepared.n)
+        self._parent = ParentRequest(prepared.n, prepared.model)
         self._requests = [self._request(index) for index in range(prepared.n)]
         self._readers = [AnswerReader(prepared.tools) for _ in self._requests]
         self.receipt: Receipt | None = None

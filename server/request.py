@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from models.preprocess import Picture
+from server.caller import CALLER, Caller
 from server.route_detail import RouteDetail
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ class ParentRequest:
     """
 
     choices: int = 1
+    model: str = ""  # as the client wrote it
+    caller: Caller = field(default_factory=CALLER.get)
     ended: int = 0
     routed: bool = False
     first_token: float | None = None  # time.monotonic()

@@ -7,6 +7,7 @@ import signal
 from contextlib import suppress
 from socket import socket
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -14,7 +15,11 @@ from checkpoints.shipped import resolve
 from models.checkpoint import load
 from server.app import create_app
 from server.engine import Engine, Limits
+from server.logs import configure
 from server.settings import Settings
+
+if TYPE_CHECKING:  # its package is an extra
+    from server.tracing import Tracing
 
 log = logging.getLogger("espalier")
 
@@ -41,12 +46,15 @@ class DrainingServer(uvicorn.Server):
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    engine = build_engine(settings)
+    configure(settings.log_format)
+    tracing = start_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
+    engine = build_engine(settings, tracing)
     engine.start()
     app = create_app(engine, settings)
     grace = settings.shutdown_grace_s
-    config = uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=grace)
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, log_level="warning", log_config=None, timeout_graceful_shutdown=grace
+    )  # fmt: skip
     server = DrainingServer(config, engine)
     # uvicorn raises the signal again once it has drained; the engine has yet to stop, and a clean end is exit status 0.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -55,9 +63,20 @@ def run(settings: Settings) -> None:
             server.run()
     finally:
         engine.stop(grace)
+        if tracing:
+            tracing.stop()
 
 
-def build_engine(settings: Settings) -> Engine:
+def start_tracing(endpoint: str) -> Tracing:
+    """Raises ValueError without the extra otel."""
+    try:
+        from server.tracing import Tracing
+    except ImportError as error:
+        raise ValueError("otlp_endpoint needs OpenTelemetry: pip install 'espalier[otel]'") from error
+    return Tracing.over_otlp(endpoint)
+
+
+def build_engine(settings: Settings, tracing: Tracing | None = None) -> Engine:
     checkpoint = load(resolve(settings.checkpoint), settings.device, settings.dtype)
     limits = Limits(
         max_running=settings.max_batch, max_waiting=settings.max_queue,
@@ -69,5 +88,5 @@ def build_engine(settings: Settings) -> Engine:
     )  # fmt: skip
     return Engine(
         checkpoint, limits, default_level=settings.default_level, token_policy=settings.token_policy,
-        name=settings.served_model_name,
+        name=settings.served_model_name, tracing=tracing,
     )  # fmt: skip

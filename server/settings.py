@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.image_limits import MAX_PIXELS, PILLOW_MAX_PIXELS
 from pruning.dynamic.token_policy import TokenPolicy
+from server.logs import LogFormat
 
 PREFIX = "ESPALIER_"
 
@@ -36,6 +37,11 @@ class Settings(BaseSettings):
     max_batch: int = Field(8, ge=1, description="Requests that run at once.")
     max_queue: int = Field(64, ge=0, description="Requests that may wait for a place; more are answered 429.")
     kv_tokens: int = Field(0, ge=0, description="Tokens that the KV cache holds; 0 fits it to the memory.")
+
+    log_format: LogFormat = Field("text", description="text for people; json: one object a line.")
+    otlp_endpoint: str | None = Field(
+        None, description="OpenTelemetry collector for traces and metrics, such as http://localhost:4318; needs the extra otel."
+    )
 
     default_max_tokens: int = Field(256, ge=1, description="Length limit of an answer whose request sets none.")
     max_body_bytes: int = Field(32 * 2**20, ge=1, description="Size limit of a request body, counted while it is read.")
