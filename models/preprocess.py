@@ -72,16 +72,22 @@ class Preprocessor:
     def picture(self, image: Image.Image, *, alone: bool = True) -> Picture:
         """An RGB picture, resized, cut into tiles if that is the family's way, and normalised. `alone` in its prompt or not: some
         families have no tiles of a picture that is one of several."""
-        layout = self.layout(image, alone=alone)
+        layout = self.layout(image.height, image.width, alone=alone)
         whole = self.tiled and layout.tiles == 1
         # A processor that is given several pictures of one prompt makes no tiles of them.
         batch = self._processor.image_processor([[image, image]] if whole else image, return_tensors="pt")
         pixels = batch["pixel_values"][0].float()
         return Picture(pixels if pixels.dim() == 4 else pixels[None], layout)
 
-    def layout(self, image: Image.Image, *, alone: bool = True) -> Layout:
+    def layout(self, height: int, width: int, *, alone: bool = True) -> Layout:
         """How the visual tokens of a picture will lie."""
-        return layout_of(self._config, image.height, image.width, alone=alone)
+        return layout_of(self._config, height, width, alone=alone)
+
+    @property
+    def image_side(self) -> int:
+        """The largest side, in pixels, that a picture is made for the tower."""
+        grids = self._config.image_grid_pinpoints if self.tiled else ()
+        return max([int(self._config.vision_config.image_size), *(side for grid in grids for side in grid)])
 
     def prompt(
         self, messages: list[dict[str, Any]], layouts: Sequence[Layout] | None = None, *, generation: bool = True,

@@ -27,13 +27,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.caller import CALLER, Caller
 from server.chat import model_names, read_chat, read_vqa, unknown_model
-from server.completions import as_completions, completion_reply, detokenize, read_completion, tokenize
+from server.completions import completion_events, completion_reply, detokenize, read_completion, tokenize
 from server.errors import EspalierError, InvalidRequest, NotReady, PayloadTooLarge, UnknownPath, UnsupportedMedia
 from server.logs import fields
 from server.page import add_playground
-from server.replies import AnswerStream, Chunk, fold, prepend, sse, vqa_reply
+from server.replies import AnswerStream, Chunk, chat_events, chat_reply, fold, prepend, vqa_reply
 from server.request import PreparedRequest
-from server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, VqaRequest, invalid
+from server.responses import read_response, response_events, whole_response
+from server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+    VqaRequest,
+    invalid,
+)
 from server.settings import Settings
 from server.version import version
 
@@ -42,10 +51,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Shape = Callable[[dict[str, Any]], dict[str, Any]]
-StreamShape = Callable[[AsyncIterator[Chunk]], AsyncIterator[Chunk]]
+Whole = Callable[[dict[str, Any], PreparedRequest], dict[str, Any]]
+"""A chat's whole reply in the form of a route."""
+Events = Callable[[AsyncIterator[Chunk], PreparedRequest], AsyncIterator[str]]
+"""A chat's chunks as the server-sent events of a route."""
 
-BODIES = (ChatRequest, CompletionRequest, VqaRequest, TokenizeRequest, DetokenizeRequest)
+BODIES = (ChatRequest, CompletionRequest, ResponsesRequest, VqaRequest, TokenizeRequest, DetokenizeRequest)
 GZIP = 16 + zlib.MAX_WBITS
 """What zlib calls a gzip stream."""
 READERS = 4
@@ -70,14 +81,14 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
     readers = CapacityLimiter(READERS)
 
     async def answer(
-        request: Request, read: Callable[[], PreparedRequest], shape: Shape = dict, stream: StreamShape = as_chat
+        request: Request, read: Callable[[], PreparedRequest], whole: Whole = chat_reply, stream: Events = chat_events
     ) -> Response:
         arrived = time.monotonic()
 
         async def work() -> Response:
             # Parsing, decoding and tokenising take too long for the event loop.
             prepared = await to_thread.run_sync(read, limiter=readers)
-            return await reply(AnswerStream(engine, prepared, arrived), prepared, shape, stream)
+            return await reply(AnswerStream(engine, prepared, arrived), prepared, whole, stream)
 
         return await unless_gone(request, work())
 
@@ -92,8 +103,14 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
         """OpenAI's older completions: a text in, its continuation out. The level is set as for chat completions."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
         return await answer(
-            request, lambda: read_completion(engine, settings, body, level), completion_reply, as_completions
+            request, lambda: read_completion(engine, settings, body, level), completion_reply, completion_events
         )
+
+    @app.post("/v1/responses", openapi_extra=_body(ResponsesRequest.__name__))
+    async def responses(request: Request) -> Response:
+        """OpenAI's responses, without state: each request holds its whole chat. The level is set as for chat completions."""
+        body, level = await request.body(), request.headers.get("x-pruning-level")
+        return await answer(request, lambda: read_response(engine, settings, body, level), whole_response, response_events)
 
     @app.post("/v1/vqa", openapi_extra=_body(VqaRequest.__name__, form=True))
     async def vqa(request: Request) -> Response:
@@ -168,22 +185,17 @@ def _add_operations(app: FastAPI, engine: Engine) -> None:
 # ---- a question's answer
 
 
-def as_chat(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-    """The form in which answers are made."""
-    return chunks
-
-
-async def reply(answer: AnswerStream, prepared: PreparedRequest, shape: Shape, stream: StreamShape) -> Response:
-    """`stream` of the chunks as soon as their headers are known, or `shape` of the whole reply."""
+async def reply(answer: AnswerStream, prepared: PreparedRequest, whole: Whole, events: Events) -> Response:
+    """`events` of the chunks as soon as their headers are known, or `whole` of the whole reply."""
     if prepared.stream:
-        return await _start_stream(answer, prepared.include_usage, stream)
+        return await _start_stream(answer, prepared, events)
     try:
-        return JSONResponse(shape(await fold(answer.chunks())), headers=answer.headers())
+        return JSONResponse(whole(await fold(answer.chunks()), prepared), headers=answer.headers())
     finally:
         answer.abort()
 
 
-async def _start_stream(answer: AnswerStream, include_usage: bool, shape: StreamShape) -> Response:
+async def _start_stream(answer: AnswerStream, prepared: PreparedRequest, events: Events) -> Response:
     chunks = answer.chunks()
     try:
         while not (first := await anext(chunks)):
@@ -191,7 +203,7 @@ async def _start_stream(answer: AnswerStream, include_usage: bool, shape: Stream
     except BaseException:
         answer.abort()
         raise
-    return EventStream(answer, sse(shape(prepend(first, chunks)), include_usage))
+    return EventStream(answer, events(prepend(first, chunks), prepared))
 
 
 class EventStream(StreamingResponse):

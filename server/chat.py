@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from server import media
-from server.errors import ContextTooLong, EspalierError, InvalidRequest, PayloadTooLarge, UnknownLevel, UnknownModel
-from server.request import PreparedImage, PreparedRequest
-from server.schema_parts import ImagePart, ImageUrl, Message, NamedTool
+from server.errors import ContextTooLong, InvalidRequest, PayloadTooLarge, UnknownLevel, UnknownModel
+from server.media import ImageSource, OpenedImage
+from server.request import PreparedRequest
+from server.schema_parts import ImagePart, ImageUrl, Message
 from server.schemas import (
     MAX_DETAIL_IMAGES,
     ChatRequest,
     Form,
     Generation,
     OpenAIRequest,
+    StreamedRequest,
     TokenizeRequest,
     VqaRequest,
     parse,
@@ -37,28 +38,44 @@ CHARS_PER_TOKEN = 64
 """More characters than this per token of context cannot fit, so they are refused before they are tokenised."""
 
 Turn = dict[str, Any]
-ImageSource = tuple[str, str | bytes]
-"""A picture's place in the body, for error messages, and its data URL or file."""
-
 
 # ---- reading: heavy, so it runs in a worker thread
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation in the format of chat templates, and its images in order. `field` is the body's that holds it; `generation`
+    lets the assistant's turn begin, `continued` ends the prompt within the last turn."""
+
+    turns: list[Turn]
+    images: list[ImageSource]
+    details: list[str]
+    field: str = "messages"
+    generation: bool = True
+    continued: bool = False
 
 
 def read_chat(engine: Engine, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:
     """A chat body to a prepared request; `header` is X-Pruning-Level. Raises a 4xx of `server.errors` for anything wrong in it."""
     request = parse(ChatRequest, body)
-    turns, images = conversation(request.messages)
-    tools = tool_use(request)
-    if tools:
-        turns = told(turns, tools.prompt())
+    chat = replace(conversation(request.messages), **turn_options(request))
+    return prepare_chat(engine, settings, request, chat, header, kind="chatcmpl-")
+
+
+def prepare_chat(
+    engine: Engine, settings: Settings, request: StreamedRequest, chat: Chat, header: str | None, *, kind: str
+) -> PreparedRequest:
+    """A chat to a prepared request; `kind` begins its id."""
     level = request.pruning.level if request.pruning else None
-    detail = hinted_level(engine, [image.detail for _, image in images])
-    sources: list[ImageSource] = [(place, image.url) for place, image in images]
+    detail = hinted_level(engine, chat.details)
     # The menu first: what is refused for its level costs no decoding.
-    prepared = prepare(engine, settings, request, [], header=header, body=level, detail=detail, tools=tools)
-    if prepared.detail and len(images) > MAX_DETAIL_IMAGES:
-        raise InvalidRequest(f"pruning.detail: for at most {MAX_DETAIL_IMAGES} images, not {len(images)}", param="pruning.detail")
-    return _with_turns(engine, settings, prepared, turns, sources, **turn_options(request))
+    prepared = prepare(engine, settings, request, [], header=header, body=level, detail=detail, kind=kind)
+    if prepared.tools:
+        chat = replace(chat, turns=told(chat.turns, prepared.tools.prompt()))
+    if prepared.detail and len(chat.images) > MAX_DETAIL_IMAGES:
+        message = f"pruning.detail: for at most {MAX_DETAIL_IMAGES} images, not {len(chat.images)}"
+        raise InvalidRequest(message, param="pruning.detail")
+    return _with_chat(engine, settings, prepared, chat)
 
 
 def read_vqa(engine: Engine, settings: Settings, body: bytes | Mapping[str, Any], header: str | None) -> PreparedRequest:
@@ -68,34 +85,33 @@ def read_vqa(engine: Engine, settings: Settings, body: bytes | Mapping[str, Any]
         raise InvalidRequest("question: must not be empty", param="question")
     content = [*({"type": "image"} for _ in request.image), {"type": "text", "text": request.question}]
     sources = [(f"image[{i}]", _data_url(image)) for i, image in enumerate(request.image)]
-    turns = [{"role": "user", "content": content}]
     prepared = prepare(engine, settings, request, [], header=header, body=request.level)
-    return _with_turns(engine, settings, prepared, turns, sources)
+    return _with_chat(engine, settings, prepared, Chat([{"role": "user", "content": content}], sources, [], "question"))
 
 
-def turn_options(request: ChatRequest | TokenizeRequest) -> dict[str, bool]:
+def turn_options(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
     """How the chat's template ends."""
     continued = bool(request.continue_final_message)
     return {"continued": continued, "generation": request.add_generation_prompt is not False and not continued}
 
 
-def _with_turns(
-    engine: Engine, settings: Settings, prepared: PreparedRequest, turns: list[Turn], sources: list[ImageSource],
-    **template: bool,
-) -> PreparedRequest:  # fmt: skip
+def _with_chat(engine: Engine, settings: Settings, prepared: PreparedRequest, chat: Chat) -> PreparedRequest:
+    """The prompt's tokens and the images' pixels, these when the request is known to fit."""
     start = time.perf_counter()
-    prompt, images = prompt_and_images(engine, settings, turns, sources, **template)
+    prompt, opened = open_chat(engine, settings, chat)
+    layouts = [image.layout for image in opened]
+    engine.reserve(prepared.level, len(prompt), layouts, prepared.sampling.max_tokens, chat.field)
+    images = media.decode_all(opened, engine.preprocessor)
+    follow_up = any(turn["role"] == "assistant" for turn in chat.turns)
     seconds = time.perf_counter() - start
-    follow_up = any(turn["role"] == "assistant" for turn in turns)
-    continues = template.get("continued", False)
     return replace(
-        prepared, prompt=prompt, images=images, image_seconds=seconds, follow_up=follow_up, continues=continues
+        prepared, prompt=prompt, images=images, image_seconds=seconds, follow_up=follow_up, continues=chat.continued
     )
 
 
 def prepare(
     engine: Engine, settings: Settings, request: Generation, prompt: list[int],
-    *, header: str | None, body: str | None, detail: str | None = None, kind: str = "chatcmpl", tools: ToolUse | None = None,
+    *, header: str | None, body: str | None, detail: str | None = None, kind: str = "chatcmpl-",
 ) -> PreparedRequest:  # fmt: skip
     """What a request says beside its prompt: model, level, sampling, form of the reply."""
     model, alias = split_model(engine, request.model)
@@ -103,16 +119,16 @@ def prepare(
     sampling = request.sampling(settings.default_max_tokens)
     check_tokens(engine, sampling.stop_token_ids, "stop_token_ids")
     check_tokens(engine, [token for token, _ in sampling.logit_bias], "logit_bias")
-    prepared = PreparedRequest(f"{kind}-{uuid4().hex}", model, prompt, [], 0.0, level, reason, sampling)
+    prepared = PreparedRequest(f"{kind}{uuid4().hex}", model, prompt, [], 0.0, level, reason, sampling)
+    if not isinstance(request, StreamedRequest):
+        return prepared
+    detailed, tools = bool(request.pruning and request.pruning.detail), request.tool_use()
+    constraint = _constraint(engine, request.forms(), tools)
+    prepared = replace(prepared, stream=bool(request.stream), detail=detailed, constraint=constraint, tools=tools)
     if not isinstance(request, OpenAIRequest):
         return prepared
     usage = bool(request.stream_options and request.stream_options.include_usage)
-    detailed = bool(request.pruning and request.pruning.detail)
-    constraint = _constraint(engine, request.forms(), tools)
-    return replace(
-        prepared, n=request.n or 1, stream=bool(request.stream), include_usage=usage, detail=detailed, constraint=constraint,
-        tools=tools,
-    )  # fmt: skip
+    return replace(prepared, n=request.n or 1, include_usage=usage)
 
 
 def _constraint(engine: Engine, forms: Sequence[Form], tools: ToolUse | None) -> Constraint | None:
@@ -130,24 +146,13 @@ def _constraint(engine: Engine, forms: Sequence[Form], tools: ToolUse | None) ->
     return None
 
 
-def tool_use(request: ChatRequest) -> ToolUse | None:
-    """The functions that the answer may or must call; None for none."""
-    functions, choice = tuple(tool.function for tool in request.tools or ()), request.tool_choice
-    if not functions or choice == "none":
-        return None
-    if isinstance(choice, NamedTool):
-        return ToolUse(tuple(one for one in functions if one.name == choice.function.name), required=True)
-    return ToolUse(functions, required=choice == "required")
-
-
 def told(turns: list[Turn], text: str) -> list[Turn]:
-    """The turns with a text at the end of the system's, which is made where there is none."""
+    """The turns with a text before all else that the system says."""
     if not text:
         return turns
     part = {"type": "text", "text": text}
     if turns[0]["role"] == "system":
-        first = turns[0]["content"]
-        return [{"role": "system", "content": [*first, *([{"type": "text", "text": "\n\n"}] if first else []), part]}, *turns[1:]]
+        return [{"role": "system", "content": [part, {"type": "text", "text": "\n\n"}, *turns[0]["content"]]}, *turns[1:]]
     return [{"role": "system", "content": [part]}, *turns]
 
 
@@ -156,8 +161,8 @@ def _data_url(image: str | bytes) -> str | bytes:
     return image if isinstance(image, bytes) or ":" in image else f"data:;base64,{image}"
 
 
-def conversation(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[str, ImageUrl]]]:
-    """Messages in the format of chat templates, and their images in order, each with its place in the body.
+def conversation(messages: Sequence[Message], field: str = "messages") -> Chat:
+    """Messages as a chat, each image with its place in the body.
 
     Chat templates of LLaVA know no functions: a call stands in the assistant's turn as it would write it, its result in the user's.
     """
@@ -167,62 +172,52 @@ def conversation(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[st
     for i, message in enumerate(messages):
         content: list[dict[str, str]] = []
         for j, part in enumerate(message.content or ()):
-            place = f"messages[{i}].content[{j}]"
+            place = f"{field}[{i}].content[{j}]"
             if not isinstance(part, ImagePart):
                 content.append({"type": "text", "text": part.text})
             elif message.role == "user":
                 content.append({"type": "image"})
-                images.append((f"{place}.image_url.url", part.image_url))
+                images.append((f"{place}.image_url" + ".url" * (field == "messages"), part.image_url))
             else:
                 raise InvalidRequest(f"{place}: only user messages may hold images", param=place)
         content += [{"type": "text", "text": call_text(call)} for call in message.tool_calls or ()]
         role = TURN_OF.get(message.role, message.role)
-        if i and role == turns[-1]["role"] and "tool" in (message.role, messages[i - 1].role):
-            turns[-1]["content"] += [{"type": "text", "text": "\n"}, *content]  # results, and what follows them, are one turn
+        joins = message.tool_calls or "tool" in (message.role, messages[i - 1].role)
+        if i and role == turns[-1]["role"] and joins:  # calls are one turn, and so are results and what follows them
+            turns[-1]["content"] += [{"type": "text", "text": "\n"}, *content]
         else:
             turns.append({"role": role, "content": content})
         if message.role == "user":
             asked = asked or any(part["type"] == "image" or part["text"].strip() for part in content)
     if not asked:
-        raise InvalidRequest("messages: no user message holds text or an image", param="messages")
-    return turns, images
+        raise InvalidRequest(f"{field}: no user message holds text or an image", param=field)
+    return Chat(turns, [(place, image.url) for place, image in images], [image.detail for _, image in images], field)
 
 
-def prompt_and_images(
-    engine: Engine, settings: Settings, turns: list[Turn], sources: list[ImageSource], **template: bool
-) -> tuple[list[int], list[PreparedImage]]:
-    """The prompt's tokens and the images' pixels, after every limit has been checked."""
-    if len(sources) > settings.max_images:
-        message = f"A request may hold at most {settings.max_images} images, not {len(sources)}."
-        raise PayloadTooLarge(message, param=sources[settings.max_images][0])
-    check_length(engine, sum(len(part.get("text", "")) for turn in turns for part in turn["content"]), "messages")
-    images = [_picture(engine, settings, source, alone=len(sources) == 1) for source in sources]
+def open_chat(engine: Engine, settings: Settings, chat: Chat) -> tuple[list[int], list[OpenedImage]]:
+    """The prompt's tokens, each image as its visual tokens, by the headers of its images, of which none is decoded."""
+    if len(chat.images) > settings.max_images:
+        message = f"A request may hold at most {settings.max_images} images, not {len(chat.images)}."
+        raise PayloadTooLarge(message, param=chat.images[settings.max_images][0])
+    check_length(engine, sum(len(part.get("text", "")) for turn in chat.turns for part in turn["content"]), chat.field)
+    opened = media.open_all(chat.images, engine.preprocessor, settings)
     try:
-        return engine.preprocessor.prompt(turns, [image.picture.layout for image in images], **template), images
+        options = {"generation": chat.generation, "continued": chat.continued}
+        return engine.preprocessor.prompt(chat.turns, [image.layout for image in opened], **options), opened
     except ValueError as error:  # the chat template refuses the order of the roles
-        raise InvalidRequest(str(error), param="messages") from error
+        raise InvalidRequest(str(error), param=chat.field) from error
 
 
 def check_length(engine: Engine, chars: int, param: str) -> None:
     """Raises ContextTooLong for a text that no tokenizer can make fit."""
     if chars > CHARS_PER_TOKEN * engine.context_length:
-        message = f"{chars:,} characters cannot fit a context of {engine.context_length:,} tokens."
-        raise ContextTooLong(message, param=param)
+        raise ContextTooLong.of(f"more than {chars // CHARS_PER_TOKEN}", engine.context_length, param)
 
 
 def check_tokens(engine: Engine, tokens: Sequence[int], param: str) -> None:
     """Raises InvalidRequest for a token that the vocabulary does not have."""
     if max(tokens, default=0) >= (size := engine.preprocessor.vocab_size):
         raise InvalidRequest(f"{param}: the vocabulary ends at token {size - 1}", param=param)
-
-
-def _picture(engine: Engine, settings: Settings, source: ImageSource, *, alone: bool) -> PreparedImage:
-    place, data = source
-    try:
-        return media.prepare(data, partial(engine.preprocessor.picture, alone=alone), settings)
-    except EspalierError as error:
-        error.param = place
-        raise
 
 
 # ---- the level

@@ -6,18 +6,9 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.chat import (
-    ImageSource,
-    check_length,
-    check_tokens,
-    conversation,
-    prepare,
-    prompt_and_images,
-    split_model,
-    turn_options,
-)
+from server.chat import check_length, check_tokens, conversation, open_chat, prepare, split_model, turn_options
 from server.errors import InvalidRequest
-from server.replies import Chunk
+from server.replies import Chunk, chat_events
 from server.request import PreparedRequest
 from server.schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from server.settings import Settings
@@ -31,7 +22,7 @@ def read_completion(engine: Engine, settings: Settings, body: bytes, header: str
     request = parse(CompletionRequest, body)
     prompt = _prompt(engine, request)
     level = request.pruning.level if request.pruning else None
-    prepared = prepare(engine, settings, request, prompt, header=header, body=level, kind="cmpl")
+    prepared = prepare(engine, settings, request, prompt, header=header, body=level, kind="cmpl-")
     return replace(prepared, continues=True)
 
 
@@ -54,9 +45,7 @@ def tokenize(engine: Engine, settings: Settings, body: bytes) -> dict[str, Any]:
     request = parse(TokenizeRequest, body)
     split_model(engine, request.model)
     if request.messages is not None:
-        turns, images = conversation(request.messages)
-        sources: list[ImageSource] = [(place, image.url) for place, image in images]
-        tokens, _ = prompt_and_images(engine, settings, turns, sources, **turn_options(request))
+        tokens, _ = open_chat(engine, settings, replace(conversation(request.messages), **turn_options(request)))
     else:
         assert request.prompt is not None
         check_length(engine, len(request.prompt), "prompt")
@@ -77,6 +66,11 @@ def detokenize(engine: Engine, body: bytes) -> dict[str, str]:
 # ---- the older form of an answer
 
 
+def completion_events(chunks: AsyncIterator[Chunk], prepared: PreparedRequest) -> AsyncIterator[str]:
+    """Server-sent events of a completion."""
+    return chat_events(as_completions(chunks), prepared)
+
+
 async def as_completions(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
     """A chat's stream in the form of a completion's; what only names the speaker is left out."""
     seen: dict[int, int] = {}
@@ -87,7 +81,7 @@ async def as_completions(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
             yield chunk | {"object": "text_completion", "choices": choices} if chunk else chunk
 
 
-def completion_reply(reply: dict[str, Any]) -> dict[str, Any]:
+def completion_reply(reply: dict[str, Any], prepared: PreparedRequest) -> dict[str, Any]:
     """A chat's whole reply in the form of a completion's."""
     choices = [_choice(choice, choice["message"]["content"], {}) for choice in reply["choices"]]
     return reply | {"object": "text_completion", "choices": choices}

@@ -35,7 +35,7 @@ from server.metrics import OUTCOMES, Metrics
 from server.request import Delta, Event, Failed, Finished, FinishReason, PreparedImage, Receipt, Request, Started, TokenLogprob
 from server.route_detail import explain
 from server.sampling import is_greedy, new_generator, sample, top_logprobs
-from server.scheduler import NeverFits, QueueFull, ScheduledRequest, Scheduler
+from server.scheduler import QueueFull, ScheduledRequest, Scheduler
 from server.version import version
 
 if TYPE_CHECKING:  # its package is an extra
@@ -150,27 +150,32 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request; its events come on the engine's thread. Raises ContextTooLong, Overloaded or ShuttingDown."""
-        if len(request.prompt) >= self.context_length:
-            raise ContextTooLong(
-                f"the prompt has {len(request.prompt)} tokens and the context holds {self.context_length}; "
-                "send a shorter question, fewer turns or fewer images",
-                param="messages",
-            )
-        new_tokens = self._max_new_tokens(request)
-        most = self.planner.reserve(request.level, len(request.prompt), _layouts(request), new_tokens)
+        rows, prefill = self.reserve(request.level, len(request.prompt), _layouts(request), request.sampling.max_tokens)
         with self._changed:
             if self._draining or (self._thread and not self._thread.is_alive()):
                 raise ShuttingDown("the server is shutting down")
             if request.id in self._requests:
                 raise ValueError(f"request id {request.id} is in use")
             try:
-                self.scheduler.submit(ScheduledRequest(request.id, most.cache_rows, most.prefill_tokens))
-            except NeverFits as error:
-                raise ContextTooLong(f"the request can never run here: {error}", param="max_tokens") from error
+                self.scheduler.submit(ScheduledRequest(request.id, rows, prefill))
             except QueueFull as error:
                 raise Overloaded(str(error), error.retry_after) from error
             self._requests[request.id] = request
             self._changed.notify_all()
+
+    def reserve(
+        self, level: str, prompt_tokens: int, images: Sequence[Layout], max_tokens: int, param: str = "messages"
+    ) -> tuple[int, int]:
+        """The most that such a request may hold: rows of cache, and prefill tokens. Raises ContextTooLong, on `param` of its body,
+        for one that never fits."""
+        if prompt_tokens >= self.context_length:
+            raise ContextTooLong.of(prompt_tokens, self.context_length, param)
+        new_tokens = min(max_tokens, self.context_length - prompt_tokens)
+        most = self.planner.reserve(level, prompt_tokens, images, new_tokens)
+        if most.cache_rows > self.kv.budget:
+            message = f"it needs {most.cache_rows} rows of KV cache and the server has {self.kv.budget}"
+            raise ContextTooLong(f"the request can never run here: {message}", param="max_tokens")
+        return most.cache_rows, most.prefill_tokens
 
     def _max_new_tokens(self, request: Request) -> int:
         return min(request.sampling.max_tokens, self.context_length - len(request.prompt))

@@ -7,7 +7,7 @@ EspalierError
 ├── UnknownModel          404
 ├── UnknownPath           404  no such route; the message lists those that exist
 ├── PayloadTooLarge       413  body, image bytes, pixels or number of images
-├── UnsupportedMedia      415  not a JPEG, PNG or WebP picture, or an unknown Content-Encoding
+├── UnsupportedMedia      415  not a picture of a known format, or an unknown Content-Encoding
 ├── Overloaded            429  not now: the queue is full; carries retry_after seconds
 ├── ShuttingDown          503  the server is draining
 ├── NotReady              503  a probe's answer: the weights are loading, or the engine is gone
@@ -52,6 +52,14 @@ class InvalidRequest(EspalierError):
 
 class ContextTooLong(InvalidRequest):
     code = "context_length_exceeded"
+
+    @classmethod
+    def of(cls, tokens: int | str, context: int, param: str) -> ContextTooLong:
+        """In OpenAI's words, by which clients know what to cut."""
+        return cls(
+            f"This model's maximum context length is {context} tokens. However, your {param} resulted in {tokens} tokens. "
+            "Please send a shorter question, fewer turns or fewer images.", param=param,
+        )  # fmt: skip
 
 
 class UnknownLevel(InvalidRequest):

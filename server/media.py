@@ -4,27 +4,100 @@ from __future__ import annotations
 
 import binascii
 import hashlib
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from PIL import Image
 
-from models.images import ImageError, decode
-from models.preprocess import Picture
+from models.families import Layout
+from models.image_limits import MAX_PIXELS
+from models.images import ImageError, ImageFile, open_image
+from models.preprocess import Preprocessor
 from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, UnsupportedMedia
 from server.request import PreparedImage
 from server.settings import Settings
 
+ImageSource = tuple[str, str | bytes]
+"""A picture's place in the body, for error messages, and its data URL or file."""
 
-def prepare(source: str | bytes, picture: Callable[[Image.Image], Picture], settings: Settings) -> PreparedImage:
-    """A data URL or a file's bytes to what the vision tower takes. Raises a 4xx of `server.errors`."""
+
+class PixelBudget:
+    """Pixels that all threads together may decode at once; whoever asks for more waits for the others to end."""
+
+    def __init__(self, pixels: int) -> None:
+        self._pixels, self._used, self._changed = pixels, 0, threading.Condition()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Wait until so many are free, or all; one picture always fits."""
+        pixels = min(pixels, self._pixels)
+        with self._changed:
+            self._changed.wait_for(lambda: self._used + pixels <= self._pixels)
+            self._used += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= pixels
+                self._changed.notify_all()
+
+
+IN_FLIGHT = PixelBudget(2 * MAX_PIXELS)
+"""About ten bytes a pixel while a picture is turned, laid on white and scaled."""
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """A picture whose header is read: its place in the body, and how its visual tokens will lie."""
+
+    place: str
+    file: ImageFile
+    layout: Layout
+
+
+def open_all(sources: Sequence[ImageSource], preprocessor: Preprocessor, settings: Settings) -> list[OpenedImage]:
+    """Read the headers of data URLs and files. Raises a 4xx of `server.errors` that names the place."""
+    opened, pixels, alone = [], 0, len(sources) == 1
+    for place, source in sources:
+        with _at(place):
+            file = _open(source, preprocessor.image_side, settings)
+            if (pixels := pixels + file.pixels) > settings.max_request_pixels:
+                raise PayloadTooLarge(f"A request's pictures may have at most {settings.max_request_pixels:,} pixels together.")
+            opened.append(OpenedImage(place, file, preprocessor.layout(*file.size, alone=alone)))
+    return opened
+
+
+def decode_all(opened: Sequence[OpenedImage], preprocessor: Preprocessor) -> list[PreparedImage]:
+    """Pictures as the vision tower takes them. Raises a 4xx of `server.errors` that names the place."""
+    images = []
+    for one in opened:
+        with _at(one.place), IN_FLIGHT.hold(one.file.pixels):
+            image = one.file.decode()
+            images.append(PreparedImage(preprocessor.picture(image, alone=len(opened) == 1), digest(image)))
+    return images
+
+
+def _open(source: str | bytes, side: int, settings: Settings) -> ImageFile:
     data = source if isinstance(source, bytes) else read_data_url(source, settings.max_image_bytes)
     if len(data) > settings.max_image_bytes:
         raise PayloadTooLarge(f"A picture may have at most {settings.max_image_bytes:,} bytes.")
+    return open_image(data, settings.max_image_pixels, side)
+
+
+@contextmanager
+def _at(place: str) -> Iterator[None]:
+    """Refusals of a picture name its place."""
     try:
-        image = decode(data, settings.max_image_pixels)
+        yield
     except ImageError as error:
-        raise refusal(error) from error
-    return PreparedImage(picture(image), digest(image))
+        refused = refusal(error)
+        refused.param = place
+        raise refused from error
+    except EspalierError as error:
+        error.param = place
+        raise
 
 
 def refusal(error: ImageError) -> EspalierError:

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 MIN_LOGPROB = -9999.0
 """What OpenAI reports for a token that cannot be drawn; JSON has no -inf."""
 KEEP_ALIVE_S = 15.0
+KEEP_AWAKE = ": still here\n\n"
+"""An event of a stream that no client reads."""
 
 Chunk = dict[str, Any]
 
@@ -212,26 +214,39 @@ def _add(choice: dict[str, Any], piece: dict[str, Any]) -> None:
         choice["logprobs"] = {"content": before + piece["logprobs"]["content"]}
 
 
-def vqa_reply(reply: dict[str, Any]) -> dict[str, Any]:
+def chat_reply(reply: dict[str, Any], prepared: PreparedRequest) -> dict[str, Any]:
+    """The form in which answers are made."""
+    return reply
+
+
+def vqa_reply(reply: dict[str, Any], prepared: PreparedRequest) -> dict[str, Any]:
     """The short form: the answer, what was run for it, and what it cost."""
     answer = reply["choices"][0]["message"]["content"]
     return {"answer": answer, **{key: reply[key] for key in ("pruning", "usage", "model", "id")}}
 
 
-async def sse(chunks: AsyncIterator[Chunk], include_usage: bool) -> AsyncIterator[str]:
+async def chat_events(chunks: AsyncIterator[Chunk], prepared: PreparedRequest) -> AsyncIterator[str]:
     """Server-sent events: each chunk, comments that keep proxies awake, an error if it comes to that, and [DONE]."""
+    async for chunk in caught(chunks):
+        if not chunk:
+            yield KEEP_AWAKE
+        elif "error" in chunk:
+            yield _event(chunk)
+        elif chunk["choices"] or prepared.include_usage:
+            yield _event({"usage": None, **chunk} if prepared.include_usage else chunk)
+    yield "data: [DONE]\n\n"
+
+
+async def caught(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    """The chunks, and OpenAI's error object behind them if they break off."""
     try:
         async for chunk in chunks:
-            if not chunk:
-                yield ": still here\n\n"
-            elif chunk["choices"] or include_usage:
-                yield _event({"usage": None, **chunk} if include_usage else chunk)
+            yield chunk
     except EspalierError as error:
-        yield _event(error.body())
+        yield error.body()
     except Exception:
         log.exception("a stream broke")
-        yield _event(EngineFailure("The server failed to finish this answer.").body())
-    yield "data: [DONE]\n\n"
+        yield EngineFailure("The server failed to finish this answer.").body()
 
 
 def _event(data: Mapping[str, Any]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from models.preprocess import Picture
 from server.caller import CALLER, Caller
@@ -170,3 +170,4 @@ class PreparedRequest:
     detail: bool = False
     constraint: Constraint | None = None
     tools: ToolUse | None = None
+    echo: Mapping[str, Any] = field(default_factory=dict)  # what the reply repeats of the body

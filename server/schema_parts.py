@@ -22,7 +22,7 @@ Detail = Literal["auto", "low", "high", "original"]
 
 
 class ImageUrl(Body):
-    url: str = Field(description="A base64 data URL of a JPEG, PNG or WebP picture. Other URLs are not fetched.")
+    url: str = Field(description="A base64 data URL of a JPEG, PNG, WebP, GIF or AVIF picture. Other URLs are not fetched.")
     detail: Detail = Field(
         "auto", description="`low` asks for level `strong`, `high` and `original` for `off`, unless the request names a level."
     )

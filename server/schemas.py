@@ -3,16 +3,28 @@ fields that would change the answer and are not obeyed."""
 
 from __future__ import annotations
 
+import re
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, PayloadTooLarge
 from server.request import Sampling
+from server.schema_items import FunctionTool, Items, NamedFunctionTool, TextOptions
 from server.schema_parts import Body, Choices, Message, NamedTool, ResponseFormat, StructuredOutputs, Tool
+from server.tools import ToolUse
 
 MAX_INT64 = 2**63 - 1
 MAX_DETAIL_IMAGES = 4
@@ -45,6 +57,10 @@ STRUCTURED = {"response_format", "structured_outputs", "guided_choice", "guided_
 """Fields whose empty values ask for nothing, where a body has them."""
 MISPLACED = {"level": "pruning.level", "pruning": "level"}
 """Where our own fields belong in the bodies that do not have them."""
+
+
+MAX_JSON_VALUES = 200_000
+"""Commas and brackets of a body, which base64 does not have: more would hold the interpreter's lock while they are parsed."""
 
 
 class PruningOptions(Body):
@@ -92,6 +108,8 @@ Images = Annotated[list[str | bytes], BeforeValidator(_many, json_schema_input_t
 class Generation(Body):
     """What every endpoint lets a client say about the answer. A null means the default, as it does for OpenAI."""
 
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
+
     model: str | None = Field(None, description="The served model, or `model@level`.")
     max_tokens: int | None = Field(None, ge=1, description="Length limit of the answer; the server has a default.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of `max_tokens`; wins over it.")
@@ -119,7 +137,7 @@ class Generation(Body):
                 continue
             if name in MISPLACED:
                 raise InvalidRequest(f"{name}: is not known here; send {MISPLACED[name]}", param=name)
-            if name in UNSUPPORTED and not _is_one_of(value, UNSUPPORTED[name]):
+            if name in cls.refused and not _is_one_of(value, cls.refused[name]):
                 raise InvalidRequest(f"{name}: is not supported here; leave it out", param=name)
         return values
 
@@ -142,6 +160,9 @@ def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
+AnyTool = TypeVar("AnyTool", Tool, FunctionTool)
+
+
 @dataclass(frozen=True)
 class Form:
     """What `field` of a body asks the answer to be: JSON that fits a schema, or one of some choices."""
@@ -152,13 +173,43 @@ class Form:
     choices: tuple[str, ...] = ()
 
 
-class OpenAIRequest(Generation):
-    """What OpenAI's two endpoints share beyond that."""
+class StreamedRequest(Generation):
+    """What OpenAI's endpoints share beyond that."""
+
+    stream: bool | None = None
+    pruning: PruningOptions | None = Field(None, description="How much of the model to run.")
+
+    def forms(self) -> list[Form]:
+        """What the answer is asked to be, by field."""
+        return []
+
+    def tool_use(self) -> ToolUse | None:
+        """The functions that the answer may or must call; None for none."""
+        return None
+
+
+def _tool_use(tools: Sequence[Tool | FunctionTool] | None, choice: str | None, name: str | None) -> ToolUse | None:
+    """`choice` is OpenAI's word, `name` that of the one function to call."""
+    functions = tuple(tool.function if isinstance(tool, Tool) else tool for tool in tools or ())
+    if not functions or choice == "none":
+        return None
+    chosen = tuple(function for function in functions if name in (None, function.name))
+    return ToolUse(chosen, required=choice == "required" or name is not None)
+
+
+def _check_tools(tools: Sequence[Tool | FunctionTool] | None, choice: str | None, name: str | None) -> None:
+    names = {tool.function.name if isinstance(tool, Tool) else tool.name for tool in tools or ()}
+    if name is not None and name not in names:
+        raise ValueError("names no function of `tools`")
+    if choice == "required" and not names:
+        raise ValueError("requires `tools`")
+
+
+class OpenAIRequest(StreamedRequest):
+    """What OpenAI's two older endpoints share beyond that."""
 
     n: int | None = Field(None, ge=1, le=8, description="Answers to draw for the same question.")
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    pruning: PruningOptions | None = Field(None, description="How much of the model to run.")
     response_format: ResponseFormat | None = Field(None, description="JSON, or JSON that fits a schema.")
     structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's: one of `choice`, `json`, `json_object`.")
     guided_choice: Choices | None = Field(None, description="vLLM's: the answer is one of these.")
@@ -192,6 +243,23 @@ class OpenAIRequest(Generation):
         return asked
 
 
+def _chosen(choice: str | NamedTool | NamedFunctionTool | None) -> tuple[str | None, str | None]:
+    """OpenAI's word for a choice of functions, and the name of the one function to call."""
+    if isinstance(choice, NamedTool):
+        return None, choice.function.name
+    return (None, choice.name) if isinstance(choice, NamedFunctionTool) else (choice, None)
+
+
+def _different(tools: list[AnyTool]) -> list[AnyTool]:
+    names = [tool.function.name if isinstance(tool, Tool) else tool.name for tool in tools]
+    if len(names) != len(set(names)):
+        raise ValueError("two functions have one name")
+    return tools
+
+
+Tools = Annotated[list[AnyTool], AfterValidator(_different)]
+
+
 class ChatRequest(OpenAIRequest):
     """`POST /v1/chat/completions`."""
 
@@ -200,7 +268,7 @@ class ChatRequest(OpenAIRequest):
     continue_final_message: bool | None = Field(None, description="Go on with the last message, the assistant's own.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token; requires `logprobs`.")
-    tools: list[Tool] | None = Field(None, max_length=128, description="Functions that the model may call, one an answer.")
+    tools: Tools[Tool] | None = Field(None, max_length=128, description="Functions that the model may call, one an answer.")
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(None, description="`auto` is the default.")
     parallel_tool_calls: bool | None = Field(None, description="Taken, and no matter: an answer makes one call.")
 
@@ -221,23 +289,14 @@ class ChatRequest(OpenAIRequest):
             raise ValueError("requires `logprobs: true`")
         return value
 
-    @field_validator("tools")
-    @classmethod
-    def _names_are_different(cls, value: list[Tool] | None) -> list[Tool] | None:
-        names = [tool.function.name for tool in value or ()]
-        if len(names) != len(set(names)):
-            raise ValueError("two functions have one name")
-        return value
-
     @field_validator("tool_choice")
     @classmethod
     def _is_a_tool(cls, value: str | NamedTool | None, info: ValidationInfo) -> str | NamedTool | None:
-        names = [tool.function.name for tool in info.data.get("tools") or ()]
-        if isinstance(value, NamedTool) and value.function.name not in names:
-            raise ValueError("names no function of `tools`")
-        if value == "required" and not names:
-            raise ValueError("requires `tools`")
+        _check_tools(info.data.get("tools"), *_chosen(value))
         return value
+
+    def tool_use(self) -> ToolUse | None:
+        return _tool_use(self.tools, *_chosen(self.tool_choice))
 
     def sampling(self, default_max_tokens: int) -> Sampling:
         alternatives = (self.top_logprobs or 0) if self.logprobs else None
@@ -262,6 +321,47 @@ class CompletionRequest(OpenAIRequest):
 
     def sampling(self, default_max_tokens: int) -> Sampling:
         return replace(super().sampling(default_max_tokens), logprobs=self.logprobs)
+
+
+class ResponsesRequest(StreamedRequest):
+    """`POST /v1/responses`, without state: nothing is stored, so each request holds its whole chat."""
+
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **UNSUPPORTED, "background": (), "conversation": (), "previous_response_id": (), "prompt": (),
+        "reasoning": ({"effort": "none"}, {"effort": None}), "truncation": ("disabled",),
+    }  # fmt: skip
+
+    input: Items = Field(min_length=1, max_length=1024)
+    instructions: str | None = Field(None, description="Stands before the chat, as the system's words.")
+    max_output_tokens: int | None = Field(None, ge=1, description="Length limit of the answer; the server has a default.")
+    text: TextOptions | None = Field(None, description="JSON, or JSON that fits a schema.")
+    tools: Tools[FunctionTool] | None = Field(None, max_length=128, description="Functions that the model may call, one an answer.")
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = Field(None, description="`auto` is the default.")
+    parallel_tool_calls: bool | None = Field(None, description="Taken, and no matter: an answer makes one call.")
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token.")
+    store: bool | None = Field(None, description="Taken, and nothing is stored: the reply says false.")
+    metadata: dict[str, str] | None = Field(None, description="Comes back with the reply.")
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _is_a_tool(cls, value: str | NamedFunctionTool | None, info: ValidationInfo) -> str | NamedFunctionTool | None:
+        _check_tools(info.data.get("tools"), *_chosen(value))
+        return value
+
+    def tool_use(self) -> ToolUse | None:
+        return _tool_use(self.tools, *_chosen(self.tool_choice))
+
+    def forms(self) -> list[Form]:
+        format = self.text and self.text.format
+        if not format or format.type == "text":
+            return []
+        return [Form("text.format", schema=format.json_schema or {"type": "object"}, strict=format.strict)]
+
+    def sampling(self, default_max_tokens: int) -> Sampling:
+        sampling = super().sampling(self.max_output_tokens or default_max_tokens)
+        asked = "message.output_text.logprobs" in (self.include or ()) or self.top_logprobs
+        return replace(sampling, logprobs=(self.top_logprobs or 0) if asked else None)
 
 
 class TokenizeRequest(Body):
@@ -298,10 +398,14 @@ class VqaRequest(Generation):
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
+PART_KINDS = {"text", "image_url", "input_text", "input_image", "output_text", "message", "function_call", "function_call_output"}
+TRIED = re.compile(r"(literal|list|dict)\[|str$|Named(Function)?Tool$")
 
 
 def parse(model: type[AnyBody], body: bytes | Mapping[str, Any]) -> AnyBody:
     """Read a JSON body, or a form's fields, whose numbers are text. Raises InvalidRequest that names the first fault."""
+    if isinstance(body, bytes) and sum(map(body.count, (b",", b"{", b"["))) > MAX_JSON_VALUES:
+        raise PayloadTooLarge(f"The body has more than {MAX_JSON_VALUES:,} values.")
     try:
         if isinstance(body, bytes):
             return model.model_validate_json(body.removeprefix(BOM_UTF8))
@@ -321,12 +425,12 @@ def invalid(errors: Sequence[Any]) -> InvalidRequest:
 def _path(loc: Sequence[int | str]) -> str:
     """("messages", 0, "content", 1, "text", "text") → messages[0].content[1].text
 
-    Pydantic writes a part's kind before its fields; each kind has one field of that name, so doubles are dropped.
+    Pydantic writes the kind of a part, or which of several types it tried, before its fields.
     """
     path = ""
     for before, step in zip([None, *loc], loc, strict=False):
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step != before:
+        elif not (isinstance(before, int) and step in PART_KINDS) and not TRIED.match(step):
             path += f".{step[:100]}" if path else step[:100]
     return path

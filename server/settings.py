@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(
         MAX_PIXELS, ge=1, le=PILLOW_MAX_PIXELS, description="Pixels one picture may have; its header is checked first."
     )
+    max_request_pixels: int = Field(4 * MAX_PIXELS, ge=1, description="Pixels that a request's pictures may have together.")
 
     @model_validator(mode="before")
     @classmethod

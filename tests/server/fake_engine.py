@@ -40,6 +40,7 @@ class FakePreprocessor:
 
     tiled = False
     center_crop = False
+    image_side = 2
 
     def __init__(self) -> None:
         self.busy = threading.Event()
@@ -54,6 +55,9 @@ class FakePreprocessor:
         self.busy.set()
         self.may_finish.wait(30)
         return Picture(torch.zeros(1, 3, 2, 2), Layout(VISUAL_TOKENS))
+
+    def layout(self, height: int, width: int, *, alone: bool = True) -> Layout:
+        return Layout(VISUAL_TOKENS)
 
     vocab_size = 1000
 
@@ -107,11 +111,13 @@ class FakeEngine:
         self.all_aborted = threading.Event()
         self._running: set[str] = set()
 
+    def reserve(self, level: str, prompt_tokens: int, images: list[Layout], max_tokens: int, param: str) -> None:
+        if prompt_tokens >= self.context_length:
+            raise ContextTooLong.of(prompt_tokens, self.context_length, param)
+
     def submit(self, request: Request) -> None:
         if self.refusals and (refusal := self.refusals.pop(0)):
             raise refusal
-        if len(request.prompt) >= self.context_length:
-            raise ContextTooLong(f"the prompt has {len(request.prompt)} tokens", param="messages")
         self._running.add(request.id)
         self.submitted.append(request)
         self.has_submitted.set()

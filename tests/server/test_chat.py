@@ -10,7 +10,7 @@ import pytest
 
 from server import chat, replies
 from server.errors import InvalidRequest, UnknownLevel, UnknownModel
-from server.request import Sampling
+from server.request import PreparedRequest, Sampling
 from server.schemas import NEUTRAL, UNSUPPORTED, ChatRequest, CompletionRequest, Generation, VqaRequest, parse
 from server.settings import Settings
 from tests.server.fake_engine import FakeEngine
@@ -25,8 +25,8 @@ def chat_request(**fields: Any) -> ChatRequest:
 
 
 def conversation(*messages: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    turns, images = chat.conversation(chat_request(messages=messages).messages)
-    return turns, [place for place, _ in images]
+    found = chat.conversation(chat_request(messages=messages).messages)
+    return found.turns, [place for place, _ in found.images]
 
 
 def test_a_conversation_keeps_the_order_of_its_parts() -> None:
@@ -274,7 +274,7 @@ def test_a_question_behind_an_answer_is_a_follow_up(messages: list[dict[str, Any
 def test_a_text_that_can_never_fit_is_not_tokenised() -> None:
     engine = FakeEngine()
     body = json.dumps({"messages": [{"role": "user", "content": "a" * 64 * engine.context_length + "b"}]}).encode()
-    with pytest.raises(InvalidRequest, match="cannot fit"):
+    with pytest.raises(InvalidRequest, match="maximum context length is 2000 tokens"):
         chat.read_chat(engine, Settings(), body, None)
     assert not engine.preprocessor.turns
 
@@ -292,6 +292,10 @@ def piece(index: int, content: str, finish: str | None = None) -> dict[str, Any]
     return {"id": "x", "choices": [choice]}
 
 
+def prepared(**fields: Any) -> PreparedRequest:
+    return PreparedRequest("x", "fake-llava", [], [], 0.0, "off", "default", Sampling(), **fields)
+
+
 @pytest.mark.anyio
 async def test_interleaved_choices_fold_apart() -> None:
     reply = await replies.fold(chunks_of(piece(1, "b"), {}, piece(0, "a"), piece(1, "B", "stop"), piece(0, "A", "length")))
@@ -302,10 +306,10 @@ async def test_interleaved_choices_fold_apart() -> None:
 @pytest.mark.anyio
 async def test_silence_is_a_comment_and_usage_is_optional() -> None:
     usage = {"id": "x", "choices": [], "usage": {"total_tokens": 3}}
-    plain = [event async for event in replies.sse(chunks_of(piece(0, "é"), {}, usage), include_usage=False)]
+    plain = [event async for event in replies.chat_events(chunks_of(piece(0, "é"), {}, usage), prepared())]
     assert [event.split(":")[0] for event in plain] == ["data", "", "data"]
     assert plain[-1] == "data: [DONE]\n\n"
-    full = [event async for event in replies.sse(chunks_of(piece(0, "é"), usage), include_usage=True)]
+    full = [event async for event in replies.chat_events(chunks_of(piece(0, "é"), usage), prepared(include_usage=True))]
     assert [json.loads(event[6:])["usage"] for event in full[:-1]] == [None, {"total_tokens": 3}]
 
 
@@ -315,7 +319,7 @@ async def test_a_bug_in_the_middle_of_a_stream_is_told_without_details(caplog: p
         yield piece(0, "a")
         raise ZeroDivisionError("secret")
 
-    events = [event async for event in replies.sse(broken(), include_usage=False)]
+    events = [event async for event in replies.chat_events(broken(), prepared())]
     assert json.loads(events[1][6:])["error"]["type"] == "server_error"
     assert "secret" not in "".join(events)
     assert events[2] == "data: [DONE]\n\n"

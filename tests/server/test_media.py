@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import base64
+import threading
+import time
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from models.families import Layout
-from models.preprocess import Picture
 from server import media
 from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, UnsupportedMedia
 from server.settings import Settings
-from tests.server.fake_engine import data_url, picture, png_header
+from tests.server.fake_engine import FakePreprocessor, data_url, picture, png_header
 
 
 def prepare(source: str | bytes, **limits: Any) -> tuple[Image.Image, str]:
     """What the vision tower would see, and the digest."""
-    seen: list[Image.Image] = []
-
-    def picture(image: Image.Image) -> Picture:
-        seen.append(image)
-        return Picture(torch.zeros(1, 3, 1, 1), Layout(1))
-
-    digest = media.prepare(source, picture, Settings(**limits)).digest
-    return seen[0], digest
+    opened = media.open_all([("image", source)], preprocessor := FakePreprocessor(), Settings(**limits))
+    (image,) = media.decode_all(opened, preprocessor)
+    return preprocessor.seen[0], image.digest
 
 
 def test_a_file_and_its_data_url_are_the_same_picture() -> None:
@@ -41,7 +35,7 @@ def test_a_file_and_its_data_url_are_the_same_picture() -> None:
 @pytest.mark.parametrize(
     ("data", "refusal", "code"),
     [
-        (picture("GIF"), UnsupportedMedia, "unsupported_media"),
+        (picture("BMP"), UnsupportedMedia, "unsupported_media"),
         (png_header(20_000, 20_000), PayloadTooLarge, "payload_too_large"),
         (picture()[:40], InvalidRequest, "invalid_image"),
     ],
@@ -105,3 +99,34 @@ def test_the_digest_is_of_what_is_seen() -> None:
     files = [picture("PNG"), picture("PNG", compress_level=0), picture("WEBP", lossless=True)]
     assert len({prepare(data)[1] for data in files}) == 1
     assert len({prepare(picture(size=size))[1] for size in ((2, 8), (8, 2), (4, 4))}) == 3
+
+
+# ---- budgets
+
+
+def test_all_headers_are_read_before_a_picture_is_decoded() -> None:
+    preprocessor, sources = FakePreprocessor(), [("first", picture()), ("second", png_header(3000, 3000)), ("third", b"no picture")]
+    with pytest.raises(PayloadTooLarge) as caught:
+        media.open_all(sources, preprocessor, Settings(max_request_pixels=16 + 3000 * 3000 - 1))
+    assert caught.value.param == "second" and not preprocessor.seen
+    with pytest.raises(UnsupportedMedia) as unknown:
+        media.open_all(sources, preprocessor, Settings())
+    assert unknown.value.param == "third" and not preprocessor.seen
+
+
+def test_pixels_in_flight_are_bounded() -> None:
+    budget, inside, most = media.PixelBudget(100), [0], [0]
+
+    def decode(pixels: int) -> None:
+        with budget.hold(pixels):
+            inside[0] += min(pixels, 100)
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.005)
+            inside[0] -= min(pixels, 100)
+
+    threads = [threading.Thread(target=decode, args=(pixels,)) for pixels in (60, 30, 1000, 60, 10, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert 60 <= most[0] <= 100 and inside[0] == 0
