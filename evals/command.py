@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,14 +99,13 @@ def _with_data(options: Options) -> None:
         raise ValueError("your own questions are compared with the dense model: name a --level, or the dense checkpoint --against")
     if options.url:
         _refuse(options, "token_policy")
-        source = official.server_source(options.url, options.at_once)
+        source: Callable[[], official.Source] = partial(official.server_source, options.url, options.at_once)
     else:
         source = _engine(options, resolve(options.checkpoint), options.levels)
-    dense = None
-    if options.against and options.task is None:
-        dense = _engine(options, resolve(str(options.against)), ["off"])
+    dense = _engine(options, resolve(str(options.against)), ["off"]) if options.against and not options.task else None
     official.evaluate(plan, source, options.against if options.task else None, dense)
 
 
-def _engine(options: Options, checkpoint: Path, levels: list[str]) -> official.Source:
-    return official.engine_source(checkpoint, levels, options.token_policy, options.device, options.dtype, options.at_once)
+def _engine(options: Options, checkpoint: Path, levels: list[str]) -> Callable[[], official.Source]:
+    where = (options.token_policy, options.device, options.dtype, options.at_once)
+    return partial(official.engine_source, checkpoint, levels, *where)

@@ -83,7 +83,7 @@ def draw(documents: Sequence[Document], path: Path) -> None:
             x, y = one[name], one["accuracy"]
             panel.errorbar(x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], fmt="o", capsize=3, label=one["level"])
         panel.set_xlabel(label)
-        panel.set_xlim(left=0)
+        panel.set_xlim(0, 1.08 * max(one[name] for one in documents))
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel(documents[0]["measure"])
     figure.axes[-1].legend(title="level")

@@ -17,7 +17,7 @@ from evals.official.ask import Ask, server_model, through_engine, through_server
 from evals.official.judge import Judge
 from evals.official.own import OWN, with_dense
 from evals.official.run import Document, Measured, compare, reopen, run, show, show_change
-from evals.official.task import DataError, Question, Task, sample
+from evals.official.task import DataError, Question, Task, check_pictures, sample
 from evals.official.tasks import TASKS
 from server.engine import Limits
 
@@ -64,11 +64,14 @@ def server_source(url: str, at_once: int) -> Source:
     return Source(model, {"url": url}, lambda level: through_server(url, model, level, at_once))
 
 
-def evaluate(plan: Plan, source: Source, against: Path | None, dense: Source | None = None) -> Document:
-    """Run every level and print; the last line is one JSON document, which is also returned.
+def evaluate(
+    plan: Plan, open_source: Callable[[], Source], against: Path | None, open_dense: Callable[[], Source] | None = None
+) -> Document:
+    """Run every level and print; the last line is one JSON document, which is also returned. Sources are opened once the data is
+    known to be good: a large checkpoint takes minutes.
 
     `against` is the folder of another run to compare with; otherwise levels are compared with the first, and a user's own questions
-    with `dense` at `off`, by default the same model.
+    with the dense source at `off`, by default the same.
     """
     console = Console(stderr=True, quiet=plan.quiet)
     if plan.picture:
@@ -78,14 +81,17 @@ def evaluate(plan: Plan, source: Source, against: Path | None, dense: Source | N
     if not every:
         raise DataError(f"{plan.data}: no questions in it")
     questions = sample(every, plan.limit)
+    check_pictures(questions)
+    if plan.judge:
+        task.judge_reads(plan.data)
+    others = [reopen(task, against, questions)] if against else []
+    source = open_source()
     data = {"data": _digest(every)}
-    others: list[Measured] = []
     if plan.task is None:
-        answered = _one(replace(task, score=None), questions, plan, dense or source, "off", data, console)
+        dense = open_dense() if open_dense else source
+        answered = _one(replace(task, score=None), questions, plan, dense, "off", data, console)
         questions = with_dense(questions, answered.texts)
         others = [replace(answered, questions=questions, scores=[1.0] * len(questions))]
-    elif against:
-        others = [reopen(task, against, questions)]
     measured = [_one(task, questions, plan, source, level, data, console) for level in plan.levels]
     others = others or measured[:1]
     changes = []

@@ -158,8 +158,10 @@ def _unreadable(reviews: Sequence[dict[str, Any]]) -> Figures:
 
 
 MMVET = Task(
-    read_mmvet, None, LONG_TOKENS, "judge's score", files=_mmvet_files, review=_review_mmvet, review_figures=_mmvet_figures
-)
+    read_mmvet, None, LONG_TOKENS, "judge's score", files=_mmvet_files, review=_review_mmvet, judge_reads=mmvet_prompt,
+    review_figures=_mmvet_figures,
+)  # fmt: skip
 LLAVA_BENCH = Task(
-    read_llava_bench, None, LONG_TOKENS, "judge's marks / 10", review=_review_llava_bench, review_figures=_llava_bench_figures
-)
+    read_llava_bench, None, LONG_TOKENS, "judge's marks / 10", review=_review_llava_bench, judge_reads=_references,
+    review_figures=_llava_bench_figures,
+)  # fmt: skip

@@ -18,7 +18,7 @@ from rich.table import Table
 from evals.official import answers
 from evals.official.ask import Ask
 from evals.official.judge import Judge, JudgeError
-from evals.official.task import DataError, Question, Task, check_pictures
+from evals.official.task import DataError, Question, Task
 from evals.statistics import difference_interval, interval
 
 Document = dict[str, Any]
@@ -43,7 +43,6 @@ def run(
     Raises DataError for data that cannot be used, ValueError for questions that were not answered and a judge that fails. What was
     answered and reviewed until then is kept in `folder`.
     """
-    check_pictures(questions)
     answers.open_folder(folder, about)
     path = folder / "answers.jsonl"
     _ask_missing(questions, ask, task.max_tokens, about, path, console)
@@ -238,13 +237,14 @@ def show(measured: Measured, console: Console) -> None:
     if document["flops_ratio"] is not None:
         tokens = f"{document['visual_tokens']:.0f} of {document['visual_tokens_total']:.0f} visual tokens"
         cost = f"{document['flops_ratio']:.1%} of the FLOPs, {document['seconds_per_question']:.3g} s a question"
-        console.print(f"mean: {tokens}, {document['layers']:.1f} layers, {cost}")
+        console.print(f"mean: {tokens}, {document['layers']:.1f} layers, {cost}", soft_wrap=True)
     if document["refused"]:
         console.print(f"{document['refused']} questions do not fit the context and count as wrong")
 
 
 def show_change(change: Document, console: Console) -> None:
-    console.print(f"against {change['against']}, {change['n']} questions: {change['same_answer']:.1%} of the answers are the same")
+    same = f"{change['n']} questions: {change['same_answer']:.1%} of the answers are the same"
+    console.print(f"against {change['against']}, {same}", soft_wrap=True)
     if "difference" not in change:
         return
     low, high = change["interval"]
@@ -254,7 +254,8 @@ def show_change(change: Document, console: Console) -> None:
     )
     for one in change["changed"][:5]:
         first = one["prompt"].split("\n")[0]
-        console.print(f"  {one['question_id']}: {first} — {one['ours']!r}, before {one['theirs']!r}", highlight=False, markup=False)
+        said = f"{one['ours']!r}, before {one['theirs']!r}"
+        console.print(f"  {one['question_id']}: {first} — {said}", highlight=False, markup=False, soft_wrap=True)
 
 
 def share(cell: Document) -> str:

@@ -56,11 +56,16 @@ def _nothing(questions: Sequence[Question], answers: Sequence[Any]) -> dict[str,
     return {}
 
 
+def _no_files(data: Path) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Task:
-    """`read` takes the data's folder and a split, and raises DataError. `score` is that of an answer, 0 to 1; a task that a judge
-    scores has `review` instead: a record with a `score`. `figures` are what the official script reports beyond a mean;
-    `files` what the official server or judge reads, by name. `measure` names the mean."""
+    """`read` takes the data's folder and a split, and raises DataError. `score` is that of an answer, 0 to 1. A task that a judge
+    scores has `review` instead, a record with a `score`; `judge_reads` raises DataError if what the judge is to be told is missing.
+    `figures` are what the official script reports beyond a mean; `files` what the official server or judge reads, by name.
+    `measure` names the mean."""
 
     read: Callable[[Path, str | None], list[Question]]
     score: Callable[[Question, str], float] | None
@@ -69,6 +74,7 @@ class Task:
     figures: Callable[[Sequence[Question], Sequence[str]], Figures] = _nothing
     files: Callable[[Sequence[Question], Sequence[str]], Files] = _nothing
     review: Callable[[Judge, Path, Question, str], dict[str, Any]] | None = None
+    judge_reads: Callable[[Path], Any] = _no_files
     review_figures: Callable[[Sequence[Question], Sequence[dict[str, Any]]], Figures] = _nothing
 
 
