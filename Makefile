@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test install check tables gpu smol
+.PHONY: help serve test clients install check tables gpu smol
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,12 @@ serve: .venv/.installed ## serve the embedded checkpoint on PORT
 
 test: .venv/.installed-dev ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+clients: .venv/.installed ## OpenAI's clients and those built on it, in .venv-clients, against a server of .venv
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -q --disable-pip-version-check -r tests/clients/requirements.txt
+	SERVER_PYTHON=$(BIN)/python .venv-clients/bin/python -m pytest -q --confcutdir=tests/clients -o filterwarnings=default \
+		$(ARGS) tests/clients
 
 tables: .venv/.installed-dev ## make docs/pruning_results.md and docs/routing_results.md from the stored runs
 	@$(BIN)/python -m evals.pruning_report

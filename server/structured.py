@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def _reason(matcher: LLMatcher) -> str:
     return first.rpartition("failed to compile JSON schema: ")[2][:200].replace("NoExtensionBias", "no answer can fit")
 
 
-def schema_grammar(schema: Mapping[str, Any], param: str, *, strict: bool) -> str:
+def schema_grammar(schema: dict[str, Any], param: str, *, strict: bool) -> str:
     """Answers that are JSON and fit `schema`; unless `strict`, keywords that llguidance lacks bind nothing."""
     return f"answer: {json_rule(schema, param, strict=strict)}"
 
@@ -71,12 +71,34 @@ def choice_grammar(choices: Sequence[str]) -> str:
     return f"answer: {' | '.join(map(quoted, choices))}"
 
 
-def json_rule(schema: Mapping[str, Any], param: str, *, strict: bool) -> str:
+def json_rule(schema: dict[str, Any], param: str, *, strict: bool) -> str:
     """A schema as the right side of a Lark rule. Raises InvalidRequest, on `param`, for one that is too large."""
-    text = json.dumps({**schema, "x-guidance": {**FORM, "lenient": not strict}})
+    text = json.dumps({**closed(schema), "x-guidance": {**FORM, "lenient": not strict}})
     if len(text) > MAX_SCHEMA_CHARS:
         raise InvalidRequest(f"{param}: a schema may have at most {MAX_SCHEMA_CHARS:,} characters", param=param)
     return f"%json {text}"
+
+
+SCHEMAS_BY_NAME = {"properties", "$defs", "definitions", "patternProperties"}
+SCHEMAS = {"items", "prefixItems", "anyOf", "oneOf", "additionalProperties"}
+OPEN = {"additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "$ref"}
+"""Keywords by which an object has properties beside those of `properties`."""
+
+
+def closed(schema: Any) -> Any:
+    """The schema, where objects that list their properties and say nothing of others have no others: a weak model would never stop
+    to make some up. XGrammar reads schemas so too."""
+    if isinstance(schema, list):
+        return [closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = dict(schema)
+    for key, value in schema.items():
+        if key in SCHEMAS_BY_NAME and isinstance(value, dict):
+            out[key] = {name: closed(one) for name, one in value.items()}
+        elif key in SCHEMAS:
+            out[key] = closed(value)
+    return out if "properties" not in out or OPEN & out.keys() else {**out, "additionalProperties": False}
 
 
 def quoted(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from anyio import to_thread
 
 from server import replies
+from server.chat import read_chat
 from server.settings import Settings
 from tests.server.client import MENU, PICTURE, QUESTION, ask, body, check_error, connect, events, image_part
 from tests.server.client import client as client  # fixtures
@@ -104,15 +106,16 @@ async def test_the_usage_comes_last_when_asked_for(client: httpx.AsyncClient) ->
     assert all(chunk["usage"] is None for chunk in chunks)
 
 
-async def test_silence_in_a_stream_is_filled(
-    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_silence_in_a_stream_is_filled(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replies, "KEEP_ALIVE_S", 0.01)
     engine.hold_after = 1
-    asyncio.get_running_loop().call_later(0.1, engine.release.set)
-    response = await ask(client, body(image_part(), stream=True))
-    assert ": still here\n\n" in response.text
-    assert "".join(c["choices"][0]["delta"].get("content", "") for c in events(response.text)) == "A red star."
+    prepared = read_chat(engine, Settings(), json.dumps(body(image_part(), stream=True)).encode(), None)
+    stream = replies.chat_events(replies.AnswerStream(engine, prepared, 0.0).chunks(), prepared)
+    assert '"role":"assistant"' in await anext(stream)
+    assert await anext(stream) == replies.KEEP_AWAKE
+    engine.release.set()
+    rest = "".join([event async for event in stream])
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in events(rest)) == "A red star."
 
 
 @pytest.mark.parametrize("stream", [False, True])

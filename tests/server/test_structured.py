@@ -19,7 +19,7 @@ from server.app import create_app
 from server.engine import Engine
 from server.schema_parts import Function
 from server.settings import Settings
-from server.structured import choice_grammar, compile_grammar
+from server.structured import choice_grammar, closed, compile_grammar
 from server.tools import AnswerReader, ToolUse
 from tests.server.client import body, check_error, events, image_part
 from tests.server.tiny import LEVELS, new_engine
@@ -124,6 +124,16 @@ async def test_structured_and_free_answers_share_a_batch(client: httpx.AsyncClie
     assert replies[0].json()["choices"] == free
     assert replies[1].json()["choices"][0]["message"]["content"] in COLORS
     jsonschema.validate(json.loads(replies[2].json()["choices"][0]["message"]["content"]), SCHEMA)
+
+
+def test_objects_that_list_their_properties_have_no_others() -> None:
+    one, two = {"properties": {"a": {}}}, {"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "string"}}
+    shut = {**one, "additionalProperties": False}
+    both = {"properties": {"x": one, "properties": two}, "$defs": {"d": one}, "items": [one], "enum": [one]}
+    expected = {"properties": {"x": shut, "properties": two}, "$defs": {"d": shut}, "items": [shut], "enum": [one]}
+    assert closed(both) == {**expected, "additionalProperties": False}
+    for schema in (two, {"allOf": [one]}, {"type": "object"}, True):
+        assert closed(schema) == schema
 
 
 def test_sentencepiece_tokenizers_are_masked_too() -> None:
