@@ -127,7 +127,10 @@ def eval_(
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="test to report, validation to tune; known: things by the hands trained on.", show_default="test"),
+        typer.Option(
+            help="test to report, validation to tune; known: things by the hands trained on; official tasks: docs/evaluation.md.",
+            show_default="test",
+        ),
     ] = None,
     family: Annotated[str | None, typer.Option(help="things: scenes of one family alone.", show_default="all in turn")] = None,
     paraphrase: Annotated[

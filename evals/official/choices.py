@@ -41,8 +41,8 @@ def _problem(pictures: Path, key: str, where: str, entry: Any) -> Question:
         picture = pictures / key / entry["image"] if entry["image"] else None
         grade = "grades 1-6" if int(entry["grade"].removeprefix("grade")) <= 6 else "grades 7-12"
         context = "with a picture" if picture else "with a text" if hint else "without context"
-        reference = (_OPTIONS[entry["answer"]], len(choices))
-        return Question(key, text, picture, where, reference, (entry["subject"], context, grade))
+        right = _OPTIONS[entry["answer"]]
+        return Question(key, text, picture, where, right, (entry["subject"], context, grade))
 
 
 def chosen(answer: str) -> str | None:
@@ -56,9 +56,7 @@ def chosen(answer: str) -> str | None:
 
 
 def _score_scienceqa(question: Question, answer: str) -> float:
-    right, choices = question.reference
-    letter = chosen(answer)
-    return float(letter == right and right in _OPTIONS[:choices])
+    return float(chosen(answer) == question.reference)
 
 
 # ---- MMBench
@@ -110,8 +108,8 @@ def _row(where: str, row: dict[str, str], pictures: dict[str, bytes]) -> Questio
         listed = "".join(f"\n{letter}. {option}" for letter, option in zip(_LETTERS, options, strict=False))
         text = ("" if hint.lower() in _EMPTY else hint + "\n") + row["question"] + listed + LETTER
         groups = tuple(row[name] for name in ("l2-category", "category") if row.get(name))
-        answer = row.get("answer") or None
-        return Question(index, text, picture, where, (answer, options, {name: row.get(name) or "" for name in _SUBMITTED}), groups)
+        submitted = {name: row.get(name) or "" for name in _SUBMITTED}
+        return Question(index, text, picture, where, row.get("answer") or None, groups, (options, submitted))
 
 
 def _picture(field: str, pictures: dict[str, bytes]) -> bytes:
@@ -137,8 +135,7 @@ def infer(answer: str, options: Sequence[str]) -> str | None:
 
 
 def _score_mmbench(question: Question, answer: str) -> float:
-    right, options, _ = question.reference
-    return float(infer(answer, options) == right)
+    return float(infer(answer, question.entry[0]) == question.reference)
 
 
 def _circular(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
@@ -157,7 +154,7 @@ def _mmbench_files(questions: Sequence[Question], answers: Sequence[str]) -> Fil
     sheet = book.create_sheet()
     sheet.append([*_SUBMITTED[:6], "prediction", *_SUBMITTED[6:]])
     for question, answer in zip(questions, answers, strict=True):
-        row = question.reference[2]
+        row = question.entry[1]
         cells = [*(row[name] for name in _SUBMITTED[:6]), answer, *(row[name] for name in _SUBMITTED[6:])]
         sheet.append([int(cells[0]), *(_printable(cell) for cell in cells[1:])])
     book.save(out)

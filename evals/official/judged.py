@@ -25,8 +25,8 @@ def read_mmvet(data: Path, split: str | None) -> list[Question]:
     found = []
     for key, where, entry in mapped(data / "mm-vet.json"):
         with at(where):
-            picture, reference = data / "images" / entry["imagename"], (entry["question"], entry["answer"])
-            found.append(Question(key, entry["question"], picture, where, reference, tuple(sorted(set(entry["capability"])))))
+            picture, groups = data / "images" / entry["imagename"], tuple(sorted(set(entry["capability"])))
+            found.append(Question(key, entry["question"], picture, where, entry["answer"], groups))
     return found
 
 
@@ -59,9 +59,8 @@ RETRIES = 4
 def _review_mmvet(judge: Judge, data: Path, question: Question, answer: str) -> dict[str, Any]:
     """A number from 0 to 1 that the judge completes a table row with. As in the official script, it is asked again for what is no
     such number, warmer each time, and gives 0 in the end."""
-    text, right = question.reference
-    right = right.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    asked = mmvet_prompt(data) + "\n" + " | ".join([text, right, answer, ""])
+    right = question.reference.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    asked = mmvet_prompt(data) + "\n" + " | ".join([question.text, right, answer, ""])
     content = ""
     for attempt in range(1 + RETRIES):
         content = judge.ask([{"role": "user", "content": asked + (AGAIN if attempt else "")}], 0.5 * max(0, attempt - 1), 3)
@@ -93,7 +92,7 @@ def read_llava_bench(data: Path, split: str | None) -> list[Question]:
     for where, entry in read_jsonl(data / "questions.jsonl"):
         with at(where):
             picture, kind = data / "images" / entry["image"], entry["category"]
-            found.append(Question(entry["question_id"], entry["text"], picture, where, (entry["image"], kind), (kind,)))
+            found.append(Question(entry["question_id"], entry["text"], picture, where, None, (kind,), entry["image"]))
     return found
 
 
@@ -116,10 +115,9 @@ def _references(data: Path) -> tuple[dict[str, str], dict[str | int, dict[str, A
 
 def _review_llava_bench(judge: Judge, data: Path, question: Question, answer: str) -> dict[str, Any]:
     captions, answers, rules = _references(data)
-    picture, kind = question.reference
-    category = f"llava_bench_{kind}"
+    category = f"llava_bench_{question.groups[0]}"
     with at(f"{question.where}: its caption, answer or rule"):
-        caption, other, rule = captions[picture], answers[question.id], rules[category]
+        caption, other, rule = captions[question.entry], answers[question.id], rules[category]
         role, sections = rule["role"], [("Context", caption), ("Question", question.text)]
         parts = [f"[{name}]\n{text}\n\n" for name, text in sections]
         parts += [f"[{role} {n}]\n{text}\n\n[End of {role} {n}]\n\n" for n, text in ((1, other["text"]), (2, answer))]

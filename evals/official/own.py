@@ -12,7 +12,7 @@ from evals.official.task import DataError, Figures, Question, Task, at, read_jso
 
 
 def read_own(path: Path, split: str | None = None) -> list[Question]:
-    """The lines of docs/pruning.md, each turn a question of its own; an answer is not needed. `reference` is the answer."""
+    """The lines of docs/pruning.md, each turn a question of its own; an answer is not needed. `entry` is the answer."""
     if split:
         raise DataError("a file of your own has no --split")
     return list(_read(path))
@@ -29,24 +29,24 @@ def _read(path: Path) -> Iterator[Question]:
                 turns = [(entry["question"], entry.get("answer"))]
             for number, (text, answer) in enumerate(turns):
                 name = f"{where.rpartition(' ')[2]}.{number}"
-                yield Question(name, text.replace("<image>", "").strip(), picture, where, answer)
+                yield Question(name, text.replace("<image>", "").strip(), picture, where, entry=answer)
 
 
 def with_dense(questions: Sequence[Question], texts: Sequence[str]) -> list[Question]:
-    """The same questions, whose `reference` is what the dense model said, beside the answer in the file."""
-    return [replace(question, reference=(text, question.reference)) for question, text in zip(questions, texts, strict=True)]
+    """The same questions, whose `reference` is what the dense model said."""
+    return [replace(question, reference=text) for question, text in zip(questions, texts, strict=True)]
 
 
 def _same(question: Question, answer: str) -> float:
-    return float(normalise(answer) == normalise(question.reference[0]))
+    return float(normalise(answer) == normalise(question.reference))
 
 
 def _figures(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
     """Where the file has all answers, the share that is right, by exact match."""
-    right = [question.reference[1] for question in questions]
+    right = [question.entry for question in questions]
     if any(answer is None for answer in right):
         return {}
-    dense = [question.reference[0] for question in questions]
+    dense = [question.reference for question in questions]
     return {
         name: fmean(normalise(text) == normalise(answer) for text, answer in zip(texts, right, strict=True))
         for name, texts in (("right", answers), ("right, dense", dense))

@@ -28,7 +28,8 @@ class DataError(ValueError):
 @dataclass(frozen=True)
 class Question:
     """One question. `text` is the prompt as it is sent; `image` a file, a file's bytes or nothing; `where` its file and line.
-    `reference` is what the score needs, None where the official file withholds it. `groups` are those that it is counted in."""
+    `reference` is the right answer, None where the official file withholds it; `entry` what else of the file a score or an upload
+    needs. `groups` are those that it is counted in."""
 
     id: str | int
     text: str
@@ -36,6 +37,7 @@ class Question:
     where: str
     reference: Any = None
     groups: tuple[str, ...] = ()
+    entry: Any = None
 
     @property
     def key(self) -> tuple[str | int, str]:

@@ -89,7 +89,7 @@ def _mme(root: Path, folder: Path, path: Path) -> list[Question]:
         if label not in ("Yes", "No"):
             raise DataError(f"{where}: no question with Yes or No behind a tab")
         prompt = text.replace(_ASKED, "").strip() + SHORT
-        found.append(Question(picture.relative_to(root).as_posix(), prompt, picture, where, (label, text), (folder.name,)))
+        found.append(Question(picture.relative_to(root).as_posix(), prompt, picture, where, label, (folder.name,), text))
     return found
 
 
@@ -100,7 +100,7 @@ def meant(answer: str) -> str:
 
 
 def _score_mme(question: Question, answer: str) -> float:
-    return float(meant(answer) == question.reference[0].lower())
+    return float(meant(answer) == question.reference.lower())
 
 
 def _mme_figures(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
@@ -120,8 +120,7 @@ def _mme_files(questions: Sequence[Question], answers: Sequence[str]) -> Files:
     """What the official `calculation.py` reads: a file for each category."""
     lines: dict[str, list[str]] = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
-        label, text = question.reference
-        cells = (f"{Path(str(question.id)).stem}.txt", text, label, " ".join(answer.split()))
+        cells = (f"{Path(str(question.id)).stem}.txt", question.entry, question.reference, " ".join(answer.split()))
         lines[question.groups[0]].append("\t".join(cells) + "\n")
     return {f"mme/{category}.txt": "".join(each).encode() for category, each in lines.items()}
 

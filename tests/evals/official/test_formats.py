@@ -167,6 +167,16 @@ def test_splits_without_answers_are_written_and_not_scored(tmp_path):
     assert json.loads((tmp_path / "run/upload.json").read_text())[4] == {"question_id": 14, "answer": "2"}
 
 
+def test_mmbenchs_test_split_is_submitted_and_not_scored(tmp_path):
+    CASES["mmbench"].write(tmp_path / "data")
+    table = tmp_path / "data/mmbench_dev.tsv"
+    table.write_text(table.read_text().replace("\tanswer\t", "\tanother\t"))
+    task, about = TASKS["mmbench"], {"task": "mmbench", "model": "tiny", "level": "off"}
+    questions = task.read(tmp_path / "data", None)
+    measured = run(task, questions, tmp_path / "data", says(CASES["mmbench"].answers), about, tmp_path / "run", None, QUIET)
+    assert measured.scores is None and (tmp_path / "run/upload.xlsx").exists()
+
+
 def test_one_category_can_be_asked(tmp_path):
     assert len(measure("pope", tmp_path / "pope", ["No", "Yes"], split="popular").questions) == 2
     assert len(measure("mme", tmp_path / "mme", ["No"] * 4, split="count").questions) == 4
