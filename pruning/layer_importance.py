@@ -24,7 +24,7 @@ from pruning import samples
 
 def calibrate(
     checkpoint: Path, data: str, count: int, seed: int, device: str = "cpu", dtype: str = "auto", quiet: bool = False,
-    families: Sequence[str] = samples.FAMILIES,
+    families: Sequence[str] = (),
 ) -> Calibration:  # fmt: skip
     """Measure a checkpoint's layers on `count` samples of `data` (see `pruning.samples`) and write the result into its manifest.
 

@@ -1,4 +1,4 @@
-"""Samples for calibration and training: pictures and what is asked about them, from a JSONL file or from the world of drawings."""
+"""Samples for calibration and training: pictures and what is asked about them, from a JSONL file or drawn on the spot."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from random import Random
 
 from PIL import Image
 
-from checkpoints import world
+from checkpoints import things, world
 from models.checkpoint import sha256
 from models.images import ImageError, decode
 from models.manifest import read_manifest
 
-WORLD = "world"
-"""The data that ships with Espalier: drawings of 96 pixels, and questions about them."""
-FAMILIES = world.FAMILIES
+WORLD, THINGS = "world", "things"
+"""Data that is drawn: what `embedded` was trained on, and what `smol` was; the latter's drawings are fetched when first needed."""
+FAMILIES = {WORLD: world.FAMILIES, THINGS: things.FAMILIES}
 """The families of those drawings."""
+UNSEEN = 100_000_000
+"""Scenes of things from this number on are like those that `smol` was trained on, and were not among them."""
 
 
 class DataError(ValueError):
@@ -43,32 +45,42 @@ def choose(data: str | None, checkpoint: Path) -> str:
     if not data:
         raise DataError(
             f"{checkpoint} needs --data FILE, a JSONL file of pictures like those that it will see, and questions about them; "
-            f"--data {WORLD} takes the drawings of 96 pixels that ship with Espalier"
+            f"--data {WORLD} or {THINGS} takes the drawings that `embedded` and `smol` were trained on"
         )
-    if data != WORLD and not Path(data).is_file():
-        raise DataError(f"data: {data} is not a file; name a JSONL file, or `{WORLD}`")
+    if data not in FAMILIES and not Path(data).is_file():
+        raise DataError(f"data: {data} is not a file; name a JSONL file, `{WORLD}` or `{THINGS}`")
     return data
 
 
 def content(data: str) -> str:
-    """What tells two states of the same file apart; empty for the world, which never changes."""
-    return "" if data == WORLD else sha256(Path(data))
+    """What tells two states of the same file apart; empty for what is drawn, which never changes."""
+    return "" if data in FAMILIES else sha256(Path(data))
 
 
-def read(data: str, count: int, seed: int, *, answered: bool = True, families: Sequence[str] = FAMILIES) -> Iterator[Sample]:
-    """`count` samples: of the world, or lines of a JSONL file, drawn without repetition.
+def read(data: str, count: int, seed: int, *, answered: bool = True, families: Sequence[str] = ()) -> Iterator[Sample]:
+    """`count` samples: drawn scenes, or lines of a JSONL file in a random order without repetition.
 
     A line is {"image", "question", "answer"} or LLaVA's own {"image", "conversations": [{"from": "human", "value"}, {"from": "gpt",
-    "value"}, ...]}; image paths are relative to the file. Unless `answered`, answers are not read. `families` are the world's, in
-    turn. Raises DataError for a line that cannot be read and for too few of them.
+    "value"}, ...]}; image paths are relative to the file. Unless `answered`, answers are not read. `families` of drawn scenes take
+    turns, all of them if none is named. Raises DataError for a line that cannot be read and for too few of them.
     """
-    if data == WORLD:
-        return (of_scene(world.draw("train", seed * 1_000_000 + i, families[i % len(families)])) for i in range(count))
+    if data in FAMILIES:
+        return _drawn(data, count, seed * 1_000_000, tuple(families))
     return _read_file(Path(data), count, seed, answered)
 
 
-def of_scene(scene: world.Scene) -> Sample:
-    """A picture of the world, with all that is asked about it."""
+def _drawn(data: str, count: int, first: int, families: tuple[str, ...]) -> Iterator[Sample]:
+    families = families or (things.TURNS if data == THINGS else world.FAMILIES)
+    for number in range(count):
+        family = families[number % len(families)]
+        if data == THINGS:
+            yield of_scene(things.draw("train", UNSEEN + first + number, family))
+        else:
+            yield of_scene(world.draw("train", first + number, family))
+
+
+def of_scene(scene: world.Scene | things.Scene) -> Sample:
+    """A drawn picture, with all that is asked about it."""
     return Sample(scene.image, [(question.text, question.answer) for question in scene.questions])
 
 

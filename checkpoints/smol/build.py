@@ -24,12 +24,12 @@ from transformers.utils import logging as transformers_logging
 from checkpoints.smol.model import ALPHA, EPS, FUSED, HEADS, KV_HEADS, LAYERS, RANK, THETA, WIDTH
 from checkpoints.smol.parts import IMAGE, LANGUAGE, BuildError, fetch, language_tokenizer, language_weights
 from models.checkpoint import sha256
-from models.manifest import MANIFEST, Manifest, write_manifest
+from models.manifest import MANIFEST, read_manifest, write_manifest
 from models.vision.efficientnet import EfficientNetLiteConfig
 
-NAME = "espalier-smol"
 TRAINED = Path(__file__).with_name("weights")
-"""Vision tower, projector and LoRA, as `checkpoints.smol.train` leaves them."""
+"""What `checkpoints.smol.train` leaves, LoRA and what looks; the router, and the manifest but for the built files."""
+LANGUAGE_FILE, VISION_FILE, ROUTER = "language.safetensors", "vision.safetensors", "router.safetensors"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # SmolLM2's own turns. A turn's pictures stand before its text, and a chat with pictures gets no system message of its own accord.
@@ -99,9 +99,9 @@ def merge(language: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict
 
 
 def load_trained(folder: Path = TRAINED) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise BuildError(f"{folder} holds no trained weights; train them with `python -m checkpoints.smol.train`")
+    files = [folder / LANGUAGE_FILE, folder / VISION_FILE]
+    if not all(file.exists() for file in files):
+        raise BuildError(f"{folder} holds no trained weights; train them with `make smol`")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -116,8 +116,9 @@ def _quietly_save(model: LlavaForConditionalGeneration, directory: Path) -> None
             transformers_logging.enable_progress_bar()
 
 
-def write(directory: Path, config: LlavaConfig, weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write the checkpoint into an existing directory, in bf16."""
+def write(directory: Path, weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast, trained: Path = TRAINED) -> None:
+    """Write the checkpoint into an existing directory, in bf16, with the router and the manifest that lie in `trained`."""
+    config = build_config()
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.load_state_dict({name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}, assign=True)
@@ -126,8 +127,20 @@ def write(directory: Path, config: LlavaConfig, weights: Mapping[str, Tensor], t
     model.config.dtype = torch.bfloat16
     _quietly_save(model, directory)
     build_processor(tokenizer, config).save_pretrained(directory)
-    saved = directory / "model.safetensors"
-    write_manifest(directory, Manifest(name=NAME, base_model="SmolLM2-135M-Instruct", files={saved.name: sha256(saved)}))
+    manifest, files = read_manifest(trained), ["model.safetensors"]
+    if manifest.router:
+        shutil.copyfile(trained / ROUTER, directory / ROUTER)
+        files.append(ROUTER)
+    write_manifest(directory, manifest.model_copy(update={"files": {name: sha256(directory / name) for name in files}}))
+
+
+def _move(made: Path, directory: Path) -> None:
+    """Unless another process was first."""
+    try:
+        made.replace(directory)
+    except OSError:
+        if not (directory / MANIFEST).exists():
+            raise
 
 
 def build(directory: Path, tell: Callable[[str], None] = print, trained: Path = TRAINED) -> Path:
@@ -150,10 +163,8 @@ def build(directory: Path, tell: Callable[[str], None] = print, trained: Path = 
             made = Path(temporary) / directory.name
             made.mkdir()
             weights = merge(language_weights(gguf), additions)
-            write(made, build_config(), weights, language_tokenizer(gguf))
-            if directory.exists():
-                directory.rmdir()
-            shutil.move(made, directory)
+            write(made, weights, language_tokenizer(gguf), trained)
+            _move(made, directory)
     except OSError as error:
         raise BuildError(f"{directory} cannot be written: {error}") from error
     tell(f"built {directory}")

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from models.checkpoint import sha256
+from models.manifest import CheckpointError
 from models.vision.efficientnet import fold
 
 IMAGE = "<image>"
@@ -27,7 +28,7 @@ UNUSED = "<empty_output>"
 """A token of the vocabulary that never stands in a chat; its place is given to the picture, so the vocabulary keeps its size."""
 
 
-class BuildError(Exception):
+class BuildError(CheckpointError):
     """The checkpoint cannot be built; the message says why and what to do."""
 
 
@@ -94,10 +95,7 @@ def language_weights(gguf: Path) -> dict[str, Tensor]:
 
     GGUF stores the rows of queries and keys so that the two halves that RoPE turns into each other alternate; they are put back.
     """
-    try:
-        from gguf import GGUFReader, dequantize
-    except ImportError as error:
-        raise BuildError("gguf is not installed; install it by `pip install 'espalier[data]'`") from error
+    from gguf import GGUFReader, dequantize
 
     reader = GGUFReader(gguf)
     heads = {

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from checkpoints import things
-from checkpoints.smol.build import MEAN, STD, TRAINED, build_config
+from checkpoints.smol.build import LANGUAGE_FILE, MEAN, STD, TRAINED, VISION_FILE, build_config
 from checkpoints.smol.data import IGNORE, VISUAL, Batches, Packer, Sizes
 from checkpoints.smol.model import Smol
 from checkpoints.smol.names import Names
@@ -287,9 +287,8 @@ def freeze(model: Smol, folder: Path = TRAINED) -> None:
     """Write what was trained, in bf16: what `build` merges. LoRA is one file, what looks is another."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
-    for name, inside in (("language", True), ("vision", False)):
-        part = {key: weight for key, weight in trained.items() if key.startswith("layers.") is inside}
-        save_tensors(part, folder / f"{name}.safetensors")
+    for file, inside in ((LANGUAGE_FILE, True), (VISION_FILE, False)):
+        save_tensors({name: weight for name, weight in trained.items() if name.startswith("layers.") is inside}, folder / file)
 
 
 def main(

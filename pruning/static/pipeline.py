@@ -20,7 +20,6 @@ from models.manifest import Manifest, Pruning, read_manifest
 from models.run_state import RunState, run_directory
 from models.saving import derive
 from pruning import layer_importance, samples
-from pruning.samples import FAMILIES
 from pruning.static import allocation, scores, search, structured, wanda
 from pruning.static.allocation import Allocation
 from pruning.static.blocks import Block, BlockInput, blocks, input_statistics, linears, sequential
@@ -51,8 +50,7 @@ def run(
             raise RecipeError("--ray spreads the evaluations of a search: it needs allocation search")
         connect(ray)
     run_state = _draft(recipe, checkpoint, out, device, dtype, ray, Console(stderr=True, quiet=quiet))
-    families = recipe.families or FAMILIES
-    layer_importance.calibrate(run_state.draft, recipe.data, recipe.samples, recipe.seed, device, "auto", quiet, families)
+    layer_importance.calibrate(run_state.draft, recipe.data, recipe.samples, recipe.seed, device, "auto", quiet, recipe.families)
     run_state.draft.replace(out)
     shutil.rmtree(run_state.directory)
     return read_manifest(out)
@@ -67,8 +65,9 @@ def check(recipe: Recipe, directory: Path, out: Path) -> None:
         raise RecipeError(f"{out} exists; name a directory that does not, or remove it")
     if not out.parent.is_dir():
         raise RecipeError(f"{out.parent} is not a directory; create it first")
-    if unknown := set(recipe.families) - set(FAMILIES):
-        raise RecipeError(f"families: {', '.join(sorted(unknown))} is not one of {', '.join(FAMILIES)}")
+    known = samples.FAMILIES.get(samples.choose(recipe.data, directory), ())
+    if unknown := set(recipe.families) - set(known):
+        raise RecipeError(f"families: {', '.join(sorted(unknown))} is not one of {', '.join(known) or 'any: the data has none'}")
     # The result and the finished blocks; the search keeps every level of every matrix, and the dense one.
     copies = 2 + (2 * search.LEVELS + 2 if recipe.allocation == "search" else 0)
     there = sum(path.stat().st_size for path in run_directory(out).rglob("*") if path.is_file())
@@ -83,7 +82,7 @@ def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, 
     source = open_transformers(directory, device, dtype)
     source.model.requires_grad_(False)
     identity = f"{source.name} {source.fingerprint}"
-    read = samples.read(recipe.data, recipe.samples, recipe.seed, families=recipe.families or FAMILIES)
+    read = samples.read(recipe.data, recipe.samples, recipe.seed, families=recipe.families)
     packed = [pack(source.preprocessor, sample) for sample in read]
     run_state = RunState(out, recipe.model_dump(mode="json"), f"{identity} {dtype} {samples.content(recipe.data)}")
     if run_state.resumed:

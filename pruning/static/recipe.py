@@ -37,8 +37,8 @@ class Recipe(BaseModel):
     projector: bool = Field(True, description="search: tune the projector on the best policies, in turns with the search.")
     samples: int = Field(64, ge=MIN_SAMPLES, description="Calibration samples.")
     seed: int = Field(0, description="Which samples, and every random choice.")
-    data: str = Field("", description="A JSONL file (docs/pruning.md), or world; what the checkpoint was trained on by default.")
-    families: tuple[str, ...] = Field((), description="world: draw from these families alone; may repeat.")
+    data: str = Field("", description="A JSONL file (docs/pruning.md), world or things; what it was trained on by default.")
+    families: tuple[str, ...] = Field((), description="world, things: draw from these families alone; may repeat.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

@@ -19,7 +19,7 @@ from server import media
 from server.settings import Settings
 from tests.server.tiny import config, processor
 
-PICTURE = Preprocessor(processor(), config()).picture
+PREPROCESSOR = Preprocessor(processor(), config())
 
 
 def line(path: Path, entry: dict[str, Any]) -> str:
@@ -69,16 +69,17 @@ def test_the_server_and_calibration_see_the_same_picture(kind: str, tmp_path: Pa
     (tmp_path / "picture").write_bytes(file.getvalue())
     data = line(tmp_path / "data.jsonl", {"image": "picture", "question": "What is it?", "answer": "a gradient"})
     (sample,) = read(data, 1, seed=0)
-    served = media.prepare(file.getvalue(), PICTURE, Settings())
+    opened = media.open_all([("image", file.getvalue())], PREPROCESSOR, Settings())
+    (served,) = media.decode_all(opened, PREPROCESSOR)
     assert media.digest(sample.image) == served.digest
-    assert (PICTURE(sample.image).pixels == served.picture.pixels).all()
+    assert (PREPROCESSOR.picture(sample.image).pixels == served.picture.pixels).all()
     assert sample.image.size == ((24, 40) if "turned" in kind else (40, 24))
     assert np.asarray(sample.image).std() > 20, "it is not burnt out"
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"GIF89a", "not a JPEG, PNG or WebP file"), (b"\x89PNG\r\n\x1a\n", "broken or cut short"), (None, "No such file")],
+    [(b"BM6", "not a JPEG, PNG, WebP, GIF or AVIF file"), (b"\x89PNG\r\n\x1a\n", "broken or cut short"), (None, "No such file")],
 )
 def test_a_picture_that_cannot_be_read_names_its_line(content: bytes | None, reason: str, tmp_path: Path) -> None:
     if content:
@@ -123,12 +124,12 @@ def test_a_checkpoint_takes_the_data_it_was_trained_on() -> None:
 
 def test_another_checkpoint_is_not_measured_on_drawings_unasked(tmp_path: Path) -> None:
     write_manifest(tmp_path, Manifest())
-    with pytest.raises(DataError, match=r"needs --data FILE.*--data world takes the drawings of 96 pixels"):
+    with pytest.raises(DataError, match=r"needs --data FILE.*--data world or things takes the drawings"):
         choose(None, tmp_path)
     assert choose(WORLD, tmp_path) == WORLD
     data = line(tmp_path / "data.jsonl", {})
     assert choose(data, tmp_path) == data
-    with pytest.raises(DataError, match="elsewhere is not a file; name a JSONL file, or `world`"):
+    with pytest.raises(DataError, match="elsewhere is not a file; name a JSONL file, `world` or `things`"):
         choose("elsewhere", tmp_path)
 
 

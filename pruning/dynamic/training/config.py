@@ -10,7 +10,7 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: str = Field("", description="A JSONL file (docs/pruning.md), or world; what the checkpoint was trained on by default.")
+    data: str = Field("", description="A JSONL file (docs/pruning.md), world or things; what it was trained on by default.")
     pictures: int = Field(3000, ge=8, description="A third of them is held out, to measure on.")
     questions: int = Field(4, ge=1, description="Of each picture, at most; drawn from those that there are.")
     answer_tokens: int = Field(64, ge=1, description="Most tokens of an answer.")

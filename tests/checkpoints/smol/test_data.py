@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from checkpoints.smol import model as smol
-from checkpoints.smol.data import IGNORE, VISUAL, Packer, Said, keep
+from checkpoints.smol.data import IGNORE, VISUAL, Batches, Packer, Said, Sizes, keep
+from models.vision.efficientnet import EfficientNetLiteConfig, EfficientNetLiteTower
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +29,9 @@ ASKED = [Said("what", "what is this", "dog"), Said("where", "where is it", "left
 
 
 def test_conversations_keep_the_positions_they_have_alone(tokenizer: PreTrainedTokenizerFast) -> None:
-    packer = Packer(tokenizer, rows=64, follow_up=0.0)
+    packer = Packer(tokenizer, follow_up=0.0)
     kept = np.array([3, 40, 288])
-    both, alone = packer.pack(ASKED, kept, Random(0)), packer.pack(ASKED[1:], kept, Random(0))
+    both, alone = packer.pack(ASKED, kept, 64, Random(0)), packer.pack(ASKED[1:], kept, 64, Random(0))
     second = both["segments"] == 2
     first = len(packer.head)
     assert both["positions"][first : first + 3].tolist() == (kept + first).tolist()
@@ -39,25 +40,34 @@ def test_conversations_keep_the_positions_they_have_alone(tokenizer: PreTrainedT
 
 
 def test_only_answers_and_their_ends_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = Packer(tokenizer, rows=64, follow_up=0.0).pack(ASKED, np.array([0]), Random(0))
+    row = Packer(tokenizer, follow_up=0.0).pack(ASKED, np.array([0]), 64, Random(0))
     learned = tokenizer.convert_ids_to_tokens(row["labels"][row["labels"] != IGNORE].tolist())
     assert learned == ["dog", "<|im_end|>", "left", "<|im_end|>"]
 
 
 def test_a_question_without_room_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    packer = Packer(tokenizer, rows=16, follow_up=0.0)
-    row = packer.pack(ASKED, np.array([0]), Random(0))
+    row = Packer(tokenizer, follow_up=0.0).pack(ASKED, np.array([0]), 16, Random(0))
     assert len(row["ids"]) == 16
     assert [said.type for said, _, _ in row["taken"]] == ["what"]
 
 
 def test_kept_tokens_are_mostly_of_the_marks() -> None:
-    record = {"marks": [[0.1, 0.1, 0.4, 0.4, "dog", "animal"]]}
-    places = keep(record, 20, Random(1))
+    places = keep([(0.1, 0.1, 0.4, 0.4)], 20, Random(1))
     assert sorted(set(places.tolist())) == places.tolist()
     rows, columns = np.divmod(places, 17)
     assert ((rows < 7) & (columns < 7)).mean() > 0.5
-    assert len(keep(record, VISUAL, Random(1))) == VISUAL
+    assert len(keep([], VISUAL, Random(1))) == VISUAL
+
+
+def test_a_batch_is_the_same_whenever_it_is_drawn(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_THINGS", "samples")
+    batches = Batches(Packer(tokenizer), Sizes(scenes=2, crowded=1, rows=100), kept=(VISUAL, 64), count=2)
+    first, again, fewer = batches[0], batches[0], batches[1]
+    assert all(torch.equal(first[name], again[name]) for name in ("ids", "labels", "kept", "pixels", "shown"))
+    assert first["pixels"].shape == (3, 544, 544, 3)
+    assert (first["kept"].shape, fewer["kept"].shape) == ((2, VISUAL), (2, 64))
+    assert first["shown"].shape == (1, VISUAL)
+    assert first["shown"].any()
 
 
 def test_untrained_model_is_the_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +79,8 @@ def test_untrained_model_is_the_language_model(monkeypatch: pytest.MonkeyPatch) 
     )  # fmt: skip
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(config).eval()
-    ours = smol.Smol(theirs.state_dict(), (torch.zeros(1280, 320, 1, 1), torch.zeros(1280)))
+    tower = EfficientNetLiteTower(EfficientNetLiteConfig(blocks=[(3, 2, 1, 6), (3, 2, 2, 8)], head=20))
+    ours = smol.Smol(theirs.state_dict(), tower)
     ids = torch.randint(0, 50, (1, 9))
     with torch.no_grad():
         hidden = ours(ids, torch.arange(9)[None], torch.ones_like(ids), None, 0)
