@@ -8,7 +8,7 @@ the rows whose logits are wanted.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class SequenceInput:
 
     hidden [n, width]; positions [n], int64, those in the whole prompt. `text_rows` are the indices of the rows that are no visual
     tokens, where the route freezes layers. Logits are computed for the last `logits_to_keep` rows: one to go on from, more to score
-    an answer.
+    an answer. Rows that the cache holds already stand before these: a prompt's beginning that another request has run.
     """
 
     hidden: Tensor
@@ -45,6 +45,10 @@ class SequenceInput:
         if layer == self.route.last_layer and len(self) > self.logits_to_keep:
             return self.logit_rows
         return self.text_rows if layer in self.route.frozen_layers else None
+
+    def behind(self, rows: int) -> SequenceInput:
+        """A prompt without its first rows, all visual ones among them: the cache holds them."""
+        return replace(self, hidden=self.hidden[rows:], positions=self.positions[rows:], text_rows=None)
 
     @property
     def logit_rows(self) -> Tensor:
@@ -135,7 +139,11 @@ def _attention(
         return kernels.decode_attention(native, query, cached, biases, scale).view(-1, heads * dim)
     mixed = []
     for q, (keys, values), bias, rows in zip(query.split(lengths), cached, biases, queries, strict=True):
+        before = keys.shape[1] - len(q)
+        if before and len(q) > 1:  # behind a beginning that was in the cache
+            rows = torch.arange(len(q), device=q.device) if rows is None else rows
         q = q if rows is None else q[rows]
+        rows = rows if rows is None else rows + before
         mixed.append(attend(q, keys, values, scale=scale, query_positions=rows, bias=bias).reshape(-1, heads * dim))
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 

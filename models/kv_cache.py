@@ -1,8 +1,10 @@
-"""The KV cache: for each request exactly the rows and layers that its route keeps."""
+"""The KV cache: for each request exactly the rows and layers that its route keeps; and beginnings that further prompts share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,6 +36,17 @@ class RequestCache:
         if slab is None:
             raise ValueError(f"layer {layer} does not run for this request")
         return slab[0, :, : self.lengths[layer]]
+
+    def beginning(self, rows: int) -> list[Tensor | None]:
+        """A copy of the first `rows` keys and values of each layer that runs: [2, kv_heads, rows, head_dim]."""
+        return [None if slab is None else slab[:, :, :rows].clone() for slab in self._slabs]
+
+    def begin_with(self, beginning: Sequence[Tensor | None]) -> None:
+        """Take over what `beginning` gave of a request with the same route."""
+        for layer, (slab, part) in enumerate(zip(self._slabs, beginning, strict=True)):
+            if slab is not None and part is not None:
+                self.lengths[layer] = part.shape[2]
+                slab[:, :, : part.shape[2]] = part
 
     def set_bias(self, bias: Tensor) -> None:
         """Add `bias` [n] to the attention scores of the first n rows, in every layer."""
@@ -88,3 +101,47 @@ class KVCache:
         assert held == self.used <= self.budget, f"{held} rows held, {self.used} counted, budget {self.budget}"
         for cache in self._live.values():
             assert all(n <= c for n, c in zip(cache.lengths, cache.capacity, strict=True))
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The beginning of a prompt, up to its last visual token: its rows, and the keys and values of each layer that runs."""
+
+    rows: int
+    visual: Tensor
+    layers: list[Tensor | None]
+
+    @property
+    def size(self) -> int:
+        """Rows times layers, as the budget counts."""
+        return self.rows * sum(part is not None for part in self.layers)
+
+
+class PrefixCache:
+    """Beginnings of prompts, the most recently used ones first, within a budget of rows, each one token in one layer.
+
+    A key says which tokens and which route; the visual tokens themselves are compared, since a router may change what they hold.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.used = 0
+        self._kept: OrderedDict[Hashable, Prefix] = OrderedDict()
+
+    def find(self, key: Hashable, visual: Tensor) -> Prefix | None:
+        prefix = self._kept.get(key)
+        if prefix is None or not torch.equal(prefix.visual, visual):
+            return None
+        self._kept.move_to_end(key)
+        return prefix
+
+    def keep(self, key: Hashable, prefix: Prefix) -> None:
+        """Remember it in the place of whatever has its key; the least recently used ones make room. One too large is not kept."""
+        if prefix.size > self.budget:
+            return
+        if (old := self._kept.pop(key, None)) is not None:
+            self.used -= old.size
+        self._kept[key] = prefix
+        self.used += prefix.size
+        while self.used > self.budget:
+            self.used -= self._kept.popitem(last=False)[1].size

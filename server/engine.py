@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from llguidance import LLTokenizer
 from models.checkpoint import Checkpoint
 from models.families import Layout
 from models.forward import SequenceInput, decode_input, forward, prefill_input
-from models.kv_cache import KVCache, RequestCache
+from models.kv_cache import KVCache, Prefix, PrefixCache, RequestCache
 from models.vision.features import ImageFeatures
 from pruning.dynamic.planner import Plan, Planner
 from pruning.dynamic.token_policy import TokenPolicy
@@ -42,6 +42,9 @@ if TYPE_CHECKING:  # its package is an extra
     from server.tracing import Tracing
 
 log = logging.getLogger("espalier.engine")
+
+PREFIX_SHARE = 4
+"""Beginnings of prompts may hold a quarter of the KV cache's rows, beside them."""
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Running:
     generator: torch.Generator
     ends: frozenset[int]  # tokens that end the answer
     logprobs: LogprobQueue
+    cached_rows: int = 0  # of the prompt, that an earlier request had run
     output_ids: list[int] = field(default_factory=list)
     last_token: float = 0.0
     decode_seconds: float = 0.0
@@ -95,6 +99,7 @@ class Engine:
         rows = limits.kv_rows or _rows_for_free_memory(checkpoint, limits)
         self.kv = KVCache(rows, self.model.new_cache)
         self.scheduler = Scheduler(rows, limits.max_running, limits.max_waiting, limits.max_prefill)
+        self._prefixes = PrefixCache(rows // PREFIX_SHARE)
         self._features: OrderedDict[tuple[str, Layout], ImageFeatures] = OrderedDict()
         self._cached_images = limits.cached_images
         self._requests: dict[str, Request] = {}
@@ -279,6 +284,10 @@ class Engine:
         cache = self.kv.allocate(request.id, rows)
         ids = torch.tensor(request.prompt, device=self.model.device)
         prompt = prefill_input(self.model, ids, plan.visual, plan.route, cache)
+        prefix = self._find_prefix(request, plan)
+        if prefix:
+            cache.begin_with(prefix.layers)
+            prompt = prompt.behind(prefix.rows)
         receipt = _receipt(plan, self.fingerprint)
         if request.detail:
             receipt = replace(receipt, detail=explain(self.planner, plan, features, len(request.prompt)))
@@ -289,7 +298,8 @@ class Engine:
         generator = new_generator(request.sampling.seed)
         ends = frozenset(request.sampling.stop_token_ids) | (frozenset() if request.sampling.ignore_eos else self.checkpoint.eos)
         self._running[request.id] = Running(
-            request, plan, receipt, cache, prompt, text, generator, ends, LogprobQueue(request.continues)
+            request, plan, receipt, cache, prompt, text, generator, ends, LogprobQueue(request.continues),
+            cached_rows=prefix.rows if prefix else 0,
         )
 
     def _encode(self, image: PreparedImage) -> ImageFeatures:
@@ -307,6 +317,31 @@ class Engine:
             self._features.popitem(last=False)
         return features
 
+    def _find_prefix(self, request: Request, plan: Plan) -> Prefix | None:
+        """What an earlier request left of the same beginning at the same route."""
+        if plan.visual is None:
+            return None
+        self.metrics.cache_queries.labels("prefix").inc()
+        prefix = self._prefixes.find(self._prefix_key(request, plan), plan.visual)
+        if prefix:
+            self.metrics.cache_hits.labels("prefix").inc()
+        return prefix
+
+    def _keep_prefix(self, one: Running) -> None:
+        """Remember the beginning of a prompt that has run."""
+        rows = self._prefix_length(one.request) - one.plan.route.dropped
+        if one.plan.visual is not None and not one.cached_rows and rows < len(one.input):
+            kept = Prefix(rows, one.plan.visual, one.cache.beginning(rows))
+            self._prefixes.keep(self._prefix_key(one.request, one.plan), kept)
+
+    def _prefix_key(self, request: Request, plan: Plan) -> Hashable:
+        return plan.route, tuple(request.prompt[: self._prefix_length(request)])
+
+    def _prefix_length(self, request: Request) -> int:
+        """Tokens of a prompt up to its last visual one."""
+        image = self.model.config.image_token_id
+        return len(request.prompt) - request.prompt[::-1].index(image) if image in request.prompt else 0
+
     def _run_batch(self, batch: Sequence[Running]) -> list[torch.Tensor | Exception]:
         """Logits of each request, or what went wrong with it. If the common pass fails, each one runs alone to find out whose."""
         if not batch:
@@ -322,7 +357,9 @@ class Engine:
                 one.cache.lengths[:] = length
             return [self._run_batch([one])[0] for one in batch]
         for one in batch:
-            one.request.timings.setdefault("prefill", time.monotonic() - started)
+            if not one.output_ids:
+                one.request.timings["prefill"] = time.monotonic() - started
+                self._keep_prefix(one)
         return logits
 
     def _sample_and_hand_out(self, request: Request, one: Running, logits: torch.Tensor | Exception) -> None:
@@ -389,8 +426,9 @@ class Engine:
         request.timings["decode"] = one.decode_seconds
         self._end(request, reason)
         self._emit(
-            request, Finished(reason, len(request.prompt), len(one.output_ids), one.receipt, dict(request.timings))
-        )  # fmt: skip
+            request,
+            Finished(reason, len(request.prompt), len(one.output_ids), one.receipt, dict(request.timings), one.cached_rows),
+        )
 
     def _end(self, request: Request, outcome: str) -> None:
         """Give back everything a request holds."""
@@ -443,7 +481,7 @@ class Engine:
 
 def _prefill_rows(one: Running) -> int:
     """Rows that a new prompt runs in all layers together."""
-    return sum(one.plan.route.rows(len(one.request.prompt)))
+    return len(one.input) * sum(one.plan.route.layers)
 
 
 def _layouts(request: Request) -> list[Layout]:

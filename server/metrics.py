@@ -122,8 +122,9 @@ class Metrics:
             self.stage.labels(stage)
         for reason in rejection_reasons():
             self.rejections.labels(reason)
-        self.cache_queries.labels("image")
-        self.cache_hits.labels("image")
+        for cache in ("image", "prefix"):
+            self.cache_queries.labels(cache)
+            self.cache_hits.labels(cache)
 
     def rejected(self, reason: str) -> None:
         self.rejections.labels(reason).inc()

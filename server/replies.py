@@ -168,6 +168,7 @@ def _usage(finished: Sequence[Finished]) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": last.prompt_tokens + completion,
         "prompt_tokens_details": {
+            "cached_tokens": last.cached_tokens,
             "image_tokens": last.receipt.visual_tokens_total,
             "image_tokens_kept": last.receipt.visual_tokens,
         },

@@ -100,6 +100,8 @@ class Finished:
     completion_tokens: int
     receipt: Receipt
     timings: dict[str, float]
+    cached_tokens: int = 0
+    """Of the prompt, that were not run again."""
 
 
 @dataclass(frozen=True)

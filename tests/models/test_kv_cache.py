@@ -1,10 +1,11 @@
-"""The budget of the KV cache."""
+"""The budgets of the KV cache and of beginnings that prompts share."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
-from models.kv_cache import KVCache
+from models.kv_cache import KVCache, Prefix, PrefixCache
 from tests.models.tiny_llava import pair
 
 
@@ -23,3 +24,26 @@ def test_kv_budget_is_never_over_committed_and_all_comes_back():
     cache.free("b")
     cache.check_integrity()
     assert cache.used == 0
+
+
+def prefix(rows: int, seed: int = 0) -> Prefix:
+    return Prefix(rows, torch.full((2, 4), float(seed)), [torch.zeros(2, 1, rows, 4), None])
+
+
+def test_the_least_recently_used_beginning_makes_room() -> None:
+    cache = PrefixCache(10)
+    for name in "abc":
+        cache.keep(name, prefix(4))
+        cache.find("a", prefix(4).visual)
+    assert [cache.find(name, prefix(4).visual) is not None for name in "abc"] == [True, False, True]
+    assert cache.used == 8
+    cache.keep("a", prefix(5))
+    assert cache.used == 9
+    cache.keep("large", prefix(11))
+    assert cache.find("large", prefix(11).visual) is None
+
+
+def test_a_beginning_with_other_visual_tokens_is_not_found() -> None:
+    cache = PrefixCache(10)
+    cache.keep("a", prefix(4, seed=1))
+    assert cache.find("a", prefix(4, seed=2).visual) is None

@@ -97,6 +97,22 @@ def test_at_off_an_answer_is_transformers_own(engine, tiny):
         assert request.emit.text == tiny.preprocessor.tokenizer.decode(made, skip_special_tokens=True).lstrip()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_further_question_starts_behind_the_picture(engine, tiny, level):
+    first = answer(engine, 0, level=level, logprobs=0)
+    further = answer(engine, 0, level=level, text="Read the sign.", logprobs=0)
+    assert first.finished.cached_tokens == 0
+    assert further.finished.cached_tokens >= further.started.receipt.visual_tokens
+    same(further, answer(new_engine(tiny), 0, level=level, text="Read the sign.", logprobs=0))
+    assert answer(engine, 1, level=level).finished.cached_tokens == 0, "another picture"
+    assert (value(engine, "cache_queries_total", cache="prefix"), value(engine, "cache_hits_total", cache="prefix")) == (3, 1)
+
+
+def test_levels_do_not_share_beginnings(engine):
+    answer(engine, 0, level="balanced")
+    assert answer(engine, 0, level="off").finished.cached_tokens == 0
+
+
 def test_a_full_batch_of_all_levels_runs_together(engine):
     alone = {level: answer(engine, 0, level=level, logprobs=0) for level in LEVELS}
     readers = {level: submit(engine, 0, level=level, logprobs=0)[1] for level in LEVELS}
