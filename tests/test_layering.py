@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "checkpoints.things": {"checkpoints.things"},
     "checkpoints.embedded": {"checkpoints.embedded", "checkpoints.world", "models"},
     "checkpoints": CHECKPOINTS | {"models"},
-    "pruning": {"pruning", "models", "checkpoints.world"},
+    "pruning": {"pruning", "models", "checkpoints.things", "checkpoints.world"},
     "pruning.dynamic": {"pruning.dynamic", "models"},
     "pruning.dynamic.training": {"pruning.dynamic.training", "pruning.dynamic", "pruning", "models"},
     "pruning.static": {"pruning.static", "pruning", "models"},
