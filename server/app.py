@@ -29,6 +29,7 @@ from server.caller import CALLER, Caller
 from server.chat import model_names, read_chat, read_vqa, unknown_model
 from server.completions import completion_events, completion_reply, detokenize, read_completion, tokenize
 from server.errors import EspalierError, InvalidRequest, NotReady, PayloadTooLarge, UnknownPath, UnsupportedMedia
+from server.estimate import estimate
 from server.logs import fields
 from server.page import add_playground
 from server.replies import AnswerStream, Chunk, chat_events, chat_reply, fold, prepend, vqa_reply
@@ -111,6 +112,12 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
         """OpenAI's responses, without state: each request holds its whole chat. The level is set as for chat completions."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
         return await answer(request, lambda: read_response(engine, settings, body, level), whole_response, response_events)
+
+    @app.post("/v1/pruning/estimate", openapi_extra=_body(ChatRequest.__name__))
+    async def estimates(request: Request) -> dict[str, Any]:
+        """What this chat would cost at each level: tokens, FLOPs, seconds by the server's present pace. Nothing is run."""
+        body = await request.body()
+        return await to_thread.run_sync(lambda: estimate(engine, settings, body), limiter=readers)
 
     @app.post("/v1/vqa", openapi_extra=_body(VqaRequest.__name__, form=True))
     async def vqa(request: Request) -> Response:

@@ -124,7 +124,11 @@ def prepare(
         return prepared
     detailed, tools = bool(request.pruning and request.pruning.detail), request.tool_use()
     constraint = _constraint(engine, request.forms(), tools)
-    prepared = replace(prepared, stream=bool(request.stream), detail=detailed, constraint=constraint, tools=tools)
+    prepared = replace(
+        prepared, stream=bool(request.stream), detail=detailed, constraint=constraint, tools=tools,
+        choices=next((form.choices for form in request.forms()), ()),
+        escalate_below=request.pruning.escalate_below if request.pruning else None,
+    )  # fmt: skip
     if not isinstance(request, OpenAIRequest):
         return prepared
     usage = bool(request.stream_options and request.stream_options.include_usage)

@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import llguidance.hf
@@ -27,6 +27,7 @@ from models.kv_cache import KVCache, Prefix, PrefixCache, RequestCache
 from models.vision.features import ImageFeatures
 from pruning.dynamic.planner import Plan, Planner
 from pruning.dynamic.token_policy import TokenPolicy
+from server.confidence import Confidence, YesNo
 from server.detokenize import Detokenizer, LogprobQueue
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.load import WorkRate
@@ -71,6 +72,7 @@ class Running:
     generator: torch.Generator
     ends: frozenset[int]  # tokens that end the answer
     logprobs: LogprobQueue
+    confidence: Confidence
     cached_rows: int = 0  # of the prompt, that an earlier request had run
     output_ids: list[int] = field(default_factory=list)
     last_token: float = 0.0
@@ -111,7 +113,7 @@ class Engine:
         self._work = WorkRate()
         self.metrics.watch_load(
             lambda: len(self.scheduler.running), lambda: len(self.scheduler.waiting), lambda: self.scheduler.used / rows,
-            self._saturation, self._backlog_seconds,
+            self._saturation, self.backlog_seconds,
         )  # fmt: skip
         self.metrics.start_at_zero(self.menu)
         self.metrics.loaded(
@@ -236,7 +238,12 @@ class Engine:
         with self._changed:
             return self.scheduler.saturation
 
-    def _backlog_seconds(self) -> float:
+    def predict_seconds(self, level: str, prompt_tokens: int, images: Sequence[Layout], max_tokens: int) -> float | None:
+        """Engine time of such a request, by the pace of those before it; None before the first."""
+        seconds = self._work.seconds(self.planner.expected_rows(level, prompt_tokens, images), max_tokens)
+        return round(seconds, 4) or None
+
+    def backlog_seconds(self) -> float:
         """Engine time that the queue will take, each request at the level that it asks for."""
         with self._changed:
             waiting = [self._requests[scheduled.id] for scheduled in self.scheduler.waiting]
@@ -297,8 +304,9 @@ class Engine:
         text = Detokenizer(self.preprocessor.token_bytes, request.sampling.stop, request.continues)
         generator = new_generator(request.sampling.seed)
         ends = frozenset(request.sampling.stop_token_ids) | (frozenset() if request.sampling.ignore_eos else self.checkpoint.eos)
+        confidence = Confidence(request, self._yes_no, self.preprocessor.token_bytes, ends, self._max_new_tokens(request))
         self._running[request.id] = Running(
-            request, plan, receipt, cache, prompt, text, generator, ends, LogprobQueue(request.continues),
+            request, plan, receipt, cache, prompt, text, generator, ends, LogprobQueue(request.continues), confidence,
             cached_rows=prefix.rows if prefix else 0,
         )
 
@@ -370,11 +378,12 @@ class Engine:
             raise ArithmeticError("logits are not finite")
         self._record_token_time(request, one)
         sampling, constraint = request.sampling, request.constraint
-        if is_greedy(sampling) and constraint is None:
+        allowed = constraint.allowed(len(logits)) if constraint else None
+        if is_greedy(sampling) and allowed is None:
             token = int(logits.argmax())
         else:
-            allowed = constraint.allowed(len(logits)) if constraint else None
             token = sample(logits, one.output_ids, sampling, one.generator, request.prompt, one.ends, allowed)
+        one.confidence.note(logits, allowed, token, partial(self._follow, one))
         one.output_ids.append(token)
         self.metrics.generated_tokens.inc()
         complete = constraint.take(token) if constraint else False
@@ -393,6 +402,21 @@ class Engine:
             position = len(request.prompt) + len(one.output_ids) - 1
             ids = torch.tensor([token], device=self.model.device)
             one.input = decode_input(self.model, ids, position, one.plan.route, one.cache)
+
+    def _follow(self, one: Running, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits [vocab] behind some tokens of an answer that has not begun, whose cache stays as it is."""
+        lengths = list(one.cache.lengths)
+        try:
+            for place, token in enumerate(tokens, len(one.request.prompt)):
+                ids = torch.tensor([token], device=self.model.device)
+                logits = forward(self.model, [decode_input(self.model, ids, place, one.plan.route, one.cache)])
+            return logits[0]
+        finally:
+            one.cache.lengths[:] = lengths
+
+    @cached_property
+    def _yes_no(self) -> YesNo:
+        return YesNo(self.preprocessor.vocab_size, self.preprocessor.token_bytes)
 
     def _record_token_time(self, request: Request, one: Running) -> None:
         """The first token ends the prefill, and its event says what was planned."""
@@ -425,10 +449,10 @@ class Engine:
         request = one.request
         request.timings["decode"] = one.decode_seconds
         self._end(request, reason)
+        receipt = one.confidence.told(one.receipt)
         self._emit(
-            request,
-            Finished(reason, len(request.prompt), len(one.output_ids), one.receipt, dict(request.timings), one.cached_rows),
-        )
+            request, Finished(reason, len(request.prompt), len(one.output_ids), receipt, dict(request.timings), one.cached_rows)
+        )  # fmt: skip
 
     def _end(self, request: Request, outcome: str) -> None:
         """Give back everything a request holds."""

@@ -80,6 +80,10 @@ class Metrics:
         self.rejections = counter("rejections_total", "Requests refused, by reason.", "reason")
         self.degradations = counter("degradations_total", "Requests that ran at another level than theirs.", "from", "to")
 
+        self.escalations = counter(
+            "escalations_total", "Answers made again because they were not sure enough; each counts at both levels.", "from", "to"
+        )
+
         served = ("version", "model", "checkpoint", "dtype", "device")
         self.build_info = gauge("build_info", "1, with what is served as labels.", *served)
         ProcessCollector(registry=registry)
@@ -106,7 +110,10 @@ class Metrics:
 
     def start_at_zero(self, menu: Mapping[str, Level]) -> None:
         """Make every labelled series now, so that an alert sees the first change."""
+        fullest = max(menu.values(), key=lambda level: level.visual_ratio).name
         for name, level in menu.items():
+            if name != fullest:
+                self.escalations.labels(name, fullest)
             for outcome in OUTCOMES:
                 self.requests.labels(name, outcome)
             for histogram in (self.request_seconds, self.first_token, self.inter_token, self.flops):

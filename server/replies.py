@@ -6,12 +6,14 @@ import asyncio
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from server.errors import EngineFailure, EspalierError
+from server.escalation import Escalation
 from server.metrics import STAGES
 from server.request import Delta, Event, Failed, Finished, ParentRequest, PreparedRequest, Receipt, Request, Started, TokenLogprob
 from server.schemas import MAX_INT64
@@ -42,10 +44,14 @@ class AnswerStream:
         self._prepared = prepared
         self._arrived = arrived
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._told_next: deque[tuple[int, Event]] = deque()
         self._created = int(time.time())
         self._parent = ParentRequest(prepared.n, prepared.model)
         self._requests = [self._request(index) for index in range(prepared.n)]
         self._readers = [AnswerReader(prepared.tools) for _ in self._requests]
+        below, fullest = prepared.escalate_below, max(engine.menu.values(), key=lambda level: level.visual_ratio).name
+        self._fullest = fullest
+        self._escalation = Escalation(below, self._again) if below is not None and prepared.level != fullest else None
         self.receipt: Receipt | None = None
         self.timings: dict[str, float] = {}
         try:
@@ -76,10 +82,10 @@ class AnswerStream:
     async def chunks(self) -> AsyncIterator[Chunk]:
         """OpenAI's chunks, the usage always last; an empty one in each KEEP_ALIVE_S of silence. Raises EngineFailure."""
         finished: list[Finished] = []
-        while len(finished) < len(self._requests):
+        while len(finished) < self._prepared.n:
             try:
                 async with asyncio.timeout(KEEP_ALIVE_S):
-                    index, event = await self._events.get()
+                    index, event = await self._next_event()
             except TimeoutError:
                 if not self._engine.alive:
                     raise EngineFailure("The engine has stopped.") from None
@@ -105,6 +111,29 @@ class AnswerStream:
                     yield self._piece(index, {}, finish_reason=reason) | {"pruning": self._told(event)}
         yield self._chunk([]) | {"usage": _usage(finished)}
 
+    async def _next_event(self) -> tuple[int, Event]:
+        while not self._told_next:
+            index, event = await self._events.get()
+            told = self._escalation.pass_on(index, event) if self._escalation else [event]
+            self._told_next += [(index, one) for one in told]
+        return self._told_next.popleft()
+
+    def _again(self, index: int) -> bool:
+        """Ask for a choice again at the fullest level; whether there is a place for it."""
+        request = self._request(index)
+        request = replace(
+            request, id=f"{request.id}-again", level=self._fullest, timings={}, created=time.monotonic(),
+            parent=ParentRequest(1, self._prepared.model),
+        )  # fmt: skip
+        try:
+            self._engine.submit(request)
+        except EspalierError as refusal:
+            log.info("request %s is not made again: %s", request.id, refusal.message)
+            return False
+        self._requests.append(request)
+        self._engine.metrics.escalations.labels(self._prepared.level, self._fullest).inc()
+        return True
+
     def _request(self, index: int) -> Request:
         prepared, loop, events = self._prepared, asyncio.get_running_loop(), self._events
         seed = prepared.sampling.seed
@@ -126,6 +155,8 @@ class AnswerStream:
             continues=prepared.continues,
             detail=prepared.detail,
             constraint=prepared.constraint and prepared.constraint.copy(),
+            choices=prepared.choices,
+            confidence=prepared.escalate_below is not None,
             timings={"image": prepared.image_seconds},
             created=self._arrived,
             parent=self._parent,
@@ -134,9 +165,10 @@ class AnswerStream:
     def _told(self, event: Finished) -> dict[str, Any]:
         """The receipt, with what `pruning.detail` asked for."""
         receipt = asdict(event.receipt)
-        if receipt["detail"] is None:
-            del receipt["detail"]
-        else:
+        for name in ("detail", "probabilities", "confidence", "escalated"):
+            if receipt[name] is None:
+                del receipt[name]
+        if "detail" in receipt:
             seconds = {stage: round(event.timings[stage], 5) for stage in STAGES if stage in event.timings}
             preprocessor = self._engine.preprocessor
             receipt["detail"] |= {"center_crop": preprocessor.center_crop, "tiled": preprocessor.tiled, "seconds": seconds}

@@ -49,6 +49,15 @@ class PreparedImage:
 
 
 @dataclass(frozen=True)
+class Escalated:
+    """A first answer that was not sure enough: the level that it ran at, how sure it was, and what it said."""
+
+    level: str
+    confidence: float | None
+    answer: str
+
+
+@dataclass(frozen=True)
 class Receipt:
     """What a reply says about its own route."""
 
@@ -63,6 +72,9 @@ class Receipt:
     frozen_layers: int = 0  # of those that run, in how many visual tokens are frozen
     expected_agreement: float | None = None  # probability that the answer is the un-pruned model's, where a router chose
     detail: RouteDetail | None = None  # where the request asked for it
+    probabilities: dict[str, float] | None = None  # of each choice, or of yes and no
+    confidence: float | None = None  # the answer's own among them; of other answers, where it was asked for, its tokens'
+    escalated: Escalated | None = None  # the first answer, where this one is the second
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,8 @@ class Request:
     continues: bool = False  # the answer goes on with a text, as in a completion: its leading blanks are its own
     detail: bool = False  # the receipt tells the route in full
     constraint: Constraint | None = None  # what the answer must be
+    choices: tuple[str, ...] = ()  # of which the answer is one: their probabilities are told
+    confidence: bool = False  # of any answer, tell how sure it is
     timings: dict[str, float] = field(default_factory=dict)
     created: float = field(default_factory=time.monotonic)
     parent: ParentRequest = field(default_factory=ParentRequest)
@@ -172,4 +186,6 @@ class PreparedRequest:
     detail: bool = False
     constraint: Constraint | None = None
     tools: ToolUse | None = None
+    choices: tuple[str, ...] = ()
+    escalate_below: float | None = None
     echo: Mapping[str, Any] = field(default_factory=dict)  # what the reply repeats of the body

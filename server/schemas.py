@@ -67,6 +67,11 @@ class PruningOptions(Body):
     model_config = ConfigDict(extra="forbid")
 
     level: str | None = Field(None, description="A name from `GET /v1/pruning/levels`.")
+    escalate_below: float | None = Field(
+        None, ge=0, le=1,
+        description="Make an answer that is less sure than this again at the fullest level; the receipt then has `escalated`. How "
+        "sure it is: the probability of its choice, of yes against no, or of its tokens together.",
+    )  # fmt: skip
     detail: bool | None = Field(
         None,
         description="Tell the route in full, as `pruning.detail` of the reply or of the stream's last chunk with a choice, for up "

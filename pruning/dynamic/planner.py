@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.families import Layout
-from models.flops import flops_ratio
+from models.flops import flops_ratio, prefill_flops
 from models.route import Route
 from models.vision.features import ImageFeatures
 from pruning.dynamic.levels import AUTO, Level, OperatingPoint, fixed_menu, layers_to_freeze, layers_to_run
@@ -26,6 +26,18 @@ class Reservation:
 
     cache_rows: int
     prefill_tokens: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a request would run at an operating point: visual tokens kept of all images', layers, those of them frozen for visual
+    tokens, and prefill FLOPs of the language model, over the dense ones as a ratio. A router's own work is left out."""
+
+    visual_tokens: int
+    layers: int
+    frozen_layers: int
+    flops: int
+    flops_ratio: float
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,23 @@ class Planner:
         prefill = [prompt_tokens - sum(_fewest_dropped(point, image) for image in images) for point in points]
         rows = [(n + max_new_tokens) * (layers - point.skipped_layers) for n, point in zip(prefill, points, strict=True)]
         return Reservation(max(rows), max(prefill))
+
+    def estimate(self, level: str, prompt_tokens: int, images: Sequence[Layout]) -> list[Estimate]:
+        """What a request would run at a level: first at the operating point that is nearest to the level's average, then, where a
+        router chooses, at each."""
+        asked = self.menu[level]
+        typical = min(asked.operating_points, key=lambda point: abs(point.visual_ratio - asked.visual_ratio))
+        points = [typical, *(asked.operating_points if asked.routed else ())]
+        return [self._estimate(point, prompt_tokens, images) for point in points]
+
+    def _estimate(self, point: OperatingPoint, prompt_tokens: int, images: Sequence[Layout]) -> Estimate:
+        total = sum(image.visual_tokens for image in images)
+        kept = total - sum(_fewest_dropped(point, image) for image in images)
+        runs = layers_to_run(self.model.num_layers, point.skipped_layers, self.layer_change)
+        frozen = layers_to_freeze(runs, point.frozen_layers if images else 0, [0.0] * len(runs))
+        route = Route(total, tuple(range(kept)), runs, frozen)
+        flops, dense = (prefill_flops(self.model.config, one, prompt_tokens) for one in (route, Route.full(total, len(runs))))
+        return Estimate(kept, sum(runs), len(frozen), flops, round(flops / dense, 4))
 
     def expected_rows(self, level: str, prompt_tokens: int, images: Sequence[Layout]) -> float:
         """Rows of prefill in all layers together that a request at a level takes on average."""

@@ -8,6 +8,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from io import BytesIO
 from typing import Any
@@ -99,6 +100,7 @@ class FakeEngine:
         self.metrics = Metrics()
         self.menu = fixed_menu([0.1] * LAYERS, LAYERS, {"off": {"accuracy": 0.97}})
         self.ready = self.alive = True
+        self.confidence: dict[str, float] = {}
         self.words: tuple[str, ...] = WORDS
         self.failure: Failed | None = None
         self.fail_after = 0
@@ -159,6 +161,7 @@ class FakeEngine:
             return
         reason = "stop" if len(said) == len(words) else "length"
         yield from events
+        receipt = replace(receipt, confidence=self.confidence.get(level.name) if request.confidence else None)
         yield Finished(reason, len(request.prompt), len(said), receipt, timings | {"decode": 0.008})
 
 

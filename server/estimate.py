@@ -1,0 +1,44 @@
+"""What a chat would cost at each level: tokens, FLOPs and time, from its headers and its text alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from server.chat import conversation, open_chat, split_model, told, turn_options
+from server.errors import ContextTooLong
+from server.schemas import ChatRequest, parse
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.engine import Engine
+
+
+def estimate(engine: Engine, settings: Settings, body: bytes) -> dict[str, Any]:
+    """The reply to `POST /v1/pruning/estimate`. Nothing is decoded or run; raises a 4xx of `server.errors` as the chat would."""
+    request = parse(ChatRequest, body)
+    split_model(engine, request.model)
+    chat = replace(conversation(request.messages), **turn_options(request))
+    if tools := request.tool_use():
+        chat = replace(chat, turns=told(chat.turns, tools.prompt()))
+    prompt, opened = open_chat(engine, settings, chat)
+    layouts = [image.layout for image in opened]
+    max_tokens = request.sampling(settings.default_max_tokens).max_tokens
+    levels = []
+    for name in engine.menu:
+        typical, *others = engine.planner.estimate(name, len(prompt), layouts)
+        cost = {"level": name, **asdict(typical), "seconds": engine.predict_seconds(name, len(prompt), layouts, max_tokens)}
+        if others:
+            most = max(others, key=lambda one: one.flops)
+            cost["at_most"] = {"visual_tokens": most.visual_tokens, "flops_ratio": most.flops_ratio}
+        try:
+            engine.reserve(name, len(prompt), layouts, max_tokens, chat.field)
+        except ContextTooLong as error:
+            cost["refused"] = error.message
+        levels.append(cost)
+    images = sum(layout.visual_tokens for layout in layouts)
+    queue = round(engine.backlog_seconds(), 4)
+    return {
+        "object": "list", "prompt_tokens": len(prompt), "image_tokens": images, "max_tokens": max_tokens, "queue_seconds": queue,
+        "data": levels,
+    }  # fmt: skip
