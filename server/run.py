@@ -52,8 +52,10 @@ def run(settings: Settings) -> None:
     engine.start()
     app = create_app(engine, settings)
     grace = settings.shutdown_grace_s
+    # uvloop and httptools come with other packages: what is tested is what runs.
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_level="warning", log_config=None, timeout_graceful_shutdown=grace
+        app, host=settings.host, port=settings.port, loop="asyncio", http="h11", log_level="warning", log_config=None,
+        timeout_graceful_shutdown=grace,
     )  # fmt: skip
     server = DrainingServer(config, engine)
     # uvicorn raises the signal again once it has drained; the engine has yet to stop, and a clean end is exit status 0.

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-from evals.official.http import client, said_by, value_at
-
-if TYPE_CHECKING:
-    import httpx
+from evals.official.http import client, said_by
 
 TRIES = 5
 WAIT_S = 2.0
@@ -44,15 +41,15 @@ class Judge:
                     reason = str(error) or type(error).__name__
                     continue
                 if reply.status_code == 200:
-                    return _content(reply)
+                    return _content(reply.json())
                 reason = f"{reply.status_code}: {said_by(reply)}"
                 if reply.status_code not in (408, 429) and reply.status_code < 500:
                     break
         raise JudgeError(reason)
 
 
-def _content(reply: httpx.Response) -> str:
+def _content(reply: Any) -> str:
     try:
-        return str(value_at(reply, "choices", 0, "message", "content"))
-    except ValueError as error:
-        raise JudgeError(str(error)) from error
+        return str(reply["choices"][0]["message"]["content"])
+    except (LookupError, TypeError) as error:
+        raise JudgeError(f"not a chat completion: {str(reply)[:200]}") from error
