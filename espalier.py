@@ -41,6 +41,9 @@ OfficialTask = Literal[
     "scienceqa", "vizwiz", "mmvet", "llava-bench", "pope", "gqa", "textvqa", "vqav2", "mme", "mmbench", "okvqa",
 ]  # fmt: skip
 EvalTask = Literal[OwnTask, OfficialTask]
+QUANTIZATION = Annotated[
+    Literal["int8", "nf4"] | None, typer.Option(help="Hold the weights in 8 or 4 bits; needs bitsandbytes, the extra `quant`.")
+]
 DTYPE = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 
 
@@ -167,6 +170,7 @@ def eval_(
     token_policy: TOKEN_POLICY = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "auto",
+    quantization: QUANTIZATION = None,
     json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
     cards: Annotated[bool, typer.Option("--cards", help="Ask at every level and write what each does into the manifest.")] = False,
 ) -> None:
@@ -246,13 +250,14 @@ def inspect(
     picture: Annotated[Path | None, typer.Option(help="Draw sparsity, search and accuracy to this file.")] = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "auto",
+    quantization: QUANTIZATION = None,
 ) -> None:
     """Show what a checkpoint holds, and in which form: sizes, what was pruned and how, calibration, levels."""
     from checkpoints.shipped import resolve
     from evals.inspect import run
 
     with _plain_errors():
-        run(resolve(checkpoint), picture, device, dtype)
+        run(resolve(checkpoint), picture, device, dtype, quantization)
 
 
 @bench.command("engine")
@@ -266,6 +271,7 @@ def bench_engine(
     dtype: DTYPE = "bfloat16",
     sparsity: Annotated[float | None, typer.Option(help="Measure pruned weights too, with this share of zeros.")] = None,
     pattern: Annotated[str, typer.Option(help="Where the zeros lie: unstructured or 2:4.")] = "unstructured",
+    quantization: QUANTIZATION = None,
     router: Annotated[bool, typer.Option("--router", help="Let an untrained router of real size choose the tokens.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Only the JSON documents, a line for each batch.")] = False,
 ) -> None:
@@ -273,7 +279,7 @@ def bench_engine(
     from benchmarks.engine import run
 
     with _plain_errors():
-        run(geometry, route, batch or [1], new_tokens, repeats, device, dtype, json, sparsity, pattern, router)
+        run(geometry, route, batch or [1], new_tokens, repeats, device, dtype, json, sparsity, pattern, router, quantization)
 
 
 @bench.command("http")

@@ -24,12 +24,14 @@ from benchmarks.runners import (
     Timing,
     TransformersRunner,
     prune_randomly,
+    quantize,
     random_prompts,
     share_weights,
     transformers_only_bytes,
 )
 from models.flops import flops_ratio
 from models.llava import Llava
+from models.quantized import bitsandbytes
 from models.random_llava import geometry_config, random_model
 from models.route import Route
 from pruning.dynamic.router import Router, RouterConfig, default_width
@@ -40,18 +42,22 @@ DTYPES = ("float32", "bfloat16", "float16")
 def run(
     geometry: str, routes: Sequence[str] | None, batches: Sequence[int], new_tokens: int, repeats: int, device: str, dtype: str,
     quiet: bool, sparsity: float | None = None, pattern: str = "unstructured", routed: bool = False,
+    quantization: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure and print: one JSON document a batch size, each on a line of its own. They are also returned.
 
     TTFT and TPOT are those of the whole batch, answered at once. transformers answers one request after another and does not
     prune, so that its one figure, times the batch, is the baseline of every route. Memory is that of one request on the full
-    route. With a `sparsity` every route runs twice, on the dense weights and, as `... sparse`, on pruned ones. With `routed`, an
-    untrained router of real size chooses each route's tokens. `new_tokens` is at least 2. Raises ValueError for what cannot be run.
+    route. With a `sparsity` every route also runs, as `... sparse`, on pruned weights, and with a `quantization`, as `... nf4`, on
+    quantized ones. With `routed`, an untrained router of real size chooses each route's tokens. `new_tokens` is at least 2. Raises
+    ValueError for what cannot be run.
     """
     console = Console(stderr=True, quiet=quiet)
     config, place, precision = geometry_config(geometry), pick_device(device), pick_dtype(dtype)
     chosen = {name: parse_route(name, config) for name in routes or default_routes(config)}
     check_sparsity(sparsity, pattern)
+    if quantization:
+        bitsandbytes()  # or it says what to install
     limits = roofline.measure(place, precision)
     memory, compute = limits.bytes_per_s / 1e9, limits.flops_per_s / 1e9
     console.print(f"{place}, {dtype}: memory {memory:.1f} GB/s, matrix products {compute:,.0f} GFLOP/s")
@@ -67,6 +73,11 @@ def run(
         pruned = prune_randomly(model, sparsity, pattern)
         runners |= {f"{name} sparse": EspalierRunner(pruned, route, router) for name, route in chosen.items()}
         sparse = {"sparsity": sparsity, "pattern": pattern, **describe(pruned, model, full.route)}
+    quantized: dict[str, Any] = {}
+    if quantization:
+        few_bits = quantize(model, quantization)
+        runners |= {f"{name} {quantization}": EspalierRunner(few_bits, route, router) for name, route in chosen.items()}
+        quantized = {"format": quantization, **describe(few_bits, model, full.route)}
     common = {
         "geometry": geometry,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
@@ -75,6 +86,7 @@ def run(
         "repeats": repeats,
         "threads": torch.get_num_threads(),
         "sparse": sparse or None,
+        "quantized": quantized or None,
         "peak_bytes": peak,  # vision layers that only transformers runs, counted next, lie in it too
         "transformers_only_bytes": transformers_only_bytes(reference, model),
         "weight_bytes": model.weight_bytes,
@@ -100,6 +112,7 @@ def run(
                 for name, one in runners.items()
             },
             "over_dense": {name: speedups(ours[f"{name} sparse"], ours[name]) for name in chosen if sparse},
+            "quantized_over_dense": {name: speedups(ours[f"{name} {quantization}"], ours[name]) for name in chosen if quantized},
             "transformers": summarise(baseline, 1),
         }
         show(document, console)
@@ -231,7 +244,7 @@ def untrained_router(model: Llava) -> Router:
 
 
 def describe(pruned: Llava, model: Llava, full: Route) -> dict[str, Any]:
-    """What pruning left of the language layers: zeros, bytes by weight format, and resident bytes over the dense ones."""
+    """What pruning or quantizing left of the language layers: zeros, bytes by format, and resident bytes over the dense ones."""
     head = model.head.bytes
     return {
         "zeros": pruned.sparsity()["language"],
@@ -258,14 +271,19 @@ def show(document: dict[str, Any], console: Console) -> None:
             f"{row['flops_ratio']:.1%} of the dense FLOPs; {row['kv_bytes'] / 1e6:.2f} MB of keys and values"
         )
     if sparse := document["sparse"]:
-        speed = ", ".join(
-            f"{name} {row['tpot_speedup']:.2f}× and {row['requests_speedup']:.2f}×" for name, row in document["over_dense"].items()
-        )
-        console.print(
-            f"{sparse['zeros']:.1%} zeros ({sparse['pattern']}): language matrices take {sparse['matrix_bytes_ratio']:.3f} of the "
-            f"dense bytes; against our dense weights, tokens/s of decoding and whole answers/s: {speed}"
-        )
+        show_lighter(f"{sparse['zeros']:.1%} zeros ({sparse['pattern']})", sparse, document["over_dense"], console)
+    if quantized := document["quantized"]:
+        show_lighter(quantized["format"], quantized, document["quantized_over_dense"], console)
     console.print(
         f"peak {document['peak_bytes'] / 1e9:.2f} GB for one request, {document['peak_over_weights']:.2f}× "
         f"the weights' {document['weight_bytes'] / 1e9:.2f} GB"
+    )
+
+
+def show_lighter(name: str, about: Mapping[str, Any], over_dense: Mapping[str, Mapping[str, float]], console: Console) -> None:
+    """Weights that take fewer bytes: how many, and what that does to speed."""
+    speed = ", ".join(f"{route} {row['tpot_speedup']:.2f}× and {row['requests_speedup']:.2f}×" for route, row in over_dense.items())
+    console.print(
+        f"{name}: language matrices take {about['matrix_bytes_ratio']:.3f} of the dense bytes; against our dense weights, tokens/s "
+        f"of decoding and whole answers/s: {speed}"
     )

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from models.forward import decode_input, forward, prefill_input
 from models.linear import Linear
 from models.llava import Llava, from_transformers
+from models.quantized import QUANTIZED
 from models.route import Route
 from models.sparse import AnyLinear
 from models.vision.vit import VisionTransformer, feature_layers
@@ -220,6 +221,20 @@ def prune_randomly(model: Llava, sparsity: float, pattern: str) -> Llava:
 
     layers = [
         replace(b, qkv=pruned(b.qkv), out=pruned(b.out), gate_up=pruned(b.gate_up), down=pruned(b.down))
+        for b in model.decoder_layers
+    ]
+    return replace(model, decoder_layers=layers)
+
+
+def quantize(model: Llava, kind: str) -> Llava:
+    """The same model with its language layers quantized."""
+
+    def few_bits(matrix: AnyLinear) -> AnyLinear:
+        assert isinstance(matrix, Linear), "dense before it is quantized"
+        return QUANTIZED[kind].of(matrix)
+
+    layers = [
+        replace(b, qkv=few_bits(b.qkv), out=few_bits(b.out), gate_up=few_bits(b.gate_up), down=few_bits(b.down))
         for b in model.decoder_layers
     ]
     return replace(model, decoder_layers=layers)

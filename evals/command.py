@@ -41,6 +41,7 @@ class Options:
     token_policy: str | None
     device: str
     dtype: str
+    quantization: str | None
     json: bool
     cards: bool
 
@@ -55,7 +56,7 @@ def evaluate(options: Options) -> None:
     if options.task in TASKS or (options.data and not options.task):
         _with_data(options)
     elif options.task == "perplexity":
-        _refuse(options, "split", "family", "paraphrase", "data", "compare", "picture", "cards", *WITH_DATA)
+        _refuse(options, "split", "family", "paraphrase", "data", "compare", "picture", "cards", "quantization", *WITH_DATA)
         perplexity.run(resolve(options.checkpoint), options.against, options.limit, options.device, options.dtype, options.json)
     else:
         _drawn(options)
@@ -76,12 +77,13 @@ def _drawn(options: Options) -> None:
     new_task = partial(open_task, options.task or "scenes", options.limit, **given)
     where = (options.device, options.dtype, options.json)
     if options.cards:
-        _refuse(options, "compare", "picture")
+        _refuse(options, "compare", "picture", "quantization")  # cards hold for the checkpoint as it is
         cards.run(resolve(options.checkpoint, write=True), new_task, *where)
     elif options.compare or options.picture:
-        curve.run(resolve(options.checkpoint), new_task, options.levels, options.token_policy, options.picture, *where)
+        asked = (options.levels, options.token_policy, options.picture)
+        curve.run(resolve(options.checkpoint), new_task, *asked, *where, options.quantization)
     else:
-        exam.run(resolve(options.checkpoint), new_task(), options.level, options.token_policy, *where)
+        exam.run(resolve(options.checkpoint), new_task(), options.level, options.token_policy, *where, options.quantization)
 
 
 def _with_data(options: Options) -> None:
@@ -98,14 +100,16 @@ def _with_data(options: Options) -> None:
     if options.task is None and options.levels == ["off"] and not options.against:
         raise ValueError("your own questions are compared with the dense model: name a --level, or the dense checkpoint --against")
     if options.url:
-        _refuse(options, "token_policy")
+        _refuse(options, "token_policy", "quantization")
         source: Callable[[], official.Source] = partial(official.server_source, options.url, options.at_once)
     else:
-        source = _engine(options, resolve(options.checkpoint), options.levels)
+        source = _engine(options, resolve(options.checkpoint), options.levels, options.quantization)
     dense = _engine(options, resolve(str(options.against)), ["off"]) if options.against and not options.task else None
     official.evaluate(plan, source, options.against if options.task else None, dense)
 
 
-def _engine(options: Options, checkpoint: Path, levels: list[str]) -> Callable[[], official.Source]:
+def _engine(
+    options: Options, checkpoint: Path, levels: list[str], quantization: str | None = None
+) -> Callable[[], official.Source]:
     where = (options.token_policy, options.device, options.dtype, options.at_once)
-    return partial(official.engine_source, checkpoint, levels, *where)
+    return partial(official.engine_source, checkpoint, levels, *where, quantization)

@@ -21,13 +21,13 @@ Document = dict[str, Any]
 
 def run(
     checkpoint: Path, new_task: Callable[[], Task], levels: Sequence[str], token_policy: str | None, picture: Path | None,
-    device: str, dtype: str, quiet: bool,
+    device: str, dtype: str, quiet: bool, quantization: str | None = None,
 ) -> Document:  # fmt: skip
     """The same questions of a task of `evals.tasks` at several levels; `new_task` begins it anew."""
     console = Console(stderr=True, quiet=quiet)
     if picture:
         check(picture)
-    engine = open_engine(checkpoint, levels, token_policy, device, dtype)
+    engine = open_engine(checkpoint, levels, token_policy, device, dtype, quantization=quantization)
     measured = [_measure(engine, new_task(), level, console) for level in levels]
     changes = [compare(one, measured[0]) for one in measured[1:]]
     for change in changes:
@@ -40,7 +40,8 @@ def _measure(engine: Engine, task: Task, level: str, console: Console) -> Measur
     results = ask_all(engine, level, task, console)
     seconds = (time.monotonic() - started) / max(1, len(results))
     document = summarise(results, task.about, level, engine.token_policy) | {
-        "model": engine.checkpoint.name, "measure": "accuracy", "seconds_per_question": round(seconds, 4)
+        "model": engine.checkpoint.name, "measure": "accuracy", "seconds_per_question": round(seconds, 4),
+        "quantization": engine.checkpoint.quantization,
     }  # fmt: skip
     questions = [Question(number, item.text, None, "") for number, (item, _) in enumerate(results)]
     return Measured(document, questions, [answer.text for _, answer in results], list(map(float, judged(results))))

@@ -93,14 +93,18 @@ def make_request(
     return Request(f"exam-{number}", prompt, images, level, Sampling(max_tokens=max_tokens), answer)
 
 
-def run(checkpoint: Path, task: Task, level: str, token_policy: str | None, device: str, dtype: str, quiet: bool) -> dict[str, Any]:
+def run(
+    checkpoint: Path, task: Task, level: str, token_policy: str | None, device: str, dtype: str, quiet: bool,
+    quantization: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate and print; the last line is one JSON document, which is also returned."""
     console = Console(stderr=True, quiet=quiet)
-    engine = open_engine(checkpoint, [level], token_policy, device, dtype)
+    engine = open_engine(checkpoint, [level], token_policy, device, dtype, quantization=quantization)
     started = time.monotonic()
     results = ask_all(engine, level, task, console)
     document = summarise(results, task.about, level, engine.token_policy) | {
-        "checkpoint": engine.checkpoint.name, "fingerprint": engine.fingerprint, "seconds": round(time.monotonic() - started, 1)
+        "checkpoint": engine.checkpoint.name, "fingerprint": engine.fingerprint, "seconds": round(time.monotonic() - started, 1),
+        "quantization": engine.checkpoint.quantization, "weight_bytes": engine.model.weight_bytes,
     }  # fmt: skip
     _show(document, results, console)
     Console(soft_wrap=True, highlight=False, markup=False).print(json.dumps(document))
@@ -108,12 +112,14 @@ def run(checkpoint: Path, task: Task, level: str, token_policy: str | None, devi
 
 
 def open_engine(
-    checkpoint: Path, levels: Sequence[str], token_policy: str | None, device: str, dtype: str, limits: Limits = LIMITS
-) -> Engine:
+    checkpoint: Path, levels: Sequence[str], token_policy: str | None, device: str, dtype: str, limits: Limits = LIMITS,
+    quantization: str | None = None,
+) -> Engine:  # fmt: skip
     """A checkpoint's engine, to be stepped. Raises ValueError for a policy that there is not, or a level that it does not have."""
     if token_policy not in (None, *get_args(TokenPolicy)):
         raise ValueError(f"token policy {token_policy!r} is not one of {', '.join(get_args(TokenPolicy))}")
-    engine = Engine(load(checkpoint, device, dtype), limits, token_policy=token_policy)  # type: ignore[arg-type]
+    loaded = load(checkpoint, device, dtype, quantization)
+    engine = Engine(loaded, limits, token_policy=token_policy)  # type: ignore[arg-type]
     for level in levels:
         if level not in engine.menu:
             raise ValueError(f"level {level!r} is not one of {', '.join(engine.menu)}")

@@ -19,9 +19,11 @@ from pruning.dynamic.router_file import RouterRecord
 console = Console(highlight=False)
 
 
-def run(directory: Path, picture: Path | None = None, device: str = "cpu", dtype: str = "auto") -> None:
+def run(
+    directory: Path, picture: Path | None = None, device: str = "cpu", dtype: str = "auto", quantization: str | None = None
+) -> None:
     """Print tables; write a picture of what was pruned to `picture`. Raises ValueError if nothing was."""
-    checkpoint = load(directory, device, dtype)
+    checkpoint = load(directory, device, dtype, quantization)
     model, manifest = checkpoint.model, checkpoint.manifest
     console.print(
         f"[b]{checkpoint.name}[/b] ({checkpoint.fingerprint}): {model.num_layers} layers, "

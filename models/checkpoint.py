@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, LlavaProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from models.families import ARCHITECTURES, family_of
 from models.layer_shapes import sliced
-from models.llava import Llava, check_supported, from_transformers
+from models.llava import QUANTIZED_MODULES, Llava, check_supported, from_transformers
 from models.manifest import MANIFEST, CheckpointError, Manifest, read_manifest
 from models.preprocess import Preprocessor
+from models.quantized import QUANTIZED, bitsandbytes, quantization_of, read_dense
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,19 +36,22 @@ class Checkpoint:
     eos: frozenset[int]
     manifest: Manifest
     fingerprint: str
+    quantization: str | None = None
 
 
-def load(directory: Path, device: str = "cpu", dtype: str = "auto") -> Checkpoint:
-    """Load a LLaVA checkpoint for our forward. `auto` is the dtype it was saved in.
+def load(directory: Path, device: str = "cpu", dtype: str = "auto", quantization: str | None = None) -> Checkpoint:
+    """Load a LLaVA checkpoint for our forward. `auto` is the dtype it was saved in; `quantization` is int8 or nf4, by default what
+    it was saved in.
 
     Raises CheckpointError for a missing or truncated file and UnsupportedCheckpoint for what the forward does not compute.
     """
-    source = open_transformers(directory, device, dtype)
+    check_device(device)
+    source, quantization, quantized = _open(directory, dtype, quantization)
     manifest = source.manifest
     eos = source.model.generation_config.eos_token_id
     if eos is None:
         eos = source.model.config.text_config.eos_token_id
-    model = from_transformers(source.model)
+    model = from_transformers(source.model, quantization, quantized, device)
     if manifest.calibration and len(manifest.calibration.layer_change) != model.num_layers:
         raise CheckpointError(
             f"{directory / MANIFEST}: calibration.layer_change has {len(manifest.calibration.layer_change)} values for "
@@ -59,6 +65,7 @@ def load(directory: Path, device: str = "cpu", dtype: str = "auto") -> Checkpoin
         eos=frozenset(eos if isinstance(eos, list) else [eos]),
         manifest=manifest,
         fingerprint=source.fingerprint,
+        quantization=quantization,
     )
 
 
@@ -75,20 +82,42 @@ class TransformersCheckpoint:
 
 
 def open_transformers(directory: Path, device: str = "cpu", dtype: str = "auto") -> TransformersCheckpoint:
-    """Check a checkpoint and open it with transformers. Raises what `load` raises."""
+    """Check a checkpoint and open it with transformers. Raises what `load` raises, and CheckpointError for quantized weights."""
+    check_device(device)
+    source, quantization, _ = _open(directory, dtype, None)
+    if quantization:
+        raise CheckpointError(f"{directory} holds {quantization} weights, which cannot be changed; take the dense checkpoint")
+    source.model.to(device)  # tensor by tensor: no device holds a second copy
+    return source
+
+
+def _open(
+    directory: Path, dtype: str, quantization: str | None
+) -> tuple[TransformersCheckpoint, str | None, Collection[str]]:
+    """A checkpoint in memory, all weights dense; the format that they shall have, and the modules that have it."""
     if dtype not in ("auto", *DTYPES):
         raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    check_device(device)
+    if quantization not in (None, *QUANTIZED):
+        raise CheckpointError(f"quantization {quantization!r} is not one of {', '.join(QUANTIZED)}")
     shards = check_files(directory)
     config = _config(directory)
     check_supported(config)
+    saved = quantization_of(config)
+    if saved and quantization not in (None, saved):
+        raise CheckpointError(f"{directory} holds {saved} weights, which do not become {quantization}: what was rounded is lost")
+    if quantization := quantization or saved:
+        bitsandbytes()
     manifest = read_manifest(directory)
     _verify(directory, manifest)
-    model, info = _from_pretrained(config, directory, device, dtype)
+    weights: dict[str, Tensor] | None = None
+    modules: Collection[str] = QUANTIZED_MODULES
+    if saved:
+        weights, modules = _dequantized(shards, config, dtype)
+    model, info = _from_pretrained(config, directory, dtype, weights)
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted((*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])))
         raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or have another shape, first {wrong[0]}")
-    return TransformersCheckpoint(
+    source = TransformersCheckpoint(
         directory=directory,
         name=manifest.name or directory.resolve().name,
         model=model,
@@ -96,6 +125,17 @@ def open_transformers(directory: Path, device: str = "cpu", dtype: str = "auto")
         manifest=manifest,
         fingerprint="fp_" + fingerprint(shards),
     )
+    return source, quantization, modules
+
+
+def _dequantized(
+    shards: Sequence[Path], config: PreTrainedConfig, dtype: str
+) -> tuple[dict[str, Tensor], Collection[str]]:
+    """A quantized checkpoint's tensors, dense, and which modules were not so."""
+    weights, quantized = read_dense(shards, DTYPES.get(dtype) or config.dtype or torch.float16)
+    parts = {"vision": "vision_tower.", "projector": "multi_modal_projector.", "language": "language_model."}
+    del config.quantization_config  # else transformers would make modules of bitsandbytes'
+    return weights, [module for module, part in parts.items() if any(part in key and "lm_head" not in key for key in quantized)]
 
 
 def check_device(name: str) -> None:
@@ -148,20 +188,22 @@ def _reason(error: Exception) -> str:
 
 
 def _from_pretrained(
-    config: PreTrainedConfig, directory: Path, device: str, dtype: str
+    config: PreTrainedConfig, directory: Path, dtype: str, weights: dict[str, Tensor] | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         model, info = sliced(family_of(config).model).from_pretrained(
-            directory,
-            dtype=DTYPES.get(dtype, "auto"),
+            directory if weights is None else None,
+            config=config,
+            state_dict=weights,
+            dtype=DTYPES.get(dtype, "auto" if weights is None else config.dtype),
             use_safetensors=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # reported, and refused by our caller with the tensor's name
             output_loading_info=True,
         )
-        return model.to(device), info  # tensor by tensor: no device holds a second copy
+        return model, info
     finally:
         if progress:
             transformers_logging.enable_progress_bar()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,9 +21,10 @@ from models.ops import rms_norm
 from models.sparse import AnyLinear
 from models.vision import TOWERS
 from models.vision.features import ImageFeatures, VisionEncoder
-from models.weight_format import choose_format
+from models.weight_format import holder
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
+QUANTIZED_MODULES = ("vision", "projector", "language")
 
 
 class UnsupportedCheckpoint(ValueError):
@@ -130,7 +131,7 @@ class Llava:
         return sum(self.bytes_by_format().values())
 
     def bytes_by_format(self) -> dict[str, int]:
-        """Resident bytes of the matrices and the embedding: `dense`, `packed`, `bitmask`, `2:4`."""
+        """Resident bytes of the matrices and the embedding: `dense`, `packed`, `bitmask`, `2:4`, `int8`, `nf4`."""
         tied = self.head.weight.data_ptr() == self.embedding.data_ptr()
         held = {"dense": 0 if tied else self.embedding.nbytes}
         for matrix in self.linears().values():
@@ -183,36 +184,45 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 
 @torch.no_grad()
-def from_transformers(model: PreTrainedModel) -> Llava:
+def from_transformers(
+    model: PreTrainedModel, quantization: str | None = None, quantized_modules: Collection[str] = QUANTIZED_MODULES,
+    device: str | None = None,
+) -> Llava:  # fmt: skip
     """Take the weights out of a transformers model and leave it empty, so that they are held once.
 
-    `choose_format` chooses the format of each matrix of the language model. The others stay dense: the vision tower and the
-    projector multiply hundreds of rows at a time, and the head is seldom pruned and may share its weight with the embedding.
+    Each matrix gets its format at once (see `models.weight_format`), on `device`, so that a device need not hold all weights as
+    they were. The head stays dense: it is seldom pruned, decides every token and may share its weight with the embedding.
     """
     config = model.config
     check_supported(config)
-    text = model.model.language_model
-    projector = model.model.multi_modal_projector
+    text, inner = model.model.language_model, model.model
+    device = device or model.device
+    hold = {module: holder(module, quantization, quantized_modules) for module in QUANTIZED_MODULES}
+    inner.vision_tower.to(device)
+    projector = inner.multi_modal_projector.to(device)
     vision = VisionEncoder(
-        tower=TOWERS[config.vision_config.model_type].from_transformers(model),  # first: its unused layers are freed
-        projector=(fuse(projector.linear_1), fuse(projector.linear_2)),
+        # First: its unused layers are freed.
+        tower=TOWERS[config.vision_config.model_type].from_transformers(model, hold["vision"]),
+        projector=(hold["projector"](fuse(projector.linear_1)), hold["projector"](fuse(projector.linear_2))),
         activation=config.projector_hidden_act,
     )
     layers = []
     for layer, shape in zip(text.layers, layer_shapes(config.text_config), strict=True):
+        layer.to(device)
         layers.append(
             DecoderLayer(
                 heads=shape.kv_heads * query_heads(config.text_config),
                 kv_heads=shape.kv_heads,
                 input_norm=layer.input_layernorm.weight.detach(),
-                qkv=choose_format(fuse(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
-                out=choose_format(fuse(layer.self_attn.o_proj)),
+                qkv=hold["language"](fuse(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+                out=hold["language"](fuse(layer.self_attn.o_proj)),
                 post_norm=layer.post_attention_layernorm.weight.detach(),
-                gate_up=choose_format(fuse(layer.mlp.gate_proj, layer.mlp.up_proj)),
-                down=choose_format(fuse(layer.mlp.down_proj)),
+                gate_up=hold["language"](fuse(layer.mlp.gate_proj, layer.mlp.up_proj)),
+                down=hold["language"](fuse(layer.mlp.down_proj)),
             )
         )
         _return_freed_memory()
+    model.to(device)
     return Llava(
         config=config,
         vision=vision,

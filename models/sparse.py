@@ -15,6 +15,7 @@ from torch.sparse import to_sparse_semi_structured
 from models import kernels
 from models.kernels import thresholds
 from models.linear import Linear, kernels_take
+from models.quantized import Int8Linear, Nf4Linear
 
 GROUP, CODES = 64, 16
 """Weights that the CPU kernels read at a time; high bytes that have a code."""
@@ -192,7 +193,7 @@ class PackedLinear:
         return len(self.low_bytes) - GROUP
 
 
-AnyLinear = Linear | SparseLinear | SemiStructuredLinear | PackedLinear
+AnyLinear = Linear | SparseLinear | SemiStructuredLinear | PackedLinear | Int8Linear | Nf4Linear
 
 
 def multiply_by_parts(x: Tensor, matrix: SparseLinear | PackedLinear) -> Tensor:

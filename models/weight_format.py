@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Collection
 from functools import cache
 
 import torch
@@ -12,9 +13,20 @@ from torch.utils.benchmark import Timer
 from models import kernels
 from models.kernels import thresholds
 from models.linear import Linear
+from models.quantized import QUANTIZED
 from models.sparse import AnyLinear, PackedLinear, SemiStructuredLinear, SparseLinear
 
 log = logging.getLogger("espalier.weight_format")
+
+
+def holder(module: str, quantization: str | None, quantized_modules: Collection[str]) -> Callable[[Linear], AnyLinear]:
+    """How the matrices of `vision`, `projector` or `language` are held: quantized, or else in the fastest lossless format.
+
+    Vision tower and projector multiply hundreds of rows at a time, so that without quantization they stay dense.
+    """
+    if quantization and module in quantized_modules:
+        return QUANTIZED[quantization].of
+    return choose_format if module == "language" else lambda linear: linear
 
 
 def choose_format(linear: Linear) -> AnyLinear:

@@ -79,14 +79,14 @@ def start_tracing(endpoint: str) -> Tracing:
 
 
 def build_engine(settings: Settings, tracing: Tracing | None = None) -> Engine:
-    checkpoint = load(resolve(settings.checkpoint), settings.device, settings.dtype)
+    checkpoint = load(resolve(settings.checkpoint), settings.device, settings.dtype, settings.quantization)
     limits = Limits(
         max_running=settings.max_batch, max_waiting=settings.max_queue,
         kv_rows=settings.kv_tokens * checkpoint.model.num_layers,
     )  # fmt: skip
     log.info(
         "loaded %s (%.1f MB of weights, %s, %s)", checkpoint.directory, checkpoint.model.weight_bytes / 1e6,
-        checkpoint.model.dtype, checkpoint.model.device,
+        checkpoint.quantization or checkpoint.model.dtype, checkpoint.model.device,
     )  # fmt: skip
     return Engine(
         checkpoint, limits, default_level=settings.default_level, token_policy=settings.token_policy,

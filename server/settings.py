@@ -28,6 +28,9 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(None, min_length=1, description="The model's name; by default the checkpoint's.")
     device: str = Field("cpu", description="Where to run: cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto takes the checkpoint's.")
+    quantization: Literal["int8", "nf4"] | None = Field(
+        None, description="Hold the weights in 8 or 4 bits, by bitsandbytes; by default as the checkpoint does."
+    )
 
     default_level: str = Field("off", description="Pruning level of requests that name none.")
     token_policy: TokenPolicy | None = Field(

@@ -47,13 +47,16 @@ class Plan:
 
 
 def engine_source(
-    checkpoint: Path, levels: Sequence[str], token_policy: str | None, device: str, dtype: str, at_once: int
-) -> Source:
+    checkpoint: Path, levels: Sequence[str], token_policy: str | None, device: str, dtype: str, at_once: int,
+    quantization: str | None = None,
+) -> Source:  # fmt: skip
     """A checkpoint, loaded. Raises ValueError for a level or policy that it does not have."""
-    engine = open_engine(checkpoint, levels, token_policy, device, dtype, Limits(max_running=at_once, max_waiting=at_once))
+    limits = Limits(max_running=at_once, max_waiting=at_once)
+    engine = open_engine(checkpoint, levels, token_policy, device, dtype, limits, quantization)
     about = {
         "fingerprint": engine.fingerprint, "token_policy": engine.token_policy, "device": engine.model.device.type,
         "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "quantization": engine.checkpoint.quantization,
     }  # fmt: skip
     return Source(engine.checkpoint.name, about, lambda level: through_engine(engine, level, at_once))
 

@@ -12,6 +12,7 @@ transformers' Auto classes: importing this module lets stock `LlavaForConditiona
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditional
 from transformers.modeling_outputs import BaseModelOutput
 
 from models.linear import Linear
+from models.sparse import AnyLinear
 from models.vision.features import ImageFeatures
 
 LITE0 = (
@@ -238,7 +240,7 @@ class EfficientNetTower:
     def __call__(self, pixels: Tensor) -> ImageFeatures:
         return ImageFeatures(self.module.tokens(self.module.maps(pixels)), pixels.new_zeros(len(pixels), 0))
 
-    def linears(self) -> dict[str, Linear]:
+    def linears(self) -> dict[str, AnyLinear]:
         """None that pruning may touch: nearly all of the network is convolutions."""
         return {}
 
@@ -256,7 +258,8 @@ def check_supported(config: LlavaConfig) -> None:
         raise ValueError(f"vision_feature_layer {config.vision_feature_layer} names no layer of a tower of one")
 
 
-def from_transformers(model: LlavaForConditionalGeneration) -> EfficientNetTower:
+def from_transformers(model: LlavaForConditionalGeneration, hold: Callable[[Linear], AnyLinear]) -> EfficientNetTower:
+    """Take the tower out of a transformers model. It has no matrices to `hold`."""
     return EfficientNetTower(model.model.vision_tower.eval().to(memory_format=torch.channels_last))
 
 

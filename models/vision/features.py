@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from models.linear import Linear
 from models.ops import quick_gelu
+from models.sparse import AnyLinear
 
 if TYPE_CHECKING:
     from models.families import Layout
@@ -38,7 +38,7 @@ class VisionTower(Protocol):
 
     def __call__(self, pixels: Tensor) -> ImageFeatures: ...
 
-    def linears(self) -> dict[str, Linear]:
+    def linears(self) -> dict[str, AnyLinear]:
         """Every matrix by name, `3.qkv` and the like."""
         ...
 
@@ -48,7 +48,7 @@ class VisionEncoder:
     """A tower and LLaVA's projector."""
 
     tower: VisionTower
-    projector: tuple[Linear, Linear]
+    projector: tuple[AnyLinear, AnyLinear]
     activation: str
 
     def __call__(self, pixels: Tensor) -> ImageFeatures:

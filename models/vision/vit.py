@@ -7,6 +7,7 @@ never computed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from models.attention import attend
 from models.layer_shapes import layer_shapes
 from models.linear import Linear, fuse
+from models.sparse import AnyLinear
 from models.vision.features import ImageFeatures, activate
 
 ROW_MULTIPLE = 8
@@ -26,11 +28,11 @@ ROW_MULTIPLE = 8
 @dataclass
 class EncoderLayer:
     norm1: tuple[Tensor, Tensor]
-    qkv: Linear
-    out: Linear
+    qkv: AnyLinear
+    out: AnyLinear
     norm2: tuple[Tensor, Tensor]
-    up: Linear
-    down: Linear
+    up: AnyLinear
+    down: AnyLinear
 
 
 @dataclass
@@ -89,7 +91,7 @@ class VisionTransformer:
         hidden = activate(layer.up(F.layer_norm(x, (width,), *layer.norm2, vit.layer_norm_eps)), vit.hidden_act)
         return layer.down(hidden).add_(x), torch.stack(attention) if attention else torch.empty(0)
 
-    def linears(self) -> dict[str, Linear]:
+    def linears(self) -> dict[str, AnyLinear]:
         return {f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(self.layers) for name in ("qkv", "out", "up", "down")}
 
 
@@ -129,18 +131,19 @@ def check_supported(config: PreTrainedConfig) -> None:
             raise ValueError(f"vision_feature_layer {layer} names no layer of a tower of {layers}")
 
 
-def from_transformers(model: PreTrainedModel) -> VisionTransformer:
-    """Take the tower's weights out of a transformers model; layers above the feature layer are freed."""
+def from_transformers(model: PreTrainedModel, hold: Callable[[Linear], AnyLinear]) -> VisionTransformer:
+    """Take the tower's weights out of a transformers model; layers above the feature layer are freed. `hold` chooses the format of
+    each matrix."""
     tower = model.model.vision_tower
     used = max(feature_layers(model.config))
     layers = [
         EncoderLayer(
             norm1=(layer.layer_norm1.weight.detach(), layer.layer_norm1.bias.detach()),
-            qkv=fuse(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-            out=fuse(layer.self_attn.out_proj),
+            qkv=hold(fuse(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+            out=hold(fuse(layer.self_attn.out_proj)),
             norm2=(layer.layer_norm2.weight.detach(), layer.layer_norm2.bias.detach()),
-            up=fuse(layer.mlp.fc1),
-            down=fuse(layer.mlp.fc2),
+            up=hold(fuse(layer.mlp.fc1)),
+            down=hold(fuse(layer.mlp.fc2)),
         )
         for layer in tower.encoder.layers[:used]
     ]

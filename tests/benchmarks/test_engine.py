@@ -66,6 +66,19 @@ def test_pruned_weights_run_beside_dense_ones(tiny, capsys, sparsity, pattern):
         assert sparse["matrix_bytes_ratio"] < 0.85  # rows this short carry much beside their weights
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantized_weights_run_beside_dense_ones(tiny, capsys, kind):
+    pytest.importorskip("bitsandbytes")
+    (document,) = engine.run("tiny", ["4x3"], [2], 3, 2, "cpu", "bfloat16", quiet=False, quantization=kind)
+    assert f"{kind}: language matrices take" in capsys.readouterr().err
+    assert list(document["routes"]) == ["4x3", f"4x3 {kind}"]
+    assert document["quantized"]["format"] == kind
+    assert document["quantized"]["weight_bytes"][kind] > 0
+    assert document["quantized"]["matrix_bytes_ratio"] < {"int8": 0.6, "nf4": 0.35}[kind]
+    assert all(value > 0 for value in document["quantized_over_dense"]["4x3"].values())
+    assert document["sparse"] is None
+
+
 def test_quiet_prints_a_document_a_batch_alone(tiny, capsys):
     engine.run("tiny", ["4x3"], [1, 2], 2, 1, "cpu", "float32", quiet=True)
     printed = capsys.readouterr()

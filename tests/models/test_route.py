@@ -22,7 +22,7 @@ ALL = (True, True, True)
         ({"layers": (True, False, True), "frozen_layers": frozenset({1})}, "layers that run"),
         ({"frozen_layers": frozenset({3})}, "layers that run"),
         ({"token_sizes": (4,)}, "every kept token"),
-        ({"token_sizes": (1, 1)}, "add up to all"),
+        ({"token_sizes": (3, 2)}, "no more than all"),
     ],
 )
 def test_a_route_that_makes_no_sense_is_refused(options: dict[str, Any], words: str) -> None:

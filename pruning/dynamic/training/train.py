@@ -40,6 +40,8 @@ def run(
         raise ValueError(f"{out} exists; name a directory that does not, or remove it")
     config = config.model_copy(update={"data": samples.choose(config.data, checkpoint)})
     source = load(checkpoint, device, dtype)
+    if source.quantization:
+        raise ValueError(f"{checkpoint} holds {source.quantization} weights; train the router on the dense checkpoint")
     if source.preprocessor.tiled:
         raise ValueError(f"{checkpoint}: a router reads pictures of one tile; without one, levels merge tokens of all tiles")
     state = RunState(out, config.model_dump(), f"{source.name} {source.fingerprint} {dtype} {samples.content(config.data)}")

@@ -1,0 +1,208 @@
+"""y = x W^T + b with a weight of 8 or 4 bits, by bitsandbytes (the extra `quant`); and checkpoints that hold such weights.
+
+Its modules are not used: on some CPUs `Linear4bit` repacks its weight in place when it first multiplies, and `.to()` does not undo
+that. Here a weight is brought into the form of its device once, when it is made.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from models.linear import Linear
+from models.manifest import CheckpointError
+
+OUTLIER = 6.0
+"""Magnitude from which an input is not rounded to 8 bits (LLM.int8(), section 3.2)."""
+BLOCK = 64
+"""Weights that share a scale in NF4, as in QLoRA."""
+CPU_ROWS = 32
+"""Outputs that bitsandbytes' 4-bit kernel for CPUs with AVX512-BF16 reads together."""
+
+
+@cache
+def bitsandbytes() -> ModuleType:
+    """The library. Raises CheckpointError where it is not installed."""
+    told, kernels = logging.getLogger("bitsandbytes"), sys.modules.get("kernels")
+    before = told.level
+    told.setLevel(logging.ERROR)
+    # Where the package `kernels` is installed it would fetch a product from the hub; it has one of its own.
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        import bitsandbytes
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise CheckpointError("quantized weights need bitsandbytes; install it with `pip install 'espalier[quant]'`") from error
+    finally:
+        told.setLevel(before)
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
+    found: ModuleType = bitsandbytes
+    return found
+
+
+@dataclass
+class Int8Linear:
+    """A weight as 8-bit integers, and a scale for each output: LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339).
+
+    codes [out, in] int8; scales [out] float32, the magnitude of code 127. Inputs are rounded to 8 bits row by row but for outliers,
+    which meet the weight unrounded. A column counts as one in the rows where its value is large; in the paper it does in all rows,
+    and a request's answer would depend on its batch.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None = None
+    format: ClassVar = "int8"
+
+    @classmethod
+    def of(cls, linear: Linear) -> Int8Linear:
+        weight = linear.weight.detach().half().float()  # the library reads 16 bits
+        scales = weight.abs().amax(1)
+        # A row of zeros, as structured or high sparsity leaves, has no scale: zero times 127 / 0 is no number.
+        codes = (weight * (127 / scales.where(scales > 0, 1.0))[:, None]).round().to(torch.int8)
+        return cls(codes, scales, linear.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        library, rows = bitsandbytes(), x.flatten(0, -2)
+        if not len(rows):
+            return x.new_empty(*x.shape[:-1], len(self.codes))
+        outlier = rows.abs() >= OUTLIER
+        rounded, row_scales, _ = library.functional.int8_vectorwise_quant(rows.masked_fill(outlier, 0).half())
+        product = torch.ops.bitsandbytes.int8_scaled_mm.default
+        out: Tensor = product(rounded, self.codes, row_scales, self.scales, bias=self.bias, dtype=x.dtype)
+        columns = outlier.any(0).nonzero()[:, 0]
+        if len(columns):
+            weight = (self.codes[:, columns] * (self.scales[:, None] / 127)).to(x.dtype)
+            out += rows.where(outlier, 0)[:, columns] @ weight.T
+        return out.view(*x.shape[:-1], -1)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in (self.codes, self.scales, self.bias) if t is not None)
+
+    @property
+    def size(self) -> int:
+        return self.codes.numel()
+
+    @property
+    def nonzeros(self) -> int:
+        return int(self.codes.count_nonzero())
+
+
+@dataclass
+class Nf4Linear:
+    """A weight in 4-bit NormalFloat: for every BLOCK weights a scale, and one of 16 values for each (QLoRA, Dettmers et al. 2023,
+    arXiv 2305.14314).
+
+    codes [out * in / 2] uint8, or in the order of the CPU's kernel; `state` is bitsandbytes' QuantState. One of the 16 values is
+    zero, so that zeros stay, and small weights become zeros too: `nonzeros` are counted afterwards.
+    """
+
+    codes: Tensor
+    state: Any
+    nonzeros: int
+    bias: Tensor | None = None
+    format: ClassVar = "nf4"
+
+    @classmethod
+    def of(cls, linear: Linear) -> Nf4Linear:
+        functional, weight = bitsandbytes().functional, linear.weight.detach().contiguous()
+        codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+        nonzeros = int(dequantize_4bit(codes, state, weight.dtype).count_nonzero())
+        repack = getattr(functional, "_convert_weight_packed_for_cpu", None)
+        fits = weight.shape[0] % CPU_ROWS == 0 and weight.shape[1] % BLOCK == 0
+        if repack and fits and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and functional.has_avx512bf16():
+            codes, state = repack(codes, copy(state), CPU_ROWS)  # a third of the dense product's time at one row, else three times
+        return cls(codes, state, nonzeros, linear.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.state.shape[1] % BLOCK:
+            return F.linear(x, dequantize_4bit(self.codes, self.state, x.dtype), self.bias)
+        out: Tensor = bitsandbytes().matmul_4bit(x, self.codes, quant_state=self.state, bias=self.bias)
+        return out
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in (self.codes, self.state.absmax, self.state.code, self.bias) if t is not None)
+
+    @property
+    def size(self) -> int:
+        return int(self.state.shape.numel())
+
+
+def dequantize_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in], as one long row: the library's CPU kernel gives values of other blocks their scales where a row is no
+    multiple of a block, as 4,304 in SigLIP and 688 in `embedded` are not."""
+    flat = copy(state)
+    flat.shape, flat.dtype = torch.Size((1, state.shape.numel())), dtype
+    dense: Tensor = bitsandbytes().functional.dequantize_4bit(codes, flat)
+    return dense.view(state.shape)
+
+
+QUANTIZED: dict[str, type[Int8Linear] | type[Nf4Linear]] = {"int8": Int8Linear, "nf4": Nf4Linear}
+"""The formats, by the name that `--quantization` takes."""
+
+
+# ---- checkpoints that hold such weights
+
+
+def quantization_of(config: Any) -> str | None:
+    """The format of a checkpoint's weights, by `quantization_config` in its configuration. Raises CheckpointError for another one
+    than ours."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    about = found if isinstance(found, dict) else found.to_dict()
+    if about.get("quant_method") != "bitsandbytes":
+        raise CheckpointError(
+            f"config.json: quantization_config.quant_method {about.get('quant_method')!r} is not supported; bitsandbytes is"
+        )
+    if about.get("load_in_8bit"):
+        return "int8"
+    if (kind := about.get("bnb_4bit_quant_type", "fp4")) != "nf4":
+        raise CheckpointError(f"config.json: bnb_4bit_quant_type {kind!r} is not supported; nf4 is")
+    return "nf4"
+
+
+def read_dense(shards: Sequence[Path], dtype: torch.dtype) -> tuple[dict[str, Tensor], set[str]]:
+    """All tensors of a quantized checkpoint, by the files' names, its matrices dense in `dtype`; and which were quantized.
+
+    Quantized again they are what they were: the scales are the largest magnitudes, which have a code of their own. Raises
+    CheckpointError for a matrix whose scales are not there.
+    """
+    held: dict[str, Tensor] = {}
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            held |= {key: file.get_tensor(key) for key in file.keys()}
+    quantized = {key for key in held if key.endswith(".weight") and held[key].dtype in (torch.int8, torch.uint8)}
+    dense = {}
+    for key in sorted(quantized):
+        beside = {name: held.pop(name) for name in [*held] if name.startswith(f"{key}.") or name == f"{key[: -len('weight')]}SCB"}
+        held.pop(f"{key}_format", None)
+        try:
+            dense[key] = _dense(held.pop(key), beside, key).to(dtype)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{shards[0].parent}: {key} is quantized and its scales are missing: {error}") from error
+    return held | dense, quantized
+
+
+def _dense(codes: Tensor, beside: dict[str, Tensor], key: str) -> Tensor:
+    if codes.dtype == torch.int8:
+        return codes * (beside[f"{key[: -len('weight')]}SCB"].float()[:, None] / 127)
+    functional = bitsandbytes().functional
+    state = functional.QuantState.from_dict({name.removeprefix(f"{key}."): value for name, value in beside.items()}, codes.device)
+    return dequantize_4bit(codes, state, torch.float32)
