@@ -245,6 +245,21 @@ def route(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="An original LLaVA directory, such as liuhaotian/llava-v1.6-vicuna-7b.")],
+    out: Annotated[Path, typer.Option(help="The directory to make.")],
+    tower: Annotated[Path | None, typer.Option(help="Its vision tower, such as openai/clip-vit-large-patch14-336.")] = None,
+) -> None:
+    """Bring LLaVA's original format into that of the hub's llava-hf repositories, which this server and transformers load."""
+    from models.convert import convert as write
+
+    console = Console(highlight=False, markup=False)
+    with _plain_errors():
+        write(source, tower, out, lambda name: console.print(f"writing {name}"))
+        console.print(f"converted into {out}; look at it with `espalier inspect {out}`")
+
+
+@app.command()
 def inspect(
     checkpoint: CHECKPOINT = "embedded",
     picture: Annotated[Path | None, typer.Option(help="Draw sparsity, search and accuracy to this file.")] = None,

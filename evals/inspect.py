@@ -17,6 +17,8 @@ from pruning.dynamic.planner import load_menu
 from pruning.dynamic.router_file import RouterRecord
 
 console = Console(highlight=False)
+FOREIGN_ZEROS = 0.01
+"""Trained weights have fewer zeros by chance."""
 
 
 def run(
@@ -32,6 +34,9 @@ def run(
     )
     if manifest.pruning:
         _show_pruning(manifest.pruning)
+    elif (zeros := model.sparsity())["language"] > FOREIGN_ZEROS:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in zeros.items())
+        console.print(f"pruned elsewhere, for nothing is told of it; zeros: {shares}")
     _show_formats(checkpoint)
     _show_layer_change(manifest.layer_change)
     router = RouterRecord.of(manifest)

@@ -116,7 +116,9 @@ def _open(
     model, info = _from_pretrained(config, directory, dtype, weights)
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted((*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])))
-        raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or have another shape, first {wrong[0]}")
+        strange = sorted(info["unexpected_keys"])
+        half = f"; {len(strange)} have names that no part takes, first {strange[0]}: half converted?" if strange else ""
+        raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or have another shape, first {wrong[0]}{half}")
     source = TransformersCheckpoint(
         directory=directory,
         name=manifest.name or directory.resolve().name,
@@ -227,6 +229,11 @@ def check_files(directory: Path) -> list[Path]:
         raise CheckpointError(
             f"{directory}: preprocessor_config.json is missing; copy the processor's files beside the weights"
         )
+    return weight_files(directory)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files of safetensors, all there and whole. Raises CheckpointError."""
     shards = _shards(directory)
     for shard in shards:
         if not shard.exists():

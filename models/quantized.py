@@ -167,6 +167,9 @@ def quantization_of(config: Any) -> str | None:
     if not found:
         return None
     about = found if isinstance(found, dict) else found.to_dict()
+    if about.get("quant_method") == "compressed-tensors":
+        _take_as_dense(config, about)
+        return None
     if about.get("quant_method") != "bitsandbytes":
         raise CheckpointError(
             f"config.json: quantization_config.quant_method {about.get('quant_method')!r} is not supported; bitsandbytes is"
@@ -176,6 +179,16 @@ def quantization_of(config: Any) -> str | None:
     if (kind := about.get("bnb_4bit_quant_type", "fp4")) != "nf4":
         raise CheckpointError(f"config.json: bnb_4bit_quant_type {kind!r} is not supported; nf4 is")
     return "nf4"
+
+
+def _take_as_dense(config: Any, about: dict[str, Any]) -> None:
+    """llm-compressor says in this place too that weights were pruned. Plain zeros need nothing; what was packed is refused."""
+    sparse = about.get("sparsity_config") or {}
+    formats = {about.get("format", "dense"), sparse.get("format", "dense")}
+    if formats != {"dense"} or about.get("config_groups"):
+        packed = ", ".join(sorted(formats - {"dense"})) or "quantized"
+        raise CheckpointError(f"config.json: weights are compressed ({packed}); save them with save_compressed=False")
+    del config.quantization_config
 
 
 def read_dense(shards: Sequence[Path], dtype: torch.dtype) -> tuple[dict[str, Tensor], set[str]]:
