@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.official.ask import Answer
-from evals.official.task import DataError, Question
+from evals.official.task import DataError, Question, read_json
 
 Line = dict[str, Any]
 
@@ -21,7 +21,7 @@ def open_folder(folder: Path, about: dict[str, Any]) -> None:
     """Make the folder of a run, or see that it holds this very run. Raises DataError for another's."""
     path = folder / "run.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path)
         if different := [name for name in about.keys() | before.keys() if about.get(name) != before.get(name)]:
             name = sorted(different)[0]
             raise DataError(

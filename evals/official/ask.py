@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL.Image import Image
+
 from evals.exam import RecordedAnswer, make_request
-from evals.official.http import client, said_by
+from evals.official.http import client, said_by, value_at
 from evals.official.task import DataError, Question
 from models.images import ImageError, decode
 from server.engine import Engine
@@ -47,7 +49,7 @@ def through_engine(engine: Engine, level: str, at_once: int) -> Ask:
         pending: list[tuple[Question, RecordedAnswer]] = []
         for number, question in enumerate(questions):
             recorded = RecordedAnswer()
-            picture = None if question.image is None else _decode(question)
+            picture = None if question.image is None else decode_picture(question)
             try:
                 engine.submit(make_request(engine.preprocessor, number, picture, question.text, level, recorded, max_tokens))
             except ContextTooLong as error:
@@ -79,7 +81,8 @@ def _bytes(question: Question) -> bytes:
     return question.image.read_bytes() if isinstance(question.image, Path) else question.image or b""
 
 
-def _decode(question: Question) -> Any:
+def decode_picture(question: Question) -> Image:
+    """Raises DataError that names the question and the file."""
     try:
         return decode(_bytes(question))
     except ImageError as error:
@@ -98,7 +101,7 @@ def server_model(url: str) -> str:
             raise ConnectionError(f"no server answers at {url} ({error}); start one with `espalier serve`") from error
     if reply.status_code != 200:
         raise ConnectionError(f"{url} answers GET /v1/models with {reply.status_code}; is it an OpenAI-compatible server?")
-    return str(reply.json()["data"][0]["id"])
+    return str(value_at(reply, "data", 0, "id"))
 
 
 def through_server(url: str, model: str, level: str, at_once: int) -> Ask:
@@ -158,19 +161,11 @@ def _post(http: httpx.Client, question: Question, body: dict[str, Any], level: s
         after = reply.headers.get("retry-after", "")
         time.sleep(float(after) if after.isdecimal() else 1.0)
     if reply.status_code == 200:
-        document = reply.json()
-        text, receipt = document["choices"][0]["message"]["content"] or "", document.get("pruning") or {}
+        text, receipt = value_at(reply, "choices", 0, "message", "content") or "", value_at(reply).get("pruning") or {}
         return Answer(text.strip(), {name: receipt[name] for name in RECEIPT if name in receipt})
-    reason, code = said_by(reply), _code(reply)
-    if code == "context_length_exceeded":
+    reason = said_by(reply)
+    if "context_length_exceeded" in reply.text:
         return Answer("", refused=reason)
     if reply.status_code >= 500 or reply.status_code == 429:
         return Answer("", failed=f"{reply.status_code}: {reason}")
     raise ValueError(f"{question.where}: the server refuses it with {reply.status_code}: {reason}")
-
-
-def _code(reply: httpx.Response) -> str | None:
-    try:
-        return str(reply.json()["error"]["code"])
-    except (ValueError, KeyError, TypeError):
-        return None

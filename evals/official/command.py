@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,23 +13,27 @@ from rich.console import Console
 
 from evals import curve
 from evals.exam import open_engine
+from evals.official import likelihood
 from evals.official.answers import rewrite
 from evals.official.ask import Ask, server_model, through_engine, through_server
 from evals.official.judge import Judge
+from evals.official.likelihood import LogLikelihood, perplexity
 from evals.official.own import OWN, with_dense
 from evals.official.run import Document, Measured, compare, reopen, run, show, show_change
-from evals.official.task import DataError, Question, Task, check_pictures, sample
+from evals.official.task import DataError, Figures, Question, Task, check_pictures, sample
 from evals.official.tasks import TASKS
 from server.engine import Limits
 
 
 @dataclass(frozen=True)
 class Source:
-    """What answers: its name, what else makes its answers another run's, and how to ask at a level."""
+    """What answers: its name, what else makes its answers another run's, how to ask at a level, and how likely an answer is there;
+    a server does not tell that."""
 
     name: str
     about: Document
     ask: Callable[[str], Ask]
+    likelihood: Callable[[str], LogLikelihood] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ def engine_source(
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "quantization": engine.checkpoint.quantization,
     }  # fmt: skip
-    return Source(engine.checkpoint.name, about, lambda level: through_engine(engine, level, at_once))
+    how_likely = partial(likelihood.through_engine, engine)
+    return Source(engine.checkpoint.name, about, lambda level: through_engine(engine, level, at_once), how_likely)
 
 
 def server_source(url: str, at_once: int) -> Source:
@@ -95,7 +101,10 @@ def evaluate(
         answered = _one(replace(task, score=None), questions, plan, dense, "off", data, console)
         questions = with_dense(questions, answered.texts)
         others = [replace(answered, questions=questions, scores=[1.0] * len(questions))]
-    measured = [_one(task, questions, plan, source, level, data, console) for level in plan.levels]
+    measured = []
+    for level in plan.levels:
+        told = task if plan.task else _with_perplexity(task, source, level, console)
+        measured.append(_one(told, questions, plan, source, level, data, console))
     others = others or measured[:1]
     changes = []
     for one in measured:
@@ -106,6 +115,19 @@ def evaluate(
                 show_change(change, console)
                 rewrite(_folder(plan, source, one.document["level"]) / "changes.jsonl", change.get("changed", []))
     return curve.finish([one.document for one in measured], changes, plan.picture)
+
+
+def _with_perplexity(task: Task, source: Source, level: str, console: Console) -> Task:
+    """A task of one's own that reports, too, how likely the dense model's answers are."""
+    if source.likelihood is None:
+        return task
+    of_answer = source.likelihood(level)
+
+    def figures(questions: Sequence[Question], texts: Sequence[str]) -> Figures:
+        dense = [question.reference for question in questions]
+        return task.figures(questions, texts) | {"perplexity of dense answers": perplexity(of_answer, questions, dense, console)}
+
+    return replace(task, figures=figures)
 
 
 def _one(

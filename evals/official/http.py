@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import httpx
@@ -21,9 +21,21 @@ def client(url: str) -> httpx.Client:
     return httpx.Client(base_url=url.rstrip("/") + "/", timeout=TIMEOUT_S)
 
 
+def value_at(reply: httpx.Response, *path: str | int) -> Any:
+    """What a JSON reply holds there. Raises ValueError for a reply that is another."""
+    found: Any = None
+    try:
+        found = reply.json()
+        for key in path:
+            found = found[key]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{reply.url} answers what no OpenAI-compatible server does: {reply.text[:200]!r}") from error
+    return found
+
+
 def said_by(reply: httpx.Response) -> str:
     """The message of OpenAI's error object, or the beginning of whatever came instead."""
     try:
-        return str(reply.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+        return str(value_at(reply, "error", "message"))
+    except ValueError:
         return reply.text[:200]

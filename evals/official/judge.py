@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from evals.official.http import client, said_by
+from evals.official.http import client, said_by, value_at
+
+if TYPE_CHECKING:
+    import httpx
 
 TRIES = 5
 WAIT_S = 2.0
@@ -41,15 +44,15 @@ class Judge:
                     reason = str(error) or type(error).__name__
                     continue
                 if reply.status_code == 200:
-                    return _content(reply.json())
+                    return _content(reply)
                 reason = f"{reply.status_code}: {said_by(reply)}"
                 if reply.status_code not in (408, 429) and reply.status_code < 500:
                     break
         raise JudgeError(reason)
 
 
-def _content(reply: Any) -> str:
+def _content(reply: httpx.Response) -> str:
     try:
-        return str(reply["choices"][0]["message"]["content"])
-    except (LookupError, TypeError) as error:
-        raise JudgeError(f"not a chat completion: {str(reply)[:200]}") from error
+        return str(value_at(reply, "choices", 0, "message", "content"))
+    except ValueError as error:
+        raise JudgeError(str(error)) from error

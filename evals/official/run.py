@@ -18,7 +18,7 @@ from rich.table import Table
 from evals.official import answers
 from evals.official.ask import Ask
 from evals.official.judge import Judge, JudgeError
-from evals.official.task import DataError, Question, Task
+from evals.official.task import DataError, Question, Task, read_json
 from evals.statistics import difference_interval, interval
 
 Document = dict[str, Any]
@@ -208,7 +208,7 @@ def reopen(task: Task, folder: Path, questions: Sequence[Question]) -> Measured:
     """Another run on the same questions, from its folder. Raises DataError where there is none."""
     if not (folder / "run.json").exists():
         raise DataError(f"{folder} is no run; name a folder that `espalier eval --task` wrote")
-    about = json.loads((folder / "run.json").read_text())
+    about = read_json(folder / "run.json")
     known = answers.by_question(folder / "answers.jsonl", questions)
     shared = [question for question, line in zip(questions, known, strict=True) if line]
     texts = [line["text"] for line in known if line]

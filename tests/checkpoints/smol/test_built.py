@@ -63,3 +63,9 @@ def test_greedy_answers_are_those_of_stock_transformers(engine: Engine, director
 
 def test_it_still_knows_what_its_language_model_knew(engine: Engine) -> None:
     assert "Paris" in ask(engine, None, "What is the capital of France?")
+
+
+def test_noise_and_a_gradient_get_an_answer(engine: Engine) -> None:
+    noise = Image.effect_noise((200, 90), 80).convert("RGB")
+    for picture in (noise, Image.linear_gradient("L").convert("RGB")):
+        assert ask(engine, picture, "What is this?")

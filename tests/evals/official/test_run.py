@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import uvicorn
 from rich.console import Console
+from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from espalier import app
-from evals.official import ask, judge
+from evals.exam import open_engine
+from evals.official import ask, judge, likelihood
 from evals.official.ask import Answer
 from evals.official.judge import Judge
 from evals.official.judged import score_pair
+from evals.official.own import read_own
 from evals.official.run import compare, reopen, run
 from evals.official.task import DataError, check_pictures
 from evals.official.tasks import TASKS
@@ -196,10 +200,30 @@ def test_own_questions_tell_how_often_dense_is_agreed_with(checkpoint, tmp_path)
     off, strong = document["levels"].values()
     assert (off["measure"], off["n"], off["accuracy"]) == ("agreement with dense", 4, 1.0)
     assert strong["accuracy"] == document["changes"][1]["same_answer"]
-    assert set(strong["figures"]) == {"right", "right, dense"}
+    assert set(strong["figures"]) == {"right", "right, dense", "perplexity of dense answers"}
+    assert 1 <= off["figures"]["perplexity of dense answers"] != strong["figures"]["perplexity of dense answers"]
     assert "name a --level, or the dense checkpoint --against" in refused(*given)
     against_itself, _ = evaluate(*given, "--level", "off", "--against", checkpoint)
     assert against_itself["accuracy"] == 1.0
+
+
+def test_the_likelihood_of_an_answer_is_what_transformers_says(checkpoint, tmp_path):
+    write_own(tmp_path, "What color is it?")
+    [question] = read_own(tmp_path / "own.jsonl")
+    engine = open_engine(checkpoint, ["off"], None, "cpu", "float32")
+    found, count = likelihood.through_engine(engine, "off")(question, "a red square")
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    content = [{"type": "image"}, {"type": "text", "text": question.text}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": "a red square"}]}]
+    ids = torch.tensor([engine.preprocessor.prompt(turns, generation=False, continued=True)])
+    start = len(engine.preprocessor.prompt(turns[:1]))
+    pixels = engine.preprocessor.picture(ask.decode_picture(question)).pixels
+    with torch.inference_mode():
+        logits = model(input_ids=ids, pixel_values=pixels).logits[0]
+    expected = logits[start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])
+    assert count == ids.shape[1] - start > 0
+    assert found == pytest.approx(float(expected.sum()), rel=1e-4)
+    assert likelihood.through_engine(engine, "off")(question, "") == (0.0, 0)
 
 
 # ---- over HTTP
@@ -249,6 +273,12 @@ def test_what_the_server_fails_on_is_named_and_asked_again(served, tmp_path):
     assert evaluate(*given)[0]["n"] == 3
 
 
+def test_a_server_of_another_kind_is_named(verdicts, tmp_path):
+    CASES["gqa"].write(tmp_path)
+    url = verdicts[1].url.removesuffix("/v1")
+    assert "answers what no OpenAI-compatible server does: '[]'" in refused("--task", "gqa", "--data", tmp_path, "--url", url)
+
+
 def test_no_server_is_said_and_no_url_too(tmp_path):
     CASES["gqa"].write(tmp_path / "data")
     given = ("--task", "gqa", "--data", tmp_path / "data", "--url")
@@ -271,11 +301,16 @@ class Verdicts(BaseHTTPRequestHandler):
         self.asked.append(body)
         said = self.says.pop(0)
         reply = {"choices": [{"message": {"content": said}}]} if isinstance(said, str) else {"error": {"message": "no more"}}
-        content = json.dumps(reply).encode()
+        content = b"<html>" if said == "HTML" else json.dumps(reply).encode()
         self.send_response(200 if isinstance(said, str) else said)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"[]")
 
     def log_message(self, *_: object) -> None:
         pass
@@ -329,6 +364,13 @@ def test_llava_bench_is_relative_to_gpt_4(verdicts, tmp_path):
 
 def test_an_unreadable_review_counts_as_in_the_official_script():
     assert [score_pair(text) for text in ("8 9", "8,9.5\nx", "8, 9", "eight 9", "8", "")] == [[8, 9], [8, 9.5], *[[-1, -1]] * 4]
+
+
+def test_a_judge_that_is_none_is_named(verdicts, tmp_path):
+    server, by = verdicts
+    server.says += ["HTML"]
+    with pytest.raises(ValueError, match=r"line 1: the judge .* answers what no OpenAI-compatible server does: '<html>'; 0 of 3"):
+        judged("llava-bench", tmp_path, by)
 
 
 def test_a_judge_that_fails_is_named_and_goes_on_later(verdicts, tmp_path):

@@ -1,0 +1,52 @@
+"""How likely a model finds given answers: what pruning changes shows here before the words change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from math import exp
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from evals.official.ask import decode_picture
+from evals.official.task import Question
+from models.forward import forward, prefill_input
+from server.engine import Engine
+
+LogLikelihood = Callable[[Question, str], tuple[float, int]]
+"""The summed log-probability of an answer's tokens, its end aside, and how many they are; none where nothing was said."""
+
+
+def through_engine(engine: Engine, level: str) -> LogLikelihood:
+    """On the route that the level gives the question."""
+    model, preprocessor = engine.model, engine.preprocessor
+
+    def measure(question: Question, text: str) -> tuple[float, int]:
+        pictures = [] if question.image is None else [preprocessor.picture(decode_picture(question))]
+        asked: list[dict[str, Any]] = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question.text}]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+        layouts = [picture.layout for picture in pictures]
+        prompt = preprocessor.prompt(turns[:1], layouts)
+        ids = preprocessor.prompt(turns, layouts, generation=False, continued=True)
+        start = len([*takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False))])
+        if not text or len(ids) > engine.context_length:
+            return 0.0, 0
+        features = [model.encode(picture.pixels, picture.layout) for picture in pictures]
+        plan = engine.planner.plan(level, "default", prompt, features)
+        tokens = torch.tensor(ids, device=model.device)
+        cache = model.new_cache(plan.route.rows(len(ids) - 1, 0))
+        last = prefill_input(model, tokens[:-1], plan.visual, plan.route, cache, logits_to_keep=len(ids) - start)
+        found = forward(model, [last]).log_softmax(-1).gather(1, tokens[start:, None])
+        return float(found.sum()), len(ids) - start
+
+    return measure
+
+
+def perplexity(likelihood: LogLikelihood, questions: Sequence[Question], texts: Sequence[str], console: Console) -> float:
+    """Of all tokens of the texts, as answers to the questions."""
+    pairs = track([*zip(questions, texts, strict=True)], "perplexity of the dense answers", console=console)
+    found = [likelihood(question, text) for question, text in pairs]
+    return exp(-sum(one for one, _ in found) / max(1, sum(count for _, count in found)))
