@@ -22,9 +22,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.access import Access, check_levels, read_keys
 from server.caller import CALLER, Caller
 from server.chat import model_names, read_chat, read_vqa, unknown_model
 from server.completions import completion_events, completion_reply, detokenize, read_completion, tokenize
@@ -68,6 +70,14 @@ SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """The HTTP side of an engine, which the caller starts and stops."""
     app = FastAPI(title="Espalier", version=version(), description="Ask about pictures; say how much of the model to run.")
+    keys = read_keys(settings)
+    check_levels(keys, engine.menu)
+    app.add_middleware(Access, settings=settings, keys=keys, metrics=engine.metrics)
+    if settings.cors_origins:
+        exposed = ["X-Request-Id", "X-Pruning-Level", "X-Pruning-Visual-Tokens", "X-Pruning-Layers", "Server-Timing", "Retry-After"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed
+        )
     app.add_middleware(Envelope, max_body_bytes=settings.max_body_bytes)
     _add_error_handlers(app, engine)
     _add_questions(app, engine, settings)

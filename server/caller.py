@@ -12,15 +12,18 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}"
 
 @dataclass(frozen=True)
 class Caller:
-    """`trace` holds the W3C headers traceparent and tracestate, where the client sent them."""
+    """`trace` holds the W3C headers traceparent and tracestate, where the client sent them. `tenant` is the name of its API key,
+    and `levels` are those that the key may ask for, its default first: all of them if there is none."""
 
     request_id: str = ""
     trace: Mapping[str, str] = field(default_factory=dict)
+    tenant: str = ""
+    levels: tuple[str, ...] = ()
 
     def fields(self) -> dict[str, str]:
-        """What a log line says of it: request_id, and trace_id where there is a trace."""
+        """What a log line says of it: request_id, trace_id where there is a trace, tenant where there are keys."""
         traced = _TRACEPARENT.fullmatch(self.trace.get("traceparent", ""))
-        told = {"request_id": self.request_id, "trace_id": traced[1] if traced else ""}
+        told = {"request_id": self.request_id, "trace_id": traced[1] if traced else "", "tenant": self.tenant}
         return {name: value for name, value in told.items() if value}
 
 

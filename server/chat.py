@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from server import media
-from server.errors import ContextTooLong, InvalidRequest, PayloadTooLarge, UnknownLevel, UnknownModel
+from server.caller import CALLER
+from server.errors import ContextTooLong, InvalidRequest, LevelNotAllowed, PayloadTooLarge, UnknownLevel, UnknownModel
 from server.media import ImageSource, OpenedImage
 from server.request import PreparedRequest
 from server.schema_parts import ImagePart, ImageUrl, Message
@@ -259,12 +260,15 @@ def hinted_level(engine: Engine, details: Sequence[str]) -> str | None:
 def choose_level(
     engine: Engine, *, header: str | None, body: str | None, alias: str | None, detail: str | None
 ) -> tuple[str, str]:
-    """The level, and where it came from: header before body before alias before detail before the server's default."""
+    """The level, and where it came from: header before body before alias before detail before the key's or server's default."""
+    allowed = CALLER.get().levels or tuple(engine.menu)
     for reason, level in (("header", header), ("body", body), ("alias", alias), ("detail", detail)):
-        if level is None:
+        if level is None or (reason == "detail" and level not in allowed):  # a detail is a hint
             continue
         if level not in engine.menu:
             menu = ", ".join(engine.menu)
             raise UnknownLevel(f"Unknown pruning level {level[:100]!r}. The menu: {menu}.", param="pruning.level")
+        if level not in allowed:
+            raise LevelNotAllowed(f"This key may ask for {', '.join(allowed)}, and not for {level!r}.", param="pruning.level")
         return level, reason
-    return engine.default_level, "default"
+    return engine.default_level if engine.default_level in allowed else allowed[0], "default"

@@ -343,7 +343,7 @@ class Engine:
             self._prefixes.keep(self._prefix_key(one.request, one.plan), kept)
 
     def _prefix_key(self, request: Request, plan: Plan) -> Hashable:
-        return plan.route, tuple(request.prompt[: self._prefix_length(request)])
+        return request.parent.caller.tenant, plan.route, tuple(request.prompt[: self._prefix_length(request)])
 
     def _prefix_length(self, request: Request) -> int:
         """Tokens of a prompt up to its last visual one."""

@@ -8,7 +8,13 @@ EspalierError
 ├── UnknownPath           404  no such route; the message lists those that exist
 ├── PayloadTooLarge       413  body, image bytes, pixels or number of images
 ├── UnsupportedMedia      415  not a picture of a known format, or an unknown Content-Encoding
+├── InvalidApiKey         401  no key, or one that there is not
+├── NotAllowed            403
+│   ├── LevelNotAllowed   403  the key may not ask for this level
+│   └── OriginNotAllowed  403  a web page of another origin
+├── HostNotAllowed        421  the Host header is not one of this server's
 ├── Overloaded            429  not now: the queue is full; carries retry_after seconds
+├── RateLimited           429  the key has asked too often; carries retry_after seconds
 ├── ShuttingDown          503  the server is draining
 ├── NotReady              503  a probe's answer: the weights are loading, or the engine is gone
 └── EngineFailure         500  this request failed; others go on
@@ -64,6 +70,37 @@ class ContextTooLong(InvalidRequest):
 
 class UnknownLevel(InvalidRequest):
     code = "unknown_pruning_level"
+
+
+class InvalidApiKey(EspalierError):
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class NotAllowed(EspalierError):
+    status, type, code = 403, "permission_error", "not_allowed"
+
+
+class LevelNotAllowed(NotAllowed):
+    code = "level_not_allowed"
+
+
+class OriginNotAllowed(NotAllowed):
+    code = "origin_not_allowed"
+
+
+class HostNotAllowed(EspalierError):
+    status, type, code = 421, "invalid_request_error", "host_not_allowed"
+
+
+class RateLimited(EspalierError):
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class UnknownModel(EspalierError):

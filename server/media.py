@@ -15,6 +15,7 @@ from models.families import Layout
 from models.image_limits import MAX_PIXELS
 from models.images import ImageError, ImageFile, open_image
 from models.preprocess import Preprocessor
+from server.caller import CALLER
 from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, UnsupportedMedia
 from server.request import PreparedImage
 from server.settings import Settings
@@ -133,7 +134,8 @@ def _base64(text: str) -> bytes:
 
 
 def digest(image: Image.Image) -> str:
-    """What caches know the picture by: its size and pixels, since equal bytes may be pictures of different shapes."""
-    value = hashlib.sha256(b"%dx%d:" % image.size)
+    """What caches know the picture by: its size and pixels, since equal bytes may be pictures of different shapes; and whose key
+    asked, so that nobody can tell by the time whether another has sent it."""
+    value = hashlib.sha256(b"%s:%dx%d:" % (CALLER.get().tenant.encode(), *image.size))
     value.update(image.tobytes())
     return value.hexdigest()

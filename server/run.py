@@ -13,6 +13,7 @@ import uvicorn
 
 from checkpoints.shipped import resolve
 from models.checkpoint import load
+from server.access import read_keys, warning
 from server.app import create_app
 from server.engine import Engine, Limits
 from server.logs import configure
@@ -48,6 +49,8 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     configure(settings.log_format)
     tracing = start_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
+    if told := warning(settings, read_keys(settings)):
+        log.warning(told)
     engine = build_engine(settings, tracing)
     engine.start()
     app = create_app(engine, settings)

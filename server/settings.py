@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -23,6 +24,12 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 lets other machines in.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     shutdown_grace_s: int = Field(30, ge=0, description="Seconds that running requests may take to end on SIGTERM.")
+
+    api_keys: str = Field("", repr=False, description="API keys, between commas; better set as ESPALIER_API_KEYS.")
+    api_key_file: Path | None = Field(None, description="API keys by their hashes, with levels and limits: docs/operations.md.")
+    open_metrics: bool = Field(False, description="Let /metrics be read without a key.")
+    allowed_hosts: tuple[str, ...] = Field((), description="Host names that this server answers to, such as *.example.com; all.")
+    cors_origins: tuple[str, ...] = Field((), description="Web origins that may ask, such as https://app.example.com; its own.")
 
     checkpoint: str = Field("embedded", description="A directory that transformers loads, or the name of a shipped checkpoint.")
     served_model_name: str | None = Field(None, min_length=1, description="The model's name; by default the checkpoint's.")
