@@ -42,9 +42,9 @@ class ApiKey(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the key: printf %s KEY | sha256sum")
-    levels: tuple[str, ...] = Field((), description="Levels that it may ask for, its default first; all if none is named.")
-    requests_per_minute: int | None = Field(None, ge=1)
-    concurrent: int | None = Field(None, ge=1, description="Requests under way at once.")
+    levels: tuple[str, ...] = Field(default=(), description="Levels that it may ask for, its default first; all if none is named.")
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    concurrent: int | None = Field(default=None, ge=1, description="Requests under way at once.")
     name: str = ""
 
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from server.caller import CALLER
 from server.errors import EngineFailure, EspalierError
 from server.escalation import Escalation
 from server.metrics import STAGES
@@ -49,7 +50,8 @@ class AnswerStream:
         self._parent = ParentRequest(prepared.n, prepared.model)
         self._requests = [self._request(index) for index in range(prepared.n)]
         self._readers = [AnswerReader(prepared.tools) for _ in self._requests]
-        below, fullest = prepared.escalate_below, max(engine.menu.values(), key=lambda level: level.visual_ratio).name
+        below, allowed = prepared.escalate_below, CALLER.get().levels or engine.menu
+        fullest = max(allowed, key=lambda name: engine.menu[name].visual_ratio)
         self._fullest = fullest
         self._escalation = Escalation(below, self._again) if below is not None and prepared.level != fullest else None
         self.receipt: Receipt | None = None
