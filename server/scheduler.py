@@ -42,7 +42,7 @@ class Scheduler:
         self.waiting: deque[ScheduledRequest] = deque()
         self.running: dict[str, ScheduledRequest] = {}
         self.used = 0
-        self._last_finish: float | None = None
+        self._last_finish = time.monotonic()
         self._pace = 1.0  # seconds between finished requests, smoothed
 
     def submit(self, request: ScheduledRequest) -> None:
@@ -51,6 +51,8 @@ class Scheduler:
             raise NeverFits(f"it needs {request.cache_rows} rows of KV cache and the server has {self.budget}")
         if len(self.waiting) >= self.max_waiting and not self._has_place(request):
             raise QueueFull(max(1.0, math.ceil(self._pace * len(self.waiting) / 2)))
+        if self.idle:
+            self._last_finish = time.monotonic()  # idle time is no pace
         self.waiting.append(request)
 
     def _has_place(self, request: ScheduledRequest) -> bool:
@@ -95,8 +97,7 @@ class Scheduler:
         return False
 
     def _note_finish(self, now: float) -> None:
-        if self._last_finish is not None:
-            self._pace += 0.2 * (min(now - self._last_finish, 60.0) - self._pace)
+        self._pace += 0.2 * (min(now - self._last_finish, 60.0) - self._pace)
         self._last_finish = now
 
     @property

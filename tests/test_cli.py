@@ -51,6 +51,16 @@ def test_prune_by_recipe_and_flags_then_inspect_with_a_picture(dense: Path, tmp_
         assert picture.width > 400
 
 
+def test_pruning_says_that_the_router_stays_behind(dense: Path, tmp_path: Path) -> None:
+    routed = tmp_path / "routed"
+    shutil.copytree(dense, routed)
+    write_manifest(routed, read_manifest(routed).model_copy(update={"router": {"config": {}}}))
+    result = CliRunner().invoke(app, ["prune", str(routed), "--out", str(tmp_path / "out"), "--samples", "4"])
+    assert result.exit_code == 0, result.output
+    assert f"train one with `espalier route {tmp_path / 'out'} --out DIR`" in result.output
+    assert read_manifest(tmp_path / "out").router is None
+
+
 @pytest.mark.parametrize(
     ("given", "code", "message"),
     [

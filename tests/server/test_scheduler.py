@@ -189,6 +189,24 @@ def test_the_hint_of_when_to_come_back_grows_with_the_queue():
     assert 1 <= hint(1) < hint(100)
 
 
+def test_idle_hours_do_not_make_the_hint_longer(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("server.scheduler.time.monotonic", lambda: now)
+    scheduler = Scheduler(budget=100, max_running=1, max_waiting=10, max_prefill=100)
+    for hour in range(20):
+        now = 3600.0 * hour
+        scheduler.submit(ScheduledRequest(f"{hour}", 1, 1))
+        scheduler.admit()
+        now += 0.1
+        scheduler.finish(f"{hour}")
+    for number in range(11):
+        scheduler.submit(ScheduledRequest(f"late {number}", 1, 1))
+        scheduler.admit()
+    with pytest.raises(QueueFull) as refusal:
+        scheduler.submit(ScheduledRequest("latest", 1, 1))
+    assert refusal.value.retry_after == 1.0
+
+
 def test_a_request_never_grows_once_it_runs():
     scheduler = Scheduler(10, 2, 0, 10)
     scheduler.submit(ScheduledRequest("a", 5, 1))
