@@ -33,9 +33,10 @@ clients: .venv/.installed ## OpenAI's clients and those built on it, in .venv-cl
 	SERVER_PYTHON=$(BIN)/python .venv-clients/bin/python -m pytest -q --confcutdir=tests/clients -o filterwarnings=default \
 		$(ARGS) tests/clients
 
-tables: .venv/.installed-dev ## make docs/pruning_results.md and docs/routing_results.md from the stored runs
+tables: .venv/.installed-dev ## make the pages of results in docs/ from the stored runs
 	@$(BIN)/python -m evals.pruning_report
 	@$(BIN)/python -m evals.routing_report
+	@$(BIN)/python -m evals.smol_report
 
 gpu: ## on a CUDA card, in nine minutes: tests, parity, and speed at 7B against transformers and the card's limits
 	@python=$(PYTHON); if ! $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then \

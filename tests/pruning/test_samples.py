@@ -14,7 +14,7 @@ from PIL import Image
 from checkpoints.shipped import SHIPPED
 from models.manifest import Manifest, write_manifest
 from models.preprocess import Preprocessor
-from pruning.samples import WORLD, DataError, choose, content, read
+from pruning.samples import THINGS, WORLD, DataError, choose, content, read
 from server import media
 from server.settings import Settings
 from tests.server.tiny import config, processor
@@ -112,6 +112,14 @@ def test_the_world_is_drawn_by_seed() -> None:
     assert [sample.image.tobytes() for sample in first] == [sample.image.tobytes() for sample in again]
     assert {sample.image.tobytes() for sample in first}.isdisjoint(sample.image.tobytes() for sample in other)
     assert all(answer for sample in first for _, answer in sample.turns)
+
+
+def test_things_are_drawn_by_seed_and_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_THINGS", "samples")
+    first, again = ([sample.image.tobytes() for sample in read(THINGS, 3, seed=0)] for _ in range(2))
+    assert first == again
+    charts = next(read(THINGS, 1, seed=0, families=("charts",)))
+    assert any("bar" in question for question, _ in charts.turns)
 
 
 # ---- the choice
