@@ -41,7 +41,7 @@ def process(*command: str, ready: str, **options: Any) -> Iterator[subprocess.Po
         running.wait(timeout=60)
 
 
-def wait_for(true: Any, running: subprocess.Popen[bytes] | None = None, seconds: float = 60) -> None:
+def wait_for(true: Any, running: subprocess.Popen[bytes] | None = None, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
