@@ -44,6 +44,8 @@ if TYPE_CHECKING:  # its package is an extra
 
 log = logging.getLogger("espalier.engine")
 
+HUNG_S, HUNG_TIMES, HUNG_FIRST_S = 4.0, 10.0, 60.0
+"""A pass hangs when it takes this long and so many times what is expected of it; before anything is known it may take longer."""
 PREFIX_SHARE = 4
 """Beginnings of prompts may hold a quarter of the KV cache's rows, beside them."""
 
@@ -111,6 +113,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._draining = self._stopped = False
         self._work = WorkRate()
+        self._pass_limit: float | None = None  # when the pass that runs counts as hung
         self.metrics.watch_load(
             lambda: len(self.scheduler.running), lambda: len(self.scheduler.waiting), lambda: self.scheduler.used / rows,
             self._saturation, self.backlog_seconds,
@@ -134,7 +137,20 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        return self.alive and not self._draining
+        return self.alive and not self._draining and not self.hung_seconds
+
+    @property
+    def hung_seconds(self) -> float:
+        """For how long the pass that runs has counted as hung; 0 while all is well."""
+        return max(0.0, time.monotonic() - limit) if (limit := self._pass_limit) is not None else 0.0
+
+    def give_up(self, message: str) -> None:
+        """Refuse new requests and fail all that are here; for when the engine's thread cannot."""
+        self.drain()
+        with self._changed:
+            left = list(self._requests.values())
+        for request in left:
+            self._emit(request, Failed(message))
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="espalier-engine", daemon=True)
@@ -152,8 +168,8 @@ class Engine:
             finished, self._stopped = self.scheduler.idle, True
             self._changed.notify_all()
         if self._thread:
-            self._thread.join()
-        return finished
+            self._thread.join(HUNG_S)
+        return finished and not self.alive
 
     def submit(self, request: Request) -> None:
         """Queue a request; its events come on the engine's thread. Raises ContextTooLong, Overloaded or ShuttingDown."""
@@ -224,13 +240,17 @@ class Engine:
         """One pass: admit, plan, run, sample, hand out."""
         started = time.monotonic()
         self._drop_aborted()
-        for request in self._admit():
+        admitted = self._admit()
+        expected = self._work.step_seconds(sum(map(self._expected_rows, admitted)), len(self._running))
+        self._pass_limit = started + (HUNG_S + HUNG_TIMES * expected if self._work.prefill_row else HUNG_FIRST_S)
+        for request in admitted:
             self._guard(request, self._plan)
         batch = list(self._running.values())
         prompts = [_prefill_rows(one) for one in batch if not one.output_ids]
         for one, logits in zip(batch, self._run_batch(batch), strict=True):
             self._guard(one.request, self._sample_and_hand_out, one, logits)
         seconds = time.monotonic() - started
+        self._pass_limit = None
         self.metrics.busy.inc(seconds)
         self._work.observe_step(seconds, sum(prompts), len(batch) - len(prompts))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
+import time
 from contextlib import suppress
 from socket import socket
 from types import FrameType
@@ -23,6 +25,9 @@ if TYPE_CHECKING:  # its package is an extra
     from server.tracing import Tracing
 
 log = logging.getLogger("espalier")
+WATCH_EVERY_S = 0.5
+FAILED = 70
+"""Exit status after a failure of the engine: EX_SOFTWARE."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -45,8 +50,32 @@ class DrainingServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+class Watchdog(threading.Thread):
+    """Ends the server when its engine's thread has ended by itself, or hangs for longer than `limit_s`."""
+
+    def __init__(self, engine: Engine, server: uvicorn.Server, limit_s: float) -> None:
+        super().__init__(name="espalier-watchdog", daemon=True)
+        self._engine, self._server, self._limit_s = engine, server, limit_s
+        self.failed = False
+
+    def run(self) -> None:
+        while not self._server.should_exit:
+            if not self._engine.alive:
+                return self._end("the engine's thread has ended")
+            if self._engine.hung_seconds > self._limit_s:
+                return self._end(f"a pass has hung for {self._limit_s:g} s")
+            time.sleep(WATCH_EVERY_S)
+        return None
+
+    def _end(self, reason: str) -> None:
+        log.critical("%s: the process ends", reason)
+        self.failed = True
+        self._engine.give_up("the server failed; the request can be sent again")
+        self._server.should_exit = True
+
+
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C."""
+    """Serve until SIGTERM or Ctrl-C. Raises SystemExit, not zero, when the engine has failed."""
     configure(settings.log_format)
     tracing = start_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
     if told := warning(settings, read_keys(settings)):
@@ -61,6 +90,8 @@ def run(settings: Settings) -> None:
         timeout_graceful_shutdown=grace,
     )  # fmt: skip
     server = DrainingServer(config, engine)
+    watchdog = Watchdog(engine, server, settings.hang_exit_s)
+    watchdog.start()
     # uvicorn raises the signal again once it has drained; the engine has yet to stop, and a clean end is exit status 0.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
@@ -70,6 +101,8 @@ def run(settings: Settings) -> None:
         engine.stop(grace)
         if tracing:
             tracing.stop()
+    if watchdog.failed:
+        raise SystemExit(FAILED)
 
 
 def start_tracing(endpoint: str) -> Tracing:

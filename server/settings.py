@@ -24,6 +24,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 lets other machines in.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     shutdown_grace_s: int = Field(30, ge=0, description="Seconds that running requests may take to end on SIGTERM.")
+    hang_exit_s: int = Field(60, ge=0, description="Seconds that a hanging pass may take, unready, before the process ends.")
 
     api_keys: str = Field("", repr=False, description="API keys, between commas; better set as ESPALIER_API_KEYS.")
     api_key_file: Path | None = Field(None, description="API keys by their hashes, with levels and limits: docs/operations.md.")

@@ -1,0 +1,91 @@
+"""An engine that hangs or dies: the probes tell within seconds, clients are told, and the process ends by itself."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.client import body, image_part
+from tests.server.tiny import write
+
+SERVE = """
+import sys, threading
+from server import engine, run
+from server.settings import Settings
+
+fault, asked = sys.argv[2], []
+engine.HUNG_S = 0.5
+pass_over = engine.Engine.step
+
+def step(self):
+    asked.append(1)
+    if len(asked) > 20 and fault == "dies":
+        raise MemoryError("the engine itself")
+    pass_over(self)
+
+def forward(*args, **kwargs):
+    if len(asked) > 20:
+        threading.Event().wait()
+    return real(*args, **kwargs)
+
+real, engine.Engine.step = engine.forward, step
+if fault == "hangs":
+    engine.forward = forward
+run.run(Settings(checkpoint=sys.argv[1], port=0, hang_exit_s=2, shutdown_grace_s=5))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("watched") / "tiny-llava")
+
+
+@pytest.fixture
+def server(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-c", SERVE, str(checkpoint), request.param]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        url = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+:\d+", line)))
+        reading = threading.Thread(target=process.stderr.read)
+        reading.start()
+        yield process, url
+        process.kill()
+        reading.join()
+
+
+def ask(url: str, max_tokens: int) -> httpx.Response:
+    return httpx.post(f"{url}/v1/chat/completions", json=body(image_part(), model=None, max_tokens=max_tokens), timeout=60)
+
+
+@pytest.mark.parametrize("server", ["hangs"], indirect=True)
+def test_a_pass_that_hangs_ends_the_process(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = server
+    assert ask(url, 4).status_code == 200
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: answers.append(ask(url, 400)))
+    asking.start()
+    deadline = time.monotonic() + 30
+    while httpx.get(f"{url}/ready").status_code == 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert httpx.get(f"{url}/live").status_code == 200
+    assert process.wait(60) == 70
+    asking.join(60)
+    assert answers[0].status_code == 500
+    assert "can be sent again" in answers[0].json()["error"]["message"]
+
+
+@pytest.mark.parametrize("server", ["dies"], indirect=True)
+def test_an_engine_that_dies_ends_the_process(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = server
+    assert ask(url, 4).status_code == 200
+    assert ask(url, 400).status_code in (500, 503)
+    assert process.wait(60) == 70
