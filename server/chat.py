@@ -271,4 +271,6 @@ def choose_level(
         if level not in allowed:
             raise LevelNotAllowed(f"This key may ask for {', '.join(allowed)}, and not for {level!r}.", param="pruning.level")
         return level, reason
-    return engine.default_level if engine.default_level in allowed else allowed[0], "default"
+    if (level := engine.current_default()) in allowed:
+        return level, "default" if level == engine.default_level else "load"
+    return allowed[0], "default"

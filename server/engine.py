@@ -30,7 +30,7 @@ from pruning.dynamic.token_policy import TokenPolicy
 from server.confidence import Confidence, YesNo
 from server.detokenize import Detokenizer, LogprobQueue
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
-from server.load import WorkRate
+from server.load import DefaultLevel, WorkRate
 from server.logs import fields
 from server.metrics import OUTCOMES, Metrics
 from server.request import Delta, Event, Failed, Finished, FinishReason, PreparedImage, Receipt, Request, Started, TokenLogprob
@@ -87,7 +87,7 @@ class Engine:
     def __init__(
         self, checkpoint: Checkpoint, limits: Limits | None = None, *, default_level: str = "off",
         token_policy: TokenPolicy | None = None, name: str | None = None, metrics: Metrics | None = None,
-        tracing: Tracing | None = None,
+        tracing: Tracing | None = None, degrade: bool = False,
     ) -> None:  # fmt: skip
         limits = limits or Limits()
         self.checkpoint, self.model, self.preprocessor = checkpoint, checkpoint.model, checkpoint.preprocessor
@@ -97,6 +97,7 @@ class Engine:
         if default_level not in self.menu:
             raise ValueError(f"default level {default_level!r} is not one of {', '.join(self.menu)}")
         self.default_level = default_level
+        self._default = DefaultLevel(self._cheaper(default_level) if degrade else [default_level], time.monotonic())
         self.model_name = name or checkpoint.name
         self.context_length, self.fingerprint = self.model.context_length, checkpoint.fingerprint
         self.created = int(time.time())
@@ -119,12 +120,23 @@ class Engine:
             self._saturation, self.backlog_seconds,
         )  # fmt: skip
         self.metrics.start_at_zero(self.menu)
+        for level in self._default.levels[1:]:
+            self.metrics.degradations.labels(default_level, level)
         self.metrics.loaded(
             self.model.bytes_by_format(), self.model.sparsity(), version=version(), model=self.model_name,
             checkpoint=self.fingerprint, dtype=str(self.model.dtype).removeprefix("torch."), device=self.model.device.type,
         )  # fmt: skip
 
     # What other threads may call.
+
+    def current_default(self) -> str:
+        """The level that a request gets now if it names none."""
+        return self._default.choose(self._saturation(), time.monotonic())
+
+    def _cheaper(self, default: str) -> list[str]:
+        """A level and those that keep fewer visual tokens, the fullest first."""
+        ratio = {name: level.visual_ratio for name, level in self.menu.items()}
+        return [default, *sorted((name for name in ratio if ratio[name] < ratio[default]), key=ratio.__getitem__, reverse=True)]
 
     @property
     def alive(self) -> bool:
@@ -305,6 +317,8 @@ class Engine:
             if not request.parent.routed:
                 self.metrics.degradations.labels(request.level, plan.level).inc()
             request.level = plan.level
+        elif request.reason == "load" and not request.parent.routed:
+            self.metrics.degradations.labels(self.default_level, request.level).inc()
         rows = plan.route.rows(len(request.prompt), self._max_new_tokens(request))
         with self._changed:
             self.scheduler.shrink(request.id, sum(rows))

@@ -1,9 +1,13 @@
-"""How long the work that waits will take: what the autoscaler and an operator's graph want to know, learned while serving."""
+"""How long the work that waits will take, learned while serving; and which level requests get that name none, while much waits."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+PRESSURE, CALM, WINDOW_S = 1.0, 0.5, 2.0
+"""Saturation above which the default level goes down, and below which it comes back; one step in a window at most."""
 SMOOTHING = 0.1
 """Weight of the newest measurement."""
 
@@ -42,3 +46,24 @@ class WorkRate:
 
 def _smooth(mean: float, value: float) -> float:
     return mean + SMOOTHING * (value - mean) if mean else value
+
+
+class DefaultLevel:
+    """The level of requests that name none: the first of `levels` while there is room, a cheaper one under pressure.
+
+    Ours: one step down for each window that begins above PRESSURE, one up for each below CALM; between the two it stays, so that
+    it does not swing.
+    """
+
+    def __init__(self, levels: Sequence[str], now: float) -> None:
+        self.levels = tuple(levels)
+        self._step, self._since, self._lock = 0, now, threading.Lock()
+
+    def choose(self, saturation: float, now: float) -> str:
+        with self._lock:
+            windows = int((now - self._since) / WINDOW_S)
+            if windows and saturation > PRESSURE and self._step < len(self.levels) - 1:
+                self._step, self._since = self._step + 1, now
+            elif windows and saturation < CALM and self._step:
+                self._step, self._since = max(0, self._step - windows), now
+            return self.levels[self._step]

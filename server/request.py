@@ -153,7 +153,7 @@ class Request:
     level: str
     sampling: Sampling
     emit: Callable[[Event], None]
-    reason: str = "default"  # where the level came from: header, body, alias, detail or default
+    reason: str = "default"  # where the level came from: header, body, alias, detail, default or load
     follow_up: bool = False  # the question follows an answer in its chat
     continues: bool = False  # the answer goes on with a text, as in a completion: its leading blanks are its own
     detail: bool = False  # the receipt tells the route in full

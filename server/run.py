@@ -125,6 +125,6 @@ def build_engine(settings: Settings, tracing: Tracing | None = None) -> Engine:
         checkpoint.quantization or checkpoint.model.dtype, checkpoint.model.device,
     )  # fmt: skip
     return Engine(
-        checkpoint, limits, default_level=settings.default_level, token_policy=settings.token_policy,
+        checkpoint, limits, default_level=settings.default_level, degrade=settings.degrade, token_policy=settings.token_policy,
         name=settings.served_model_name, tracing=tracing,
     )  # fmt: skip

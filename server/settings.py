@@ -41,6 +41,7 @@ class Settings(BaseSettings):
     )
 
     default_level: str = Field("off", description="Pruning level of requests that name none.")
+    degrade: bool = Field(False, description="Under load, requests that name no level get a cheaper one than the default.")
     token_policy: TokenPolicy | None = Field(
         None, description="How levels choose the visual tokens to keep: by the checkpoint's router, or by merging if it has none."
     )

@@ -117,6 +117,9 @@ class FakeEngine:
         if prompt_tokens >= self.context_length:
             raise ContextTooLong.of(prompt_tokens, self.context_length, param)
 
+    def current_default(self) -> str:
+        return self.default_level
+
     def submit(self, request: Request) -> None:
         if self.refusals and (refusal := self.refusals.pop(0)):
             raise refusal
