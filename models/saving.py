@@ -71,8 +71,13 @@ def derive(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with the usual permissions: the library's own is readable by its owner alone."""
+    """Write a safetensors file with the usual permissions."""
     save_file(dict(tensors), path, metadata={"format": "pt"})
+    usual_permissions(path)
+
+
+def usual_permissions(path: Path) -> None:
+    """Those of any new file; safetensors makes its own readable by their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

@@ -25,6 +25,7 @@ from checkpoints.smol.model import ALPHA, EPS, FUSED, HEADS, KV_HEADS, LAYERS, R
 from checkpoints.smol.parts import IMAGE, LANGUAGE, BuildError, fetch, language_tokenizer, language_weights
 from models.checkpoint import sha256
 from models.manifest import MANIFEST, read_manifest, write_manifest
+from models.saving import usual_permissions
 from models.vision.efficientnet import EfficientNetLiteConfig
 
 TRAINED = Path(__file__).with_name("weights")
@@ -131,6 +132,7 @@ def write(directory: Path, weights: Mapping[str, Tensor], tokenizer: PreTrainedT
     if manifest.router:
         shutil.copyfile(trained / ROUTER, directory / ROUTER)
         files.append(ROUTER)
+    usual_permissions(directory / "model.safetensors")
     write_manifest(directory, manifest.model_copy(update={"files": {name: sha256(directory / name) for name in files}}))
 
 
