@@ -14,6 +14,8 @@ from pruning.dynamic.token_policy import TokenPolicy
 from server.logs import LogFormat
 
 PREFIX = "ESPALIER_"
+OTHERS = ("ESPALIER_CACHE", "ESPALIER_THINGS")
+"""Variables that are read elsewhere: where what is fetched and built is kept, and which drawings."""
 
 
 class Settings(BaseSettings):
@@ -69,7 +71,7 @@ class Settings(BaseSettings):
     def _refuse_strays(cls, values: Any) -> Any:
         """A mistyped variable would otherwise be silence: pydantic-settings reads only the names it knows."""
         known = [PREFIX + name.upper() for name in cls.model_fields]
-        strays = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+        strays = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in (*known, *OTHERS))
         if strays:
             # Kubernetes makes such variables for a Service named espalier.
             hint = "; in Kubernetes, set enableServiceLinks: false" if PREFIX + "SERVICE_HOST" in strays else ""

@@ -337,6 +337,8 @@ async def test_every_reference_in_the_api_description_resolves(client: httpx.Asy
 def test_stray_environment_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPALIER_MAX_BATCH", "3")
     assert Settings().max_batch == 3
+    monkeypatch.setenv("ESPALIER_CACHE", "/cache")  # read elsewhere
+    assert Settings().max_batch == 3
     monkeypatch.setenv("ESPALIER_MAX_BATCHES", "3")
     with pytest.raises(ValueError, match=r"ESPALIER_MAX_BATCHES.*Known: .*ESPALIER_MAX_BATCH,"):
         Settings()
