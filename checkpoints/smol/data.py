@@ -1,8 +1,8 @@
 """Training batches: one picture, many conversations about it, packed so that they share the picture's rows.
 
 Row layout of one sequence: `<|im_start|>user\\n<image>*V`, then the conversations side by side. Each sees the picture and itself,
-at the positions that it would have alone. Most of the time the language model is given V of the picture's 289 visual tokens: what
-shows the things and some of the ground, at their own positions, as a router would leave them.
+at the positions that it would have alone. V is 289, all of a picture's visual tokens, or fewer: then those that show the things and
+some of the ground, at their own positions, as a router would leave them.
 """
 
 from __future__ import annotations
