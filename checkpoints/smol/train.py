@@ -10,6 +10,7 @@ On a CUDA card it runs in bf16, else in float32. Seeded; killed at any point, it
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -293,11 +294,11 @@ def freeze(model: Smol, folder: Path = TRAINED) -> None:
 
 def main(
     work: Annotated[Path, typer.Option(help="States and texts; a killed run goes on from here.")] = Path("runs/smol"),
-    steps: Annotated[int, typer.Option(help="Steps.")] = 3000,
+    steps: Annotated[int, typer.Option(help="Steps.")] = 4000,
     scenes: Annotated[int, typer.Option(help="Scenes a step.")] = 48,
     crowded: Annotated[int, typer.Option(help="Crowded pictures a step.")] = 32,
     rows: Annotated[int, typer.Option(help="Rows of conversation about a scene.")] = 255,
-    workers: Annotated[int, typer.Option(help="Processes that draw.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that draw.")] = max(1, (os.cpu_count() or 2) - 1),
     seed: Annotated[int, typer.Option(help="LoRA's start and the texts.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the trained weights go.")] = TRAINED,
 ) -> None:
