@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from checkpoints.smol.model import ALPHA, EPS, FUSED, HEADS, KV_HEADS, LAYERS, RANK, THETA, WIDTH
 from checkpoints.smol.parts import IMAGE, LANGUAGE, BuildError, fetch, language_tokenizer, language_weights
-from models.checkpoint import sha256
+from models.checkpoint import fingerprint, sha256
 from models.manifest import MANIFEST, read_manifest, write_manifest
 from models.saving import usual_permissions
 from models.vision.efficientnet import EfficientNetLiteConfig
@@ -128,11 +128,15 @@ def write(directory: Path, weights: Mapping[str, Tensor], tokenizer: PreTrainedT
     model.config.dtype = torch.bfloat16
     _quietly_save(model, directory)
     build_processor(tokenizer, config).save_pretrained(directory)
-    manifest, files = read_manifest(trained), ["model.safetensors"]
+    saved = directory / "model.safetensors"
+    usual_permissions(saved)
+    manifest, files = read_manifest(trained), [saved.name]
     if manifest.router:
         shutil.copyfile(trained / ROUTER, directory / ROUTER)
         files.append(ROUTER)
-    usual_permissions(directory / "model.safetensors")
+        # Another machine may round the last bit of a merged weight otherwise.
+        router = manifest.router | {"checkpoint": f"fp_{fingerprint([saved])}"}
+        manifest = manifest.model_copy(update={"router": router})
     write_manifest(directory, manifest.model_copy(update={"files": {name: sha256(directory / name) for name in files}}))
 
 
