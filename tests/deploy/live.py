@@ -72,7 +72,7 @@ def questions(url: str, until: threading.Event) -> None:
                 return
             content = [{"type": "image_url", "image_url": {"url": pictures[number % len(pictures)]}},
                        {"type": "text", "text": "How many objects are there?"}]  # fmt: skip
-            level = "none" if number % 11 == 10 else LEVELS[number % len(LEVELS)]
+            level = "none" if number % 11 == 2 else LEVELS[number % len(LEVELS)]
             body = {"messages": [{"role": "user", "content": content}], "pruning": {"level": level}, "max_tokens": 12}
             client.post("/v1/chat/completions", json=body | {"n": 1 + number % 2, "stream": number % 3 == 0})
 
@@ -127,8 +127,9 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
         try:
             for asker in askers:
                 asker.start()
-            steps = 'count(count_over_time(espalier_build_info{job="espalier"}[1m]) >= 8)'
-            wait_for(lambda: queries.query(steps))
+            scraped = 'count(count_over_time(espalier_build_info{job="espalier"}[1m]) >= 8)'
+            everything = "sum(espalier_rejections_total) >= 4 and count(sum by (level) (espalier_requests_total) > 1) >= 5"
+            wait_for(lambda: queries.query(f"{scraped} and on () ({everything})"))
             yield queries
         finally:
             done.set()
