@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import uuid4
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic.json_schema import models_json_schema
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from server.access import Access, check_levels, read_keys
-from server.caller import CALLER, Caller
 from server.chat import model_names, read_chat, read_vqa, unknown_model
 from server.completions import completion_events, completion_reply, detokenize, read_completion, tokenize
-from server.errors import EspalierError, InvalidRequest, NotReady, PayloadTooLarge, UnknownPath, UnsupportedMedia
+from server.envelope import Envelope
+from server.errors import EspalierError, NotReady, UnknownPath
 from server.estimate import estimate
 from server.logs import fields
 from server.page import add_playground
+from server.reading import Reading
 from server.replies import AnswerStream, Chunk, chat_events, chat_reply, fold, prepend, vqa_reply
 from server.request import PreparedRequest
 from server.responses import read_response, response_events, whole_response
@@ -60,11 +57,6 @@ Events = Callable[[AsyncIterator[Chunk], PreparedRequest], AsyncIterator[str]]
 """A chat's chunks as the server-sent events of a route."""
 
 BODIES = (ChatRequest, CompletionRequest, ResponsesRequest, VqaRequest, TokenizeRequest, DetokenizeRequest)
-GZIP = 16 + zlib.MAX_WBITS
-"""What zlib calls a gzip stream."""
-READERS = 4
-"""Requests read at once: decoding a picture at the pixel limit takes some hundred megabytes for a moment."""
-SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -78,7 +70,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed
         )
-    app.add_middleware(Envelope, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Envelope, settings=settings)
     _add_error_handlers(app, engine)
     _add_questions(app, engine, settings)
     _add_menu(app, engine)
@@ -89,16 +81,17 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
 
 def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
-    readers = CapacityLimiter(READERS)
+    # Which lane a request takes is a guess by its bytes: enough to keep texts moving, and nothing to trust.
+    reading = Reading(settings.max_batch + settings.max_queue)
 
     async def answer(
-        request: Request, read: Callable[[], PreparedRequest], whole: Whole = chat_reply, stream: Events = chat_events
-    ) -> Response:
+        request: Request, read: Callable[[], PreparedRequest], whole: Whole = chat_reply, stream: Events = chat_events,
+        pictures: bool = True,
+    ) -> Response:  # fmt: skip
         arrived = time.monotonic()
 
         async def work() -> Response:
-            # Parsing, decoding and tokenising take too long for the event loop.
-            prepared = await to_thread.run_sync(read, limiter=readers)
+            prepared = await reading.run(read, pictures=pictures)
             return await reply(AnswerStream(engine, prepared, arrived), prepared, whole, stream)
 
         return await unless_gone(request, work())
@@ -107,27 +100,30 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
     async def chat_completions(request: Request) -> Response:
         """OpenAI's chat completions. Header `X-Pruning-Level`, field `pruning.level` or model `name@level` set the level."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
-        return await answer(request, lambda: read_chat(engine, settings, body, level))
+        return await answer(request, lambda: read_chat(engine, settings, body, level), pictures=b"image" in body)
 
     @app.post("/v1/completions", openapi_extra=_body(CompletionRequest.__name__))
     async def completions(request: Request) -> Response:
         """OpenAI's older completions: a text in, its continuation out. The level is set as for chat completions."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
         return await answer(
-            request, lambda: read_completion(engine, settings, body, level), completion_reply, completion_events
+            request, lambda: read_completion(engine, settings, body, level), completion_reply, completion_events, pictures=False
         )
 
     @app.post("/v1/responses", openapi_extra=_body(ResponsesRequest.__name__))
     async def responses(request: Request) -> Response:
         """OpenAI's responses, without state: each request holds its whole chat. The level is set as for chat completions."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
-        return await answer(request, lambda: read_response(engine, settings, body, level), whole_response, response_events)
+        return await answer(
+            request, lambda: read_response(engine, settings, body, level), whole_response, response_events,
+            pictures=b"image" in body,
+        )  # fmt: skip
 
     @app.post("/v1/pruning/estimate", openapi_extra=_body(ChatRequest.__name__))
     async def estimates(request: Request) -> dict[str, Any]:
         """What this chat would cost at each level: tokens, FLOPs, seconds by the server's present pace. Nothing is run."""
         body = await request.body()
-        return await to_thread.run_sync(lambda: estimate(engine, settings, body), limiter=readers)
+        return await reading.run(lambda: estimate(engine, settings, body), pictures=b"image" in body)
 
     @app.post("/v1/vqa", openapi_extra=_body(VqaRequest.__name__, form=True))
     async def vqa(request: Request) -> Response:
@@ -141,13 +137,13 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
     async def tokens(request: Request) -> dict[str, Any]:
         """The tokens of a text, or of a chat with each image as its visual tokens before pruning."""
         body = await request.body()
-        return await to_thread.run_sync(lambda: tokenize(engine, settings, body), limiter=readers)
+        return await reading.run(lambda: tokenize(engine, settings, body), pictures=b"image" in body)
 
     @app.post("/detokenize", openapi_extra=_body(DetokenizeRequest.__name__))
     async def text(request: Request) -> dict[str, str]:
         """The text of tokens."""
         body = await request.body()
-        return await to_thread.run_sync(lambda: detokenize(engine, body), limiter=readers)
+        return await reading.run(lambda: detokenize(engine, body), pictures=False)
 
 
 def _add_menu(app: FastAPI, engine: Engine) -> None:
@@ -264,81 +260,7 @@ async def form_fields(request: Request, max_images: int) -> dict[str, Any]:
         return {**{key: value for key, value in form.items() if isinstance(value, str)}, "image": images}
 
 
-# ---- what every request gets
-
-
-class Envelope:
-    """Around all routes: an id on every reply, a bounded body, and OpenAI's error object when something breaks.
-
-    The body is counted while it is read and unpacked, so that a chunked or packed one is bounded too. The client's id is an
-    echo, and never names anything inside. HEAD is GET without its body, and slashes that are doubled or trail mean nothing.
-    """
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self.app = app
-        self.max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        head = scope["method"] == "HEAD"
-        path = re.sub("/+", "/", scope["path"]).removesuffix("/") or "/"
-        scope = {**scope, "path": path, "method": "GET" if head else scope["method"]}
-        length, given = headers.get("content-length", ""), headers.get("x-request-id", "")
-        size = int(length) if length.isdecimal() else 0
-        request_id = given if SANE_ID.fullmatch(given) else uuid4().hex
-        encoding = headers.get("content-encoding", "").strip().lower() or "identity"
-        gunzip = zlib.decompressobj(GZIP) if encoding in ("gzip", "x-gzip") else None
-        read, started = 0, False
-
-        async def bounded_receive() -> Message:
-            nonlocal read
-            if gunzip is None and encoding != "identity":
-                raise UnsupportedMedia(f"Content-Encoding {encoding[:40]} is not supported; send gzip or none.")
-            if max(size, read) <= self.max_body_bytes:
-                message = await receive()
-                if gunzip and message["type"] == "http.request":
-                    room = self.max_body_bytes - read
-                    message = await to_thread.run_sync(unpack, gunzip, message, room)
-                read += len(message.get("body", b""))
-            if max(size, read) > self.max_body_bytes:
-                raise PayloadTooLarge(f"A request body may have at most {self.max_body_bytes:,} bytes.")
-            return message
-
-        async def labelled_send(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            elif head:
-                message = {**message, "body": b""}
-            await send(message)
-
-        trace = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
-        caller = CALLER.set(Caller(request_id, trace))
-        try:
-            await self.app(scope, bounded_receive, labelled_send)
-        except Exception:
-            log.exception("request %s to %s failed", request_id, scope["path"])
-            if started:
-                raise
-            error = EspalierError("The server failed to answer; its log has the details.", code="internal_error")
-            await JSONResponse(error.body(), error.status)(scope, receive, labelled_send)
-        finally:
-            CALLER.reset(caller)
-
-
-def unpack(gunzip: Any, message: Message, room: int) -> Message:
-    """A piece of a gzip body, unpacked to no more than one byte above `room`. Raises InvalidRequest if it is none."""
-    try:
-        body = gunzip.decompress(message.get("body", b""), room + 1)
-    except zlib.error:
-        raise InvalidRequest("The body is not gzip, as its Content-Encoding says.") from None
-    if len(body) <= room and not message.get("more_body") and (not gunzip.eof or gunzip.unused_data):
-        raise InvalidRequest("The gzip body is cut short, or something follows it.")
-    return {**message, "body": body}
+# ---- errors
 
 
 def _add_error_handlers(app: FastAPI, engine: Engine) -> None:

@@ -114,6 +114,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._draining = self._stopped = False
         self._work = WorkRate()
+        self._yes_no = YesNo(self.preprocessor.vocab_size, self.preprocessor.token_bytes)
         self._pass_limit: float | None = None  # when the pass that runs counts as hung
         self.metrics.watch_load(
             lambda: len(self.scheduler.running), lambda: len(self.scheduler.waiting), lambda: self.scheduler.used / rows,
@@ -447,10 +448,6 @@ class Engine:
             return logits[0]
         finally:
             one.cache.lengths[:] = lengths
-
-    @cached_property
-    def _yes_no(self) -> YesNo:
-        return YesNo(self.preprocessor.vocab_size, self.preprocessor.token_bytes)
 
     def _record_token_time(self, request: Request, one: Running) -> None:
         """The first token ends the prefill, and its event says what was planned."""

@@ -6,6 +6,7 @@ EspalierError
 │   └── UnknownLevel      400  not on the menu
 ├── UnknownModel          404
 ├── UnknownPath           404  no such route; the message lists those that exist
+├── SlowRequest           408  its body did not come in time
 ├── PayloadTooLarge       413  body, image bytes, pixels or number of images
 ├── UnsupportedMedia      415  not a picture of a known format, or an unknown Content-Encoding
 ├── InvalidApiKey         401  no key, or one that there is not
@@ -109,6 +110,10 @@ class UnknownModel(EspalierError):
 
 class UnknownPath(EspalierError):
     status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class SlowRequest(EspalierError):
+    status, type, code = 408, "invalid_request_error", "request_timeout"
 
 
 class PayloadTooLarge(EspalierError):

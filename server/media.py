@@ -17,6 +17,7 @@ from models.images import ImageError, ImageFile, open_image
 from models.preprocess import Preprocessor
 from server.caller import CALLER
 from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, UnsupportedMedia
+from server.reading import check_wanted
 from server.request import PreparedImage
 from server.settings import Settings
 
@@ -74,6 +75,7 @@ def decode_all(opened: Sequence[OpenedImage], preprocessor: Preprocessor) -> lis
     """Pictures as the vision tower takes them. Raises a 4xx of `server.errors` that names the place."""
     images = []
     for one in opened:
+        check_wanted()
         with _at(one.place), IN_FLIGHT.hold(one.file.pixels):
             image = one.file.decode()
             images.append(PreparedImage(preprocessor.picture(image, alone=len(opened) == 1), digest(image)))

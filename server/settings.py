@@ -59,6 +59,8 @@ class Settings(BaseSettings):
 
     default_max_tokens: int = Field(256, ge=1, description="Length limit of an answer whose request sets none.")
     max_body_bytes: int = Field(32 * 2**20, ge=1, description="Size limit of a request body, counted while it is read.")
+    max_bodies_bytes: int = Field(256 * 2**20, ge=1, description="Size limit of all bodies in flight; more are answered 429.")
+    body_timeout_s: int = Field(60, ge=1, description="Seconds that a request's body may take to come.")
     max_images: int = Field(16, ge=1, description="Pictures that one request may hold.")
     max_image_bytes: int = Field(10 * 2**20, ge=1, description="Size limit of one picture's file.")
     max_image_pixels: int = Field(
