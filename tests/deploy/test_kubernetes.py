@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
+from server.access import OPEN
 from server.metrics import Metrics
 from server.settings import Settings
 from tests.deploy.live import ROOT
@@ -177,6 +178,16 @@ def test_each_selector_finds_one_deployment(overlay: str) -> None:
         assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
         assert service["metadata"]["labels"][monitor["spec"]["jobLabel"]] == "espalier"
         assert {one["port"] for one in monitor["spec"]["endpoints"]} <= {port["name"] for port in service["spec"]["ports"]}
+
+
+def test_keys_come_from_a_secret_and_probes_need_none() -> None:
+    (config,) = (one["data"] for one in of_kind("gpu", "ConfigMap") if "settings" in one["metadata"]["name"])
+    pod = of_kind("gpu", "Deployment")[0]["spec"]["template"]["spec"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert config["ESPALIER_API_KEY_FILE"].startswith(f"{mounts['api-keys']}/") and config["ESPALIER_OPEN_METRICS"] == "true"
+    assert not [one for one in render("gpu") if one["kind"] == "Secret"], "keys are not in the repository"
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert pod["containers"][0][probe]["httpGet"]["path"] in OPEN
 
 
 def test_a_level_is_a_model_name() -> None:
