@@ -201,11 +201,10 @@ def _usage(finished: Sequence[Finished]) -> dict[str, Any]:
         "prompt_tokens": last.prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": last.prompt_tokens + completion,
-        "prompt_tokens_details": {
-            "cached_tokens": last.cached_tokens,
-            "image_tokens": last.receipt.visual_tokens_total,
-            "image_tokens_kept": last.receipt.visual_tokens,
-        },
+        "prompt_tokens_details": {"cached_tokens": last.cached_tokens},
+        # Not among the details: there, tools that measure servers add them to the prompt's tokens, which hold them already.
+        "image_tokens": last.receipt.visual_tokens_total,
+        "image_tokens_kept": last.receipt.visual_tokens,
     }
 
 

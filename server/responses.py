@@ -61,13 +61,14 @@ def _response(chunk: Mapping[str, Any], prepared: PreparedRequest, status: str, 
 
 
 def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:
-    images = usage["prompt_tokens_details"]
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0, **images},
+        "input_tokens_details": {"cache_write_tokens": 0, **usage["prompt_tokens_details"]},
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage["total_tokens"],
+        "image_tokens": usage["image_tokens"],
+        "image_tokens_kept": usage["image_tokens_kept"],
     }
 
 

@@ -41,7 +41,7 @@ async def test_a_chat_is_answered(client: httpx.AsyncClient, engine: FakeEngine)
     prompt = 2 * VISUAL_TOKENS + 5
     assert reply["usage"] == {
         "prompt_tokens": prompt, "completion_tokens": 4, "total_tokens": prompt + 4,
-        "prompt_tokens_details": {"cached_tokens": 0, "image_tokens": 24, "image_tokens_kept": 4},
+        "prompt_tokens_details": {"cached_tokens": 0}, "image_tokens": 24, "image_tokens_kept": 4,
     }  # fmt: skip
     assert response.headers["x-pruning-level"] == "strong"
     assert response.headers["x-pruning-visual-tokens"] == "4/24"
@@ -54,7 +54,7 @@ async def test_a_chat_is_answered(client: httpx.AsyncClient, engine: FakeEngine)
 
 async def test_a_question_without_a_picture_is_answered(client: httpx.AsyncClient) -> None:
     reply = (await ask(client, {"messages": [{"role": "user", "content": "Hello there"}]})).json()
-    assert reply["usage"]["prompt_tokens_details"] == {"cached_tokens": 0, "image_tokens": 0, "image_tokens_kept": 0}
+    assert (reply["usage"]["image_tokens"], reply["usage"]["image_tokens_kept"]) == (0, 0)
 
 
 async def test_several_turns_reach_the_template(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -58,7 +58,7 @@ def test_openais_client_chooses_a_level_in_three_ways(sdk: openai.OpenAI) -> Non
         reply = said(sdk, **way)
         assert reply.choices[0].message.content == "A red star."
         assert reply.pruning["level"] == "strong"
-        assert reply.usage.prompt_tokens_details.image_tokens_kept == 2
+        assert reply.usage.image_tokens_kept == 2
     raw = sdk.chat.completions.with_raw_response.create(**body(image_part(detail="low")))
     assert raw.headers["x-pruning-level"] == "strong"
     assert "fake-llava@strong" in [model.id for model in sdk.models.list()]
