@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from hypothesis import given
@@ -26,10 +28,13 @@ from pruning.dynamic.training.train import run
 from pruning.samples import Sample
 from pruning.static.fitness import Divergence
 from pruning.static.packing import pack
+from server.app import create_app
 from server.request import PreparedImage, Request, Sampling
+from server.settings import Settings
 from tests.models.hub import hub_config, write_hub
 from tests.models.saved import edit, fails, put
 from tests.models.tiny_llava import IMAGE
+from tests.server.fake_engine import data_url
 from tests.server.tiny import Reader, drain, new_engine
 
 SIZES = [(32, 32), (20, 90), (100, 37), (70, 70), (5, 3), (1, 90), (200, 190), (33, 64)]
@@ -344,3 +349,32 @@ def test_no_router_is_trained_for_tiled_pictures(tmp_path):
     directory = write_hub(tmp_path / "next", hub_config("llava_next"))
     with pytest.raises(ValueError, match="a router reads pictures of one tile"):
         run(TrainingConfig(data="world"), directory, tmp_path / "out")
+
+
+@pytest.mark.anyio
+async def test_tiled_pictures_over_http(tmp_path):
+    """The prompt's length is known before a picture is decoded; follow-ups start behind it; the detail names no owners."""
+    engine = new_engine(load(write_hub(tmp_path / "next", hub_config("llava_next")), dtype="float32"))
+    file = BytesIO()
+    photograph(70, 150).save(file, "PNG")
+    picture = {"type": "image_url", "image_url": {"url": data_url(file.getvalue())}}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]}]
+    layout = engine.preprocessor.layout(70, 150)
+    engine.start()
+    transport = httpx.ASGITransport(create_app(engine, Settings()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://espalier") as client:
+        for level in ("off", "strong"):
+            asked = {"messages": messages, "max_tokens": 3, "pruning": {"level": level, "detail": True}}
+            reply = (await client.post("/v1/chat/completions", json=asked)).json()
+            tokens = (await client.post("/tokenize", json={"messages": messages})).json()
+            assert reply["usage"]["prompt_tokens"] == tokens["count"] > layout.visual_tokens
+            assert reply["usage"]["prompt_tokens_details"]["image_tokens"] == layout.visual_tokens
+            pruning = reply["pruning"]
+            assert pruning["visual_tokens"] == len(pruning["detail"]["kept_tokens"])
+            assert (pruning["visual_tokens"] == layout.visual_tokens) == (level == "off")
+            assert pruning["detail"]["tiled"]
+            assert pruning["detail"]["merged_into"] == {}
+            again = (await client.post("/v1/chat/completions", json=asked)).json()
+            assert again["choices"][0]["message"] == reply["choices"][0]["message"]
+            assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    engine.stop()
