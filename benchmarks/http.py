@@ -68,7 +68,8 @@ def run(url: str, concurrency: int, requests: int, levels: str, max_tokens: int,
     Raises ValueError for a mix that makes no sense and ConnectionError when no server answers at `url`.
     """
     console = Console(stderr=True, quiet=quiet)
-    drawn = draw_requests(parse_mix(levels), requests, max_tokens)
+    # Other pictures each time: a server keeps what it has seen.
+    drawn = draw_requests(parse_mix(levels), requests, max_tokens, first=time.time_ns() // 1_000_000 % 1_000_000_000)
     results = Results()
     try:
         seconds = asyncio.run(load(url, drawn, concurrency, results, console))
@@ -91,11 +92,12 @@ def parse_mix(text: str) -> dict[str, int]:
     return mix
 
 
-def draw_requests(mix: dict[str, int], count: int, max_tokens: int) -> list[ChatRequest]:
-    """Requests with held-out pictures, made before the clock starts; levels in their exact shares, in no order."""
+def draw_requests(mix: dict[str, int], count: int, max_tokens: int, first: int = 0) -> list[ChatRequest]:
+    """Requests with held-out pictures from number `first` on, made before the clock starts; levels in their exact shares, in no
+    order."""
     levels = list(islice(cycle(level for level, weight in mix.items() for _ in range(weight)), count))
     Random(0).shuffle(levels)
-    return [ChatRequest(level, json.dumps(chat_body(index, max_tokens)).encode()) for index, level in enumerate(levels)]
+    return [ChatRequest(level, json.dumps(chat_body(index, max_tokens)).encode()) for index, level in enumerate(levels, first)]
 
 
 def chat_body(index: int, max_tokens: int) -> dict[str, Any]:
