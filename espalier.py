@@ -322,7 +322,7 @@ def bench_http(
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """Errors that a user can act on are one line, not a traceback; Ctrl-C ends a command with 130 whatever it met."""
-    from models.manifest import CheckpointError
+    from models.errors import CheckpointError
 
     with _interruption() as pressed:
         try:

@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from models.manifest import MANIFEST, CheckpointError
+from models.errors import CheckpointError
+from models.manifest import MANIFEST
 
 _HERE = Path(__file__).parent
 SHIPPED = {

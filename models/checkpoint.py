@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoConfig, LlavaProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from models.errors import CheckpointError
 from models.families import ARCHITECTURES, family_of
 from models.layer_shapes import sliced
 from models.llava import QUANTIZED_MODULES, Llava, check_supported, from_transformers
-from models.manifest import MANIFEST, CheckpointError, Manifest, read_manifest
+from models.manifest import MANIFEST, Manifest, read_manifest
 from models.preprocess import Preprocessor
 from models.quantized import QUANTIZED, bitsandbytes, quantization_of, read_dense
 

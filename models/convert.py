@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from models.checkpoint import INDEX, sha256, weight_files
+from models.errors import CheckpointError
 from models.families import FAMILIES
-from models.manifest import CheckpointError, Manifest, write_manifest
+from models.manifest import Manifest, write_manifest
 from models.saving import save_tensors
 
 ROWS = 64

@@ -8,12 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.errors import CheckpointError
+
 MANIFEST = "espalier.json"
 VERSION: Literal[2] = 2
-
-
-class CheckpointError(Exception):
-    """The checkpoint cannot be loaded; the message names the file or key at fault and what to do."""
 
 
 class Calibration(BaseModel):

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from models.errors import CheckpointError
 from models.linear import Linear
-from models.manifest import CheckpointError
 
 OUTLIER = 6.0
 """Magnitude from which an input is not rounded to 8 bits (LLM.int8(), section 3.2)."""

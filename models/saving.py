@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.checkpoint import INDEX, check_files, sha256
-from models.manifest import MANIFEST, CheckpointError, Manifest, write_manifest
+from models.errors import CheckpointError
+from models.manifest import MANIFEST, Manifest, write_manifest
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"}
 """Suffixes of files that hold weights: the dense ones must not lie beside the pruned."""

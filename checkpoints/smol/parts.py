@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from models.checkpoint import sha256
-from models.manifest import CheckpointError
+from models.errors import CheckpointError
 from models.vision.efficientnet import fold
 
 IMAGE = "<image>"

@@ -75,21 +75,19 @@ class EfficientNetLiteConfig(PretrainedConfig):
         return 1
 
 
-def same_pad(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """TensorFlow's SAME padding for even sizes: what stride 2 leaves over goes to the right and the bottom."""
-    before = (kernel - stride) // 2
-    after = kernel - stride - before
-    return F.pad(x, (before, after, before, after)) if stride > 1 else x
-
-
 class Conv(nn.Conv2d):
-    """A convolution with SAME padding; its batch norm is folded into weight and bias."""
+    """A convolution with SAME padding; its batch norm is folded into weight and bias.
+
+    With stride 2 and even sizes TensorFlow's SAME padding has one row and column more behind than before. A kernel with a row and a
+    column of zeros before its own does the same, and no picture is copied into a wider one.
+    """
 
     def __init__(self, width_in: int, width_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(width_in, width_out, kernel, stride, padding=kernel // 2 if stride == 1 else 0, groups=groups)
+        super().__init__(width_in, width_out, kernel, stride, padding=kernel // 2, groups=groups)
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(same_pad(input, self.kernel_size[0], self.stride[0]))
+        weight = F.pad(self.weight, (1, 0, 1, 0)) if self.stride[0] > 1 else self.weight
+        return self._conv_forward(input, weight, self.bias)
 
 
 class InvertedBottleneck(nn.Module):
@@ -102,8 +100,8 @@ class InvertedBottleneck(nn.Module):
         self.residual = stride == 1 and width == out
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = F.relu6(self.expand(x)) if self.expand else x
-        y = self.project(F.relu6(self.depthwise(wide)))
+        wide = F.relu6(self.expand(x), inplace=True) if self.expand else x
+        y = self.project(F.relu6(self.depthwise(wide), inplace=True))
         return x + y if self.residual else y
 
 
@@ -122,7 +120,7 @@ class EfficientNetLite(nn.Module):
         self.fine_width, self.coarse_width = widths[self.last_stride], widths[-1]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.relu6(self.stem(pixels))
+        x = F.relu6(self.stem(pixels), inplace=True)
         fine = x
         for index, block in enumerate(self.blocks):
             if index == self.last_stride:

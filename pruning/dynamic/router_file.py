@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from models.checkpoint import Checkpoint
-from models.manifest import MANIFEST, CheckpointError, Manifest, first_fault
+from models.errors import CheckpointError
+from models.manifest import MANIFEST, Manifest, first_fault
 from models.saving import save_tensors
 from pruning.dynamic.levels import OperatingPoint
 from pruning.dynamic.router import Router, RouterConfig

@@ -8,7 +8,8 @@ import pytest
 
 from checkpoints.shipped import SHIPPED, resolve
 from models.checkpoint import check_files
-from models.manifest import CheckpointError, read_manifest
+from models.errors import CheckpointError
+from models.manifest import read_manifest
 
 
 @pytest.mark.parametrize("name", SHIPPED)

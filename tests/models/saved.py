@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.checkpoint import load
-from models.manifest import CheckpointError
+from models.errors import CheckpointError
 from tests.server.tiny import write
 
 

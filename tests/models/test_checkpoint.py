@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from models.checkpoint import load
+from models.errors import CheckpointError
 from models.forward import forward, prefill_input
 from models.llava import UnsupportedCheckpoint
-from models.manifest import CheckpointError
 from models.route import Route
 from tests.models.saved import copy_to_break, edit, edit_tensors, fails, put, saved_checkpoint  # noqa: F401
 from tests.server.tiny import LAYERS, VISUAL, processor, write

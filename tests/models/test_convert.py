@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 
 from models.checkpoint import load
 from models.convert import convert
+from models.errors import CheckpointError
 from models.families import family_of
 from models.llava import UnsupportedCheckpoint
-from models.manifest import CheckpointError
 from models.random_llava import random_model
 from tests.models.hub import CLIP_SIZE, PIXELS, SIGLIP_SIZE, hub_config
 from tests.models.saved import edit, put

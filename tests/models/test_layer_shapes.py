@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from models.checkpoint import load
+from models.errors import CheckpointError
 from models.flops import prefill_flops
 from models.kv_cache import RequestCache
 from models.llava import UnsupportedCheckpoint
-from models.manifest import CheckpointError
 from models.random_llava import tiny_config
 from models.route import Route
 from tests.models.tiny_llava import VISUAL

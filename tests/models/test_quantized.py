@@ -17,11 +17,11 @@ from checkpoints.shipped import resolve
 from evals import exam, inspect
 from evals.tasks import open_task
 from models.checkpoint import load, open_transformers
+from models.errors import CheckpointError
 from models.families import layout_of
 from models.forward import forward, prefill_input
 from models.linear import Linear
 from models.llava import Llava, from_transformers
-from models.manifest import CheckpointError
 from models.quantized import QUANTIZED, Int8Linear, Nf4Linear, bitsandbytes
 from models.random_llava import random_model, tiny_config
 from models.route import Route

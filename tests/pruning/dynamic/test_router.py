@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from espalier import app
 from models.checkpoint import load
-from models.manifest import CheckpointError
+from models.errors import CheckpointError
 from models.vision.features import ImageFeatures
 from pruning.dynamic.planner import Planner
 from pruning.dynamic.router import MAX_TEXT, RequestRouting, Router, RouterConfig, RouterFailed, score_request, text_window

@@ -18,7 +18,8 @@ from transformers import LlavaForConditionalGeneration
 from checkpoints.world import draw
 from evals.exam import MAX_TOKENS, RecordedAnswer, make_request
 from models.checkpoint import load, open_transformers
-from models.manifest import CheckpointError, read_manifest
+from models.errors import CheckpointError
+from models.manifest import read_manifest
 from models.run_state import RunStateError
 from pruning import samples
 from pruning.samples import DataError
