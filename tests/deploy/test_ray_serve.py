@@ -43,10 +43,11 @@ class Cluster:
     def metrics(self) -> str:
         return self.client.get("/metrics").text
 
-    def by_replica(self, metric: str) -> dict[str, float]:
-        """The sum of a metric's samples by replica."""
+    def by_replica(self, metric: str, label: str = "") -> dict[str, float]:
+        """The sum by replica of a metric's samples that have the label."""
         found: dict[str, float] = {}
-        for replica, value in re.findall(rf'^espalier_{metric}{{.*replica="(\w+)".*}} (\S+)$', self.metrics(), re.MULTILINE):
+        sample = rf'^espalier_{metric}{{(?=.*{label}).*replica="(\w+)".*}} (\S+)$'
+        for replica, value in re.findall(sample, self.metrics(), re.MULTILINE):
             found[replica] = found.get(replica, 0.0) + float(value)
         return found
 
@@ -96,7 +97,7 @@ def test_load_spreads_and_a_picture_keeps_its_replica(cluster: Cluster) -> None:
     for _ in range(3):
         for picture in range(12):
             assert cluster.ask(picture).status_code == 200
-    asked, hits = cluster.by_replica("cache_queries_total"), cluster.by_replica("cache_hits_total")
+    asked, hits = (cluster.by_replica(f"cache_{what}_total", 'cache="image"') for what in ("queries", "hits"))
     assert len(asked) == 2 and min(asked.values()) >= 3
     assert (sum(asked.values()), sum(hits.values())) == (36, 24), "each picture was encoded once"
 
