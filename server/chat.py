@@ -263,11 +263,13 @@ def choose_level(
     """The level, and where it came from: header before body before alias before detail before the key's or server's default."""
     allowed = CALLER.get().levels or tuple(engine.menu)
     for reason, level in (("header", header), ("body", body), ("alias", alias), ("detail", detail)):
-        if level is None or (reason == "detail" and level not in allowed):  # a detail is a hint
+        if level is None:
             continue
         if level not in engine.menu:
             menu = ", ".join(engine.menu)
             raise UnknownLevel(f"Unknown pruning level {level[:100]!r}. The menu: {menu}.", param="pruning.level")
+        if level not in allowed and reason == "detail":
+            continue  # it is a hint
         if level not in allowed:
             raise LevelNotAllowed(f"This key may ask for {', '.join(allowed)}, and not for {level!r}.", param="pruning.level")
         return level, reason

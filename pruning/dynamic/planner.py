@@ -190,7 +190,8 @@ def join(
     start = 0
     for one in kept:
         indices += [start + i for i in one.indices.tolist()]
-        sizes += one.sizes
+        sizes += one.sizes or [1] * len(one.indices)
         start += len(one.tokens)
-    route = Route(start, tuple(indices), runs, frozen_layers=frozen_layers, token_sizes=tuple(sizes))
+    merged = any(one.sizes for one in kept)  # not where every picture keeps all
+    route = Route(start, tuple(indices), runs, frozen_layers=frozen_layers, token_sizes=tuple(sizes) if merged else ())
     return route, torch.cat([one.tokens for one in kept])

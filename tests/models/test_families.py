@@ -368,7 +368,7 @@ async def test_tiled_pictures_over_http(tmp_path):
             reply = (await client.post("/v1/chat/completions", json=asked)).json()
             tokens = (await client.post("/tokenize", json={"messages": messages})).json()
             assert reply["usage"]["prompt_tokens"] == tokens["count"] > layout.visual_tokens
-            assert reply["usage"]["prompt_tokens_details"]["image_tokens"] == layout.visual_tokens
+            assert reply["usage"]["image_tokens"] == layout.visual_tokens
             pruning = reply["pruning"]
             assert pruning["visual_tokens"] == len(pruning["detail"]["kept_tokens"])
             assert (pruning["visual_tokens"] == layout.visual_tokens) == (level == "off")

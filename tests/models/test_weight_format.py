@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import kernels, llava, weight_format
+from models import kernels, weight_format
 from models.checkpoint import load
 from models.forward import forward
 from models.kernels.thresholds import SPARSE_FROM
@@ -103,7 +103,7 @@ def logits(model: Llava) -> torch.Tensor:
 @native
 def test_pruned_weights_are_packed_and_answer_the_same(monkeypatch):
     sparse = from_transformers(zeroed())
-    monkeypatch.setattr(llava, "choose_format", lambda linear: linear)
+    monkeypatch.setattr(weight_format, "choose_format", lambda linear: linear)
     dense = from_transformers(zeroed())
     compressed = {name for name, matrix in sparse.linears().items() if matrix.format == "packed"}
     assert compressed == {name for name in sparse.linears() if name.startswith("language.")} - {"language.1.down"}

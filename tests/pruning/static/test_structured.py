@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from models.checkpoint import load
+from models.families import Layout
 from models.forward import decode_input, forward, prefill_input
 from models.layer_shapes import LayerShape, coupled_units, layer_shapes, shape_of, slice_to_shape, unit_indices
 from models.llava import Llava, from_transformers
+from models.preprocess import Picture
 from models.random_llava import random_model, tiny_config
 from models.route import Route
 from pruning.static import obs, structured, wanda
@@ -128,7 +130,8 @@ def test_dead_inputs_are_known(module):
 def asked(ids: torch.Tensor, pixels: torch.Tensor) -> PackedSample:
     """One question, whose answer is the last two tokens."""
     answers = torch.arange(len(ids)) >= len(ids) - 2
-    return PackedSample(ids, pixels, answers, torch.zeros(len(ids), dtype=torch.long), torch.arange(len(ids)))
+    picture = Picture(pixels, Layout(VISUAL))
+    return PackedSample(ids, picture, (32, 32), answers, torch.zeros(len(ids), dtype=torch.long), torch.arange(len(ids)))
 
 
 def samples(count: int = 6) -> list[PackedSample]:
