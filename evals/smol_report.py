@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -27,16 +28,12 @@ FEW = 12
 SERVED = """
 ## Over HTTP
 
-`espalier bench http` against `espalier serve smol --dtype float32` on two cores of an Intel Xeon without AMX, answers of at most 8 tokens,
-new pictures each time; medians of three runs in turn (2026-11-26). Levels merge tokens.
+From `docs/runs/smol_http.jsonl`: `espalier bench http` against `espalier serve smol --dtype float32` on two cores of an Intel Xeon
+without AMX, answers of at most 8 tokens, new pictures each time, levels by merging; medians of runs in turn. What stands between
+these ratios and a half is the vision tower: 0.12 s of each request, whatever its level.
 
-| | `off` | `strong` or `balanced` | ratio |
-|---|---|---|---|
-| one client, median time to first token, `strong` | 0.51 s | 0.28 s | 0.55 |
-| one client, median whole answer, `strong` | | | 0.58 |
-| eight clients, requests a second, `balanced` | 1.87 | 2.90 | 1.55 |
-
-The vision tower takes 0.12 s of each, whatever the level: it is what stands between these figures and a half.
+| clients | level | runs | requests/s | first token s | whole answer s |
+|---|---|---|---|---|---|
 """
 PERPLEXITY = """
 ## Text alone
@@ -50,6 +47,7 @@ Perplexity of English text without pictures, against SmolLM2-135M-Instruct itsel
 
 def main(
     runs: Annotated[Path, typer.Option(help="Stored documents.")] = Path("docs/runs/smol.jsonl"),
+    served: Annotated[Path, typer.Option(help="Stored documents of `espalier bench http`.")] = Path("docs/runs/smol_http.jsonl"),
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("docs/smol_results.md"),
 ) -> None:
     documents = stored(runs)
@@ -61,7 +59,7 @@ def main(
     for one in documents:
         if one["task"] == "perplexity":
             parts += [PERPLEXITY, *_texts(one)]
-    out.write_text("".join([*parts, SERVED]))
+    out.write_text("".join([*parts, SERVED, *_served(stored(served))]))
 
 
 def _row(one: Document) -> str:
@@ -83,6 +81,23 @@ def _texts(one: Document) -> Sequence[str]:
         _cells(name, cell["tokens"], f"{cell['perplexity']:.2f}", f"{cell['against']:.2f}", f"{cell['ratio']:.3f}")
         for name, cell in sources.items()
     ]
+
+
+def _served(documents: Sequence[Document]) -> Sequence[str]:
+    """One row for each number of clients and level; in brackets over the first level's of as many clients."""
+    runs: dict[tuple[int, str], list[Document]] = {}
+    for one in documents:
+        for level, found in one["levels"].items():
+            runs.setdefault((one["concurrency"], level), []).append(found)
+    rows: list[str] = []
+    first: dict[int, list[float]] = {}
+    for (clients, level), found in runs.items():
+        times = (median(one[key]["p50"] for one in found) for key in ("ttft_s", "e2e_s"))
+        values = [median(one["requests_per_s"] for one in found), *times]
+        base = first.setdefault(clients, values)
+        shown = [f"{value:.2f} ({value / other:.2f}×)" for value, other in zip(values, base, strict=True)]
+        rows.append(_cells(clients, f"`{level}`", len(found), *shown))
+    return rows
 
 
 def _share(cell: Document) -> str:
