@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from models.checkpoint import Checkpoint
 from models.families import Layout
 from models.forward import SequenceInput, decode_input, forward, prefill_input
 from models.kv_cache import KVCache, Prefix, PrefixCache, RequestCache
+from models.route import Route
 from models.vision.features import ImageFeatures
 from pruning.dynamic.planner import Plan, Planner
 from pruning.dynamic.token_policy import TokenPolicy
@@ -372,18 +373,17 @@ class Engine:
 
     def _keep_prefix(self, one: Running) -> None:
         """Remember the beginning of a prompt that has run."""
-        rows = self._prefix_length(one.request) - one.plan.route.dropped
-        if one.plan.visual is not None and not one.cached_rows and rows < len(one.input):
-            kept = Prefix(rows, one.plan.visual, one.cache.beginning(rows))
-            self._prefixes.keep(self._prefix_key(one.request, one.plan), kept)
+        if one.plan.visual is None or one.cached_rows:
+            return
+        key = self._prefix_key(one.request, one.plan)
+        rows = len(key[-1]) - one.plan.route.dropped
+        if rows < len(one.input):
+            self._prefixes.keep(key, Prefix(rows, one.plan.visual, one.cache.beginning(rows)))
 
-    def _prefix_key(self, request: Request, plan: Plan) -> Hashable:
-        return request.parent.caller.tenant, plan.route, tuple(request.prompt[: self._prefix_length(request)])
-
-    def _prefix_length(self, request: Request) -> int:
-        """Tokens of a prompt up to its last visual one."""
-        image = self.model.config.image_token_id
-        return len(request.prompt) - request.prompt[::-1].index(image) if image in request.prompt else 0
+    def _prefix_key(self, request: Request, plan: Plan) -> tuple[str, Route, tuple[int, ...]]:
+        """Whose it is, its route, and its tokens up to the last visual one."""
+        end = len(request.prompt) - request.prompt[::-1].index(self.model.config.image_token_id)
+        return request.parent.caller.tenant, plan.route, tuple(request.prompt[:end])
 
     def _run_batch(self, batch: Sequence[Running]) -> list[torch.Tensor | Exception]:
         """Logits of each request, or what went wrong with it. If the common pass fails, each one runs alone to find out whose."""

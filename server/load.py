@@ -35,13 +35,13 @@ class WorkRate:
     def observe_answer(self, tokens: int) -> None:
         self.answer_tokens = _smooth(self.answer_tokens, tokens)
 
-    def step_seconds(self, prefill_rows: float, new_tokens: int) -> float:
+    def step_seconds(self, prefill_rows: float, new_tokens: float) -> float:
         """Estimated seconds of one pass."""
         return self.prefill_row * prefill_rows + self.new_token * new_tokens
 
     def seconds(self, prefill_rows: float, max_new_tokens: int) -> float:
         """Estimated engine time of one request, in seconds."""
-        return self.prefill_row * prefill_rows + self.new_token * min(self.answer_tokens, max_new_tokens)
+        return self.step_seconds(prefill_rows, min(self.answer_tokens, max_new_tokens))
 
 
 def _smooth(mean: float, value: float) -> float:
