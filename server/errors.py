@@ -15,7 +15,7 @@ EspalierError
 │   └── OriginNotAllowed  403  a web page of another origin
 ├── HostNotAllowed        421  the Host header is not one of this server's
 ├── Overloaded            429  not now: the queue is full; carries retry_after seconds
-├── RateLimited           429  the key has asked too often; carries retry_after seconds
+│   └── RateLimited       429  the key has asked too often
 ├── ShuttingDown          503  the server is draining
 ├── NotReady              503  a probe's answer: the weights are loading, or the engine is gone
 └── EngineFailure         500  this request failed; others go on
@@ -96,14 +96,6 @@ class HostNotAllowed(EspalierError):
     status, type, code = 421, "invalid_request_error", "host_not_allowed"
 
 
-class RateLimited(EspalierError):
-    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
 class UnknownModel(EspalierError):
     status, type, code = 404, "invalid_request_error", "model_not_found"
 
@@ -130,6 +122,10 @@ class Overloaded(EspalierError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class RateLimited(Overloaded):
+    code = "rate_limit_exceeded"
 
 
 class ShuttingDown(EspalierError):
