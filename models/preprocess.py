@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -130,6 +131,24 @@ class Preprocessor:
         ]
         messages[0]["content"].insert(0, {"type": "image"})
         return self.prompt(messages, None if layout is None else [layout])
+
+    def answered(
+        self, question: str, answer: str, layouts: Sequence[Layout] | None = None, images: int = 1
+    ) -> tuple[list[int], list[int], list[int]]:
+        """One question about pictures and its answer, as the chat template writes them: tokens before the answer's first, those of
+        its text, and the one that ends it.
+
+        That is the template's own, if a special token stands behind the text, and otherwise the tokenizer's, which models learn to
+        say where templates, like LLaVA-1.5's, write only a blank.
+        """
+        asked: list[dict[str, Any]] = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        prompt, whole = self.prompt(chat[:1], layouts), self.prompt(chat, layouts, generation=False)
+        said = self.prompt(chat, layouts, generation=False, continued=True) if answer.strip() else prompt
+        start = len([*takewhile(lambda pair: pair[0] == pair[1], zip(prompt, said, strict=False))])
+        behind = [token for token in whole[len(said) : len(said) + 1] if token in self._special_ids]
+        end = behind or [token for token in [self.tokenizer.eos_token_id] if token is not None]
+        return said[:start], said[start:], end
 
     def tokenize(self, text: str, special: bool = True) -> list[int]:
         """A text to ids as it stands, special tokens read as such; `special` begins it as the tokenizer begins a text."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from math import exp
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,21 +24,17 @@ def through_engine(engine: Engine, level: str) -> LogLikelihood:
 
     def measure(question: Question, text: str) -> tuple[float, int]:
         pictures = [] if question.image is None else [preprocessor.picture(decode_picture(question))]
-        asked: list[dict[str, Any]] = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question.text}]
-        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
         layouts = [picture.layout for picture in pictures]
-        prompt = preprocessor.prompt(turns[:1], layouts)
-        ids = preprocessor.prompt(turns, layouts, generation=False, continued=True)
-        start = len([*takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False))])
-        if not text or len(ids) > engine.context_length:
+        prompt, answer, _ = preprocessor.answered(question.text, text, layouts, len(layouts))
+        if not answer or len(prompt) + len(answer) > engine.context_length:
             return 0.0, 0
         features = [model.encode(picture.pixels, picture.layout) for picture in pictures]
         plan = engine.planner.plan(level, "default", prompt, features)
-        tokens = torch.tensor(ids, device=model.device)
-        cache = model.new_cache(plan.route.rows(len(ids) - 1, 0))
-        last = prefill_input(model, tokens[:-1], plan.visual, plan.route, cache, logits_to_keep=len(ids) - start)
-        found = forward(model, [last]).log_softmax(-1).gather(1, tokens[start:, None])
-        return float(found.sum()), len(ids) - start
+        tokens = torch.tensor(prompt + answer, device=model.device)
+        cache = model.new_cache(plan.route.rows(len(tokens) - 1, 0))
+        last = prefill_input(model, tokens[:-1], plan.visual, plan.route, cache, logits_to_keep=len(answer))
+        found = forward(model, [last]).log_softmax(-1).gather(1, tokens[len(prompt) :, None])
+        return float(found.sum()), len(answer)
 
     return measure
 

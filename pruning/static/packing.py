@@ -61,13 +61,12 @@ class PackedSample:
 
 def pack(preprocessor: Preprocessor, sample: Sample) -> PackedSample:
     """One sequence of a picture and its turns; segment k is turn k - 1."""
-    tokenizer = preprocessor.tokenizer
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     picture = preprocessor.picture(sample.image)
     prompts, answers = [], []
-    for question, answer in sample.turns:
-        prompts.append(preprocessor.question(question, layout=picture.layout))
-        answers.append(tokenizer(f" {answer}", add_special_tokens=False).input_ids + end)
+    for turn in sample.turns:
+        prompt, said, end = preprocessor.answered(*turn, [picture.layout])
+        prompts.append(prompt)
+        answers.append(said + end)
     # What every prompt begins with; its last row, which says the answer's first token, is each question's own.
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
