@@ -19,6 +19,7 @@ from server.access import read_keys, warning
 from server.app import create_app
 from server.engine import Engine, Limits
 from server.logs import configure
+from server.protocol import DeadlineProtocol
 from server.settings import Settings
 
 if TYPE_CHECKING:  # its package is an extra
@@ -84,9 +85,9 @@ def run(settings: Settings) -> None:
     engine.start()
     app = create_app(engine, settings)
     grace = settings.shutdown_grace_s
-    # uvloop and httptools come with other packages: what is tested is what runs.
+    # uvloop comes with other packages: what is tested is what runs.
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, loop="asyncio", http="h11", log_level="warning", log_config=None,
+        app, host=settings.host, port=settings.port, loop="asyncio", http=DeadlineProtocol, log_level="warning", log_config=None,
         timeout_graceful_shutdown=grace,
     )  # fmt: skip
     server = DrainingServer(config, engine)
