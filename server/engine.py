@@ -10,10 +10,9 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import llguidance.hf
@@ -22,21 +21,18 @@ from llguidance import LLTokenizer
 
 from models.checkpoint import Checkpoint
 from models.families import Layout
-from models.forward import SequenceInput, decode_input, forward, prefill_input
-from models.kv_cache import KVCache, Prefix, PrefixCache, RequestCache
-from models.route import Route
-from models.vision.features import ImageFeatures
-from pruning.dynamic.planner import Plan, Planner
+from models.kv_cache import KVCache
+from pruning.dynamic.planner import Planner
 from pruning.dynamic.token_policy import TokenPolicy
-from server.confidence import Confidence, YesNo
-from server.detokenize import Detokenizer, LogprobQueue
+from server.answering import Answering
+from server.batch import lay_out, run_batch
+from server.ended import count_ended
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.load import DefaultLevel, WorkRate
-from server.logs import fields
-from server.metrics import OUTCOMES, Metrics
-from server.request import Delta, Event, Failed, Finished, FinishReason, PreparedImage, Receipt, Request, Started, TokenLogprob
-from server.route_detail import explain
-from server.sampling import is_greedy, new_generator, sample, top_logprobs
+from server.metrics import Metrics
+from server.prefill import Prefill
+from server.request import Event, Failed, Finished, FinishReason, Request
+from server.running import Running, prefill_rows
 from server.scheduler import QueueFull, ScheduledRequest, Scheduler
 from server.version import version
 
@@ -62,26 +58,6 @@ class Limits:
     cached_images: int = 64
 
 
-@dataclass
-class Running:
-    """A request in the batch: its plan and cache, what it brings to the next pass, and the answer so far."""
-
-    request: Request
-    plan: Plan
-    receipt: Receipt
-    cache: RequestCache
-    input: SequenceInput
-    text: Detokenizer
-    generator: torch.Generator
-    ends: frozenset[int]  # tokens that end the answer
-    logprobs: LogprobQueue
-    confidence: Confidence
-    cached_rows: int = 0  # of the prompt, that an earlier request had run
-    output_ids: list[int] = field(default_factory=list)
-    last_token: float = 0.0
-    decode_seconds: float = 0.0
-
-
 class Engine:
     """Serves one checkpoint. `start` runs the thread; tests may call `step` themselves."""
 
@@ -105,9 +81,11 @@ class Engine:
         rows = limits.kv_rows or _rows_for_free_memory(checkpoint, limits)
         self.kv = KVCache(rows, self.model.new_cache)
         self.scheduler = Scheduler(rows, limits.max_running, limits.max_waiting, limits.max_prefill)
-        self._prefixes = PrefixCache(rows // PREFIX_SHARE)
-        self._features: OrderedDict[tuple[str, Layout], ImageFeatures] = OrderedDict()
-        self._cached_images = limits.cached_images
+        self._prefill = Prefill(
+            checkpoint, self.planner, self.metrics, default_level=default_level, cached_images=limits.cached_images,
+            prefix_rows=rows // PREFIX_SHARE,
+        )  # fmt: skip
+        self._answering = Answering(checkpoint, self.metrics, self._emit)
         self._requests: dict[str, Request] = {}
         self._aborted: set[str] = set()
         self._running: dict[str, Running] = {}
@@ -115,7 +93,6 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._draining = self._stopped = False
         self._work = WorkRate()
-        self._yes_no = YesNo(self.preprocessor.vocab_size, self.preprocessor.token_bytes)
         self._pass_limit: float | None = None  # when the pass that runs counts as hung
         self.metrics.watch_load(
             lambda: len(self.scheduler.running), lambda: len(self.scheduler.waiting), lambda: self.scheduler.used / rows,
@@ -260,13 +237,13 @@ class Engine:
         for request in admitted:
             self._guard(request, self._plan)
         batch = list(self._running.values())
-        prompts = [_prefill_rows(one) for one in batch if not one.output_ids]
+        rows, decoding = prefill_rows(batch), sum(bool(one.output_ids) for one in batch)
         for one, logits in zip(batch, self._run_batch(batch), strict=True):
-            self._guard(one.request, self._sample_and_hand_out, one, logits)
+            self._guard(one.request, self._take, one, logits)
         seconds = time.monotonic() - started
         self._pass_limit = None
         self.metrics.busy.inc(seconds)
-        self._work.observe_step(seconds, sum(prompts), len(batch) - len(prompts))
+        self._work.observe_step(seconds, rows, decoding)
 
     def _saturation(self) -> float:
         with self._changed:
@@ -307,174 +284,33 @@ class Engine:
             self._emit(request, Failed("the model failed on this request; it can be sent again"))
 
     def _plan(self, request: Request) -> None:
-        """Encode the images, plan the route, give back what was reserved and is not needed, and lay out the prompt's rows."""
-        now = time.monotonic()
-        request.timings["queue"] = now - request.created - request.timings.get("image", 0.0)
-        features = [self._encode(image) for image in request.images]
-        encoded = time.monotonic()
-        plan = self.planner.plan(request.level, request.reason, request.prompt, features, follow_up=request.follow_up)
-        request.timings |= {"encode": encoded - now, "route": time.monotonic() - encoded}
-        if plan.level != request.level:
-            log.warning("request %s runs at level %s: %s", request.id, plan.level, plan.reason)
-            if not request.parent.routed:
-                self.metrics.degradations.labels(request.level, plan.level).inc()
-            request.level = plan.level
-        elif request.reason == "load" and not request.parent.routed:
-            self.metrics.degradations.labels(self.default_level, request.level).inc()
-        rows = plan.route.rows(len(request.prompt), self._max_new_tokens(request))
+        """Plan the route, and give back what was reserved and is not needed."""
+        plan, features = self._prefill.plan(request)
+        new_tokens = self._max_new_tokens(request)
+        rows = plan.route.rows(len(request.prompt), new_tokens)
         with self._changed:
             self.scheduler.shrink(request.id, sum(rows))
         cache = self.kv.allocate(request.id, rows)
-        ids = torch.tensor(request.prompt, device=self.model.device)
-        prompt = prefill_input(self.model, ids, plan.visual, plan.route, cache)
-        prefix = self._find_prefix(request, plan)
-        if prefix:
-            cache.begin_with(prefix.layers)
-            prompt = prompt.behind(prefix.rows)
-        receipt = _receipt(plan, self.fingerprint)
-        if request.detail:
-            receipt = replace(receipt, detail=explain(self.planner, plan, features, len(request.prompt)))
-        if not request.parent.routed:
-            request.parent.routed = True
-            self.metrics.routed(receipt, len(request.prompt))
-        text = Detokenizer(self.preprocessor.token_bytes, request.sampling.stop, request.continues)
-        generator = new_generator(request.sampling.seed)
-        ends = frozenset(request.sampling.stop_token_ids) | (frozenset() if request.sampling.ignore_eos else self.checkpoint.eos)
-        confidence = Confidence(request, self._yes_no, self.preprocessor.token_bytes, ends, self._max_new_tokens(request))
-        self._running[request.id] = Running(
-            request, plan, receipt, cache, prompt, text, generator, ends, LogprobQueue(request.continues), confidence,
-            cached_rows=prefix.rows if prefix else 0,
-        )
-
-    def _encode(self, image: PreparedImage) -> ImageFeatures:
-        """An image's features [1, visual_tokens, width], remembered by content: encoding does not depend on the level."""
-        key = (image.digest, image.picture.layout)
-        features = self._features.get(key)
-        self.metrics.cache_queries.labels("image").inc()
-        if features is None:
-            features = self.model.encode(image.picture.pixels, image.picture.layout)
-        else:
-            self.metrics.cache_hits.labels("image").inc()
-        self._features[key] = features
-        self._features.move_to_end(key)
-        while len(self._features) > self._cached_images:
-            self._features.popitem(last=False)
-        return features
-
-    def _find_prefix(self, request: Request, plan: Plan) -> Prefix | None:
-        """What an earlier request left of the same beginning at the same route."""
-        if plan.visual is None:
-            return None
-        self.metrics.cache_queries.labels("prefix").inc()
-        prefix = self._prefixes.find(self._prefix_key(request, plan), plan.visual)
-        if prefix:
-            self.metrics.cache_hits.labels("prefix").inc()
-        return prefix
-
-    def _keep_prefix(self, one: Running) -> None:
-        """Remember the beginning of a prompt that has run."""
-        if one.plan.visual is None or one.cached_rows:
-            return
-        key = self._prefix_key(one.request, one.plan)
-        rows = len(key[-1]) - one.plan.route.dropped
-        if rows < len(one.input):
-            self._prefixes.keep(key, Prefix(rows, one.plan.visual, one.cache.beginning(rows)))
-
-    def _prefix_key(self, request: Request, plan: Plan) -> tuple[str, Route, tuple[int, ...]]:
-        """Whose it is, its route, and its tokens up to the last visual one."""
-        end = len(request.prompt) - request.prompt[::-1].index(self.model.config.image_token_id)
-        return request.parent.caller.tenant, plan.route, tuple(request.prompt[:end])
+        self._running[request.id] = self._prefill.begin(request, plan, features, cache, new_tokens)
 
     def _run_batch(self, batch: Sequence[Running]) -> list[torch.Tensor | Exception]:
-        """Logits of each request, or what went wrong with it. If the common pass fails, each one runs alone to find out whose."""
-        if not batch:
-            return []
-        started, lengths = time.monotonic(), [list(one.cache.lengths) for one in batch]
-        try:
-            logits = list(forward(self.model, [one.input for one in batch]))
-        except Exception as error:
-            if len(batch) == 1:
-                return [error]
-            log.exception("a pass over %d requests failed; running each alone", len(batch))
-            for one, length in zip(batch, lengths, strict=True):
-                one.cache.lengths[:] = length
-            return [self._run_batch([one])[0] for one in batch]
-        for one in batch:
-            if not one.output_ids:
+        """Logits of each request, or what went wrong with it."""
+        started = time.monotonic()
+        results = run_batch(self.model, batch)
+        for one, logits in zip(batch, results, strict=True):
+            if not one.output_ids and not isinstance(logits, Exception):
                 one.request.timings["prefill"] = time.monotonic() - started
-                self._keep_prefix(one)
-        return logits
+                self._prefill.keep_prefix(one)
+        return results
 
-    def _sample_and_hand_out(self, request: Request, one: Running, logits: torch.Tensor | Exception) -> None:
-        """Draw a token, hand out its text, and either end the request or lay out its next row."""
+    def _take(self, request: Request, one: Running, logits: torch.Tensor | Exception) -> None:
+        """The answer's next token; it ends the request, or is its next row."""
         if isinstance(logits, Exception):
             raise logits
-        if not torch.isfinite(logits).all():
-            raise ArithmeticError("logits are not finite")
-        self._record_token_time(request, one)
-        sampling, constraint = request.sampling, request.constraint
-        allowed = constraint.allowed(len(logits)) if constraint else None
-        if is_greedy(sampling) and allowed is None:
-            token = int(logits.argmax())
-        else:
-            token = sample(logits, one.output_ids, sampling, one.generator, request.prompt, one.ends, allowed)
-        one.confidence.note(logits, allowed, token, partial(self._follow, one))
-        one.output_ids.append(token)
-        self.metrics.generated_tokens.inc()
-        complete = constraint.take(token) if constraint else False
-        ends = token in one.ends
-        text = "" if ends else one.text.push(token, may_stop=len(one.output_ids) > sampling.min_tokens)
-        full = len(one.output_ids) >= self._max_new_tokens(request)
-        reason: FinishReason | None = "stop" if ends or complete or one.text.stopped else "length" if full else None
-        if reason:
-            text += one.text.finish()
-        logprobs = self._logprobs(one, logits, token, text)
-        if text or logprobs:
-            self._emit(request, Delta(text, logprobs))
-        if reason:
+        if reason := self._answering.take(one, logits):
             self._complete(one, reason)
         else:
-            position = len(request.prompt) + len(one.output_ids) - 1
-            ids = torch.tensor([token], device=self.model.device)
-            one.input = decode_input(self.model, ids, position, one.plan.route, one.cache)
-
-    def _follow(self, one: Running, tokens: Sequence[int]) -> torch.Tensor:
-        """Logits [vocab] behind some tokens of an answer that has not begun, whose cache stays as it is."""
-        lengths = list(one.cache.lengths)
-        try:
-            for place, token in enumerate(tokens, len(one.request.prompt)):
-                ids = torch.tensor([token], device=self.model.device)
-                logits = forward(self.model, [decode_input(self.model, ids, place, one.plan.route, one.cache)])
-            return logits[0]
-        finally:
-            one.cache.lengths[:] = lengths
-
-    def _record_token_time(self, request: Request, one: Running) -> None:
-        """The first token ends the prefill, and its event says what was planned."""
-        now = time.monotonic()
-        if one.output_ids:
-            one.decode_seconds += now - one.last_token
-            self.metrics.inter_token.labels(request.level).observe(now - one.last_token)
-        else:
-            if request.parent.first_token is None:
-                request.parent.first_token = now
-                self.metrics.first_token.labels(request.level).observe(now - request.created)
-            self._emit(request, Started(one.receipt, dict(request.timings)))
-        one.last_token = now
-
-    def _logprobs(self, one: Running, logits: torch.Tensor, token: int, text: str) -> tuple[TokenLogprob, ...]:
-        """Those of the tokens whose text is out with this one's."""
-        count = one.request.sampling.logprobs
-        if count is None:
-            return ()
-        own, top = top_logprobs(logits, token, count)
-        entry = replace(self._entry(token, own), top=tuple(self._entry(*other) for other in top))
-        if token in one.ends:  # it has no text
-            entry = replace(entry, bytes=b"")
-        return one.logprobs.push(entry, text, holds=one.text.holds, stopped=one.text.stopped)
-
-    def _entry(self, token: int, logprob: float) -> TokenLogprob:
-        return TokenLogprob(self.preprocessor.token_text(token), logprob, self.preprocessor.token_bytes(token))
+            lay_out(self.model, one, one.output_ids[-1])
 
     def _complete(self, one: Running, reason: FinishReason) -> None:
         request = one.request
@@ -498,33 +334,11 @@ class Engine:
             self._count_ended(request, outcome, running)
 
     def _count_ended(self, request: Request, outcome: str, running: Running | None) -> None:
-        """Count a client's request when the last of its choices has ended, by the worst outcome among them."""
         new_tokens = len(running.output_ids) if running else 0
         if outcome in ("stop", "length"):
             self._work.observe_answer(new_tokens)
-        parent = request.parent
-        parent.ended += 1
-        parent.new_tokens += new_tokens
-        parent.outcome = max(parent.outcome, outcome, key=OUTCOMES.index)
-        if parent.ended < parent.choices:
-            return
-        seconds = time.monotonic() - request.created
-        self.metrics.finished(request.level, parent.outcome, seconds, request.timings)
         receipt = running.receipt if running else None
-        if self._tracing:
-            self._tracing.ended(request, self.model_name, receipt)
-        stages = {stage: round(value, 4) for stage, value in request.timings.items()}
-        log.info(
-            "request %s: %s, level %s, %d prompt and %d new tokens, %.3f s (%s)",
-            request.id, parent.outcome, request.level, len(request.prompt), parent.new_tokens, seconds,
-            " ".join(f"{stage} {value:.3f}" for stage, value in stages.items()),
-            extra=fields(
-                **parent.caller.fields(), id=request.id, outcome=parent.outcome, pruning_level=request.level, reason=request.reason,
-                prompt_tokens=len(request.prompt), new_tokens=parent.new_tokens, choices=parent.choices,
-                visual_tokens=receipt and receipt.visual_tokens, visual_tokens_total=receipt and receipt.visual_tokens_total,
-                flops_ratio=receipt and receipt.flops_ratio, seconds=round(seconds, 4), stages=stages,
-            ),
-        )  # fmt: skip
+        count_ended(request, outcome, new_tokens, receipt, self.metrics, self._tracing, self.model_name)
 
     def _emit(self, request: Request, event: Event) -> None:
         try:
@@ -534,23 +348,8 @@ class Engine:
             self.abort(request.id)
 
 
-def _prefill_rows(one: Running) -> int:
-    """Rows that a new prompt runs in all layers together."""
-    return len(one.input) * sum(one.plan.route.layers)
-
-
 def _layouts(request: Request) -> list[Layout]:
     return [image.picture.layout for image in request.images]
-
-
-def _receipt(plan: Plan, fingerprint: str) -> Receipt:
-    route, expected = plan.route, plan.expected_agreement
-    return Receipt(
-        level=plan.level, reason=plan.reason, visual_tokens=len(route.kept_tokens), visual_tokens_total=route.visual_tokens,
-        layers=sum(route.layers), layers_total=len(route.layers), frozen_layers=len(route.frozen_layers),
-        flops_ratio=round(plan.flops_ratio, 4), expected_agreement=None if expected is None else round(expected, 4),
-        checkpoint=fingerprint,
-    )  # fmt: skip
 
 
 def _rows_for_free_memory(checkpoint: Checkpoint, limits: Limits, share: float = 0.3) -> int:

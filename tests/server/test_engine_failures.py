@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-import server.engine
+import server.answering
+import server.batch
 from models.forward import SequenceInput, forward
 from server.engine import Engine
 from server.errors import ContextTooLong, Overloaded
@@ -184,7 +185,7 @@ def test_a_pass_that_raises_for_one_request_fails_it_alone(engine, monkeypatch, 
 
     requests = {level: submit(engine, 0, level=level, logprobs=0) for level in LEVELS}
     reach = len(requests["balanced"][0].prompt) - (VISUAL - victim) + when - 1
-    monkeypatch.setattr(server.engine, "forward", flaky)
+    monkeypatch.setattr(server.batch, "forward", flaky)
     drain(engine)
     for level, (_, reader) in requests.items():
         if level == "balanced":
@@ -208,7 +209,7 @@ def test_a_failure_while_handing_out_fails_its_request_alone(engine, monkeypatch
     def broken(*given: Any) -> int:
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(server.engine, "sample", broken)
+    monkeypatch.setattr(server.answering, "sample", broken)
     _, unlucky = submit(engine, 0, temperature=1.0)
     _, reader = submit(engine, 1)
     drain(engine)

@@ -90,7 +90,7 @@ def test_several_choices_are_one_request_and_one_prompt(engine: Engine) -> None:
 def test_a_request_ends_as_badly_as_its_worst_choice(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     choices(engine, 2)
     engine.step()
-    monkeypatch.setattr(engine, "_sample_and_hand_out", fail_once(engine._sample_and_hand_out))
+    monkeypatch.setattr(engine, "_take", fail_once(engine._take))
     drain(engine)
     assert total(engine, "requests_total") == value(engine, "requests_total", level="strong", outcome="error") == 1
 

@@ -1,0 +1,133 @@
+"""What a request needs before its first pass: image features, a route, and the rows of its prompt that are not in the cache yet."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from models.checkpoint import Checkpoint
+from models.families import Layout
+from models.forward import prefill_input
+from models.kv_cache import Prefix, PrefixCache, RequestCache
+from models.route import Route
+from models.vision.features import ImageFeatures
+from pruning.dynamic.planner import Plan, Planner
+from server.confidence import Confidence, YesNo
+from server.detokenize import Detokenizer, LogprobQueue
+from server.metrics import Metrics
+from server.request import PreparedImage, Receipt, Request
+from server.route_detail import explain
+from server.running import Running
+from server.sampling import new_generator
+
+log = logging.getLogger("espalier.engine")
+
+
+class Prefill:
+    """Makes waiting requests into running ones; remembers image features and beginnings of prompts for those that follow."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, planner: Planner, metrics: Metrics, *, default_level: str, cached_images: int,
+        prefix_rows: int,
+    ) -> None:  # fmt: skip
+        self._checkpoint, self._planner, self._metrics = checkpoint, planner, metrics
+        self._default_level, self._cached_images = default_level, cached_images
+        self._features: OrderedDict[tuple[str, Layout], ImageFeatures] = OrderedDict()
+        self._prefixes = PrefixCache(prefix_rows)
+        self._yes_no = YesNo(checkpoint.preprocessor.vocab_size, checkpoint.preprocessor.token_bytes)
+
+    def plan(self, request: Request) -> tuple[Plan, list[ImageFeatures]]:
+        """Encode the images and plan the route; the request's level becomes that of the plan."""
+        now = time.monotonic()
+        request.timings["queue"] = now - request.created - request.timings.get("image", 0.0)
+        features = [self._encode(image) for image in request.images]
+        encoded = time.monotonic()
+        plan = self._planner.plan(request.level, request.reason, request.prompt, features, follow_up=request.follow_up)
+        request.timings |= {"encode": encoded - now, "route": time.monotonic() - encoded}
+        if plan.level != request.level:
+            log.warning("request %s runs at level %s: %s", request.id, plan.level, plan.reason)
+            if not request.parent.routed:
+                self._metrics.degradations.labels(request.level, plan.level).inc()
+            request.level = plan.level
+        elif request.reason == "load" and not request.parent.routed:
+            self._metrics.degradations.labels(self._default_level, request.level).inc()
+        return plan, features
+
+    def begin(
+        self, request: Request, plan: Plan, features: Sequence[ImageFeatures], cache: RequestCache, max_new_tokens: int
+    ) -> Running:
+        """Lay out the prompt's rows, behind those that the cache of beginnings has."""
+        model, preprocessor, sampling = self._checkpoint.model, self._checkpoint.preprocessor, request.sampling
+        ids = torch.tensor(request.prompt, device=model.device)
+        prompt = prefill_input(model, ids, plan.visual, plan.route, cache)
+        prefix = self._find_prefix(request, plan)
+        if prefix:
+            cache.begin_with(prefix.layers)
+            prompt = prompt.behind(prefix.rows)
+        receipt = _receipt(plan, self._checkpoint.fingerprint)
+        if request.detail:
+            receipt = replace(receipt, detail=explain(self._planner, plan, features, len(request.prompt)))
+        if not request.parent.routed:
+            request.parent.routed = True
+            self._metrics.routed(receipt, len(request.prompt))
+        ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._checkpoint.eos)
+        return Running(
+            request, plan, receipt, cache, prompt, max_new_tokens, ends=ends, cached_rows=prefix.rows if prefix else 0,
+            text=Detokenizer(preprocessor.token_bytes, sampling.stop, request.continues),
+            generator=new_generator(sampling.seed), logprobs=LogprobQueue(request.continues),
+            confidence=Confidence(request, self._yes_no, preprocessor.token_bytes, ends, max_new_tokens),
+        )  # fmt: skip
+
+    def _encode(self, image: PreparedImage) -> ImageFeatures:
+        """An image's features [1, visual_tokens, width], remembered by content: encoding does not depend on the level."""
+        key = (image.digest, image.picture.layout)
+        features = self._features.get(key)
+        self._metrics.cache_queries.labels("image").inc()
+        if features is None:
+            features = self._checkpoint.model.encode(image.picture.pixels, image.picture.layout)
+        else:
+            self._metrics.cache_hits.labels("image").inc()
+        self._features[key] = features
+        self._features.move_to_end(key)
+        while len(self._features) > self._cached_images:
+            self._features.popitem(last=False)
+        return features
+
+    def _find_prefix(self, request: Request, plan: Plan) -> Prefix | None:
+        """What an earlier request left of the same beginning at the same route."""
+        if plan.visual is None:
+            return None
+        self._metrics.cache_queries.labels("prefix").inc()
+        prefix = self._prefixes.find(self._prefix_key(request, plan), plan.visual)
+        if prefix:
+            self._metrics.cache_hits.labels("prefix").inc()
+        return prefix
+
+    def keep_prefix(self, one: Running) -> None:
+        """Remember the beginning of a prompt that has run."""
+        if one.plan.visual is None or one.cached_rows:
+            return
+        key = self._prefix_key(one.request, one.plan)
+        rows = len(key[-1]) - one.plan.route.dropped
+        if rows < len(one.input):
+            self._prefixes.keep(key, Prefix(rows, one.plan.visual, one.cache.beginning(rows)))
+
+    def _prefix_key(self, request: Request, plan: Plan) -> tuple[str, Route, tuple[int, ...]]:
+        """Whose it is, its route, and its tokens up to the last visual one."""
+        end = len(request.prompt) - request.prompt[::-1].index(self._checkpoint.model.config.image_token_id)
+        return request.parent.caller.tenant, plan.route, tuple(request.prompt[:end])
+
+
+def _receipt(plan: Plan, fingerprint: str) -> Receipt:
+    route, expected = plan.route, plan.expected_agreement
+    return Receipt(
+        level=plan.level, reason=plan.reason, visual_tokens=len(route.kept_tokens), visual_tokens_total=route.visual_tokens,
+        layers=sum(route.layers), layers_total=len(route.layers), frozen_layers=len(route.frozen_layers),
+        flops_ratio=round(plan.flops_ratio, 4), expected_agreement=None if expected is None else round(expected, 4),
+        checkpoint=fingerprint,
+    )  # fmt: skip
