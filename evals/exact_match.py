@@ -1,7 +1,7 @@
 """Exact match of all of a picture's questions in one pass, for comparing many checkpoints or routes: a tenth of an exam's time.
 
 Greedy decoding gives an answer if and only if each of its tokens is the most likely one after those before it; so one forward over
-the answer tells. For a checkpoint all questions about a picture share its rows (pruning.static.data); for routes each has its own.
+the answer tells. For a checkpoint all questions about a picture share its rows (pruning.static.packing); for routes each has its own.
 An interval draws pictures, not questions, for those about one picture fail together.
 """
 
@@ -14,24 +14,28 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from checkpoints.world import FAMILIES, draw
+from checkpoints import things, world
 from models.llava import Llava
 from models.preprocess import Preprocessor
 from models.route import Route
 from pruning.dynamic.training.teacher import Prompt, margins
-from pruning.samples import of_scene
+from pruning.samples import FAMILIES, THINGS, WORLD, of_scene
 from pruning.static.packing import PackedSample, pack
 
 RESAMPLES = 1000
+DRAW = {WORLD: world.draw, THINGS: things.draw}
 
 
 def right_by_family(
-    model: PreTrainedModel, preprocessor: Preprocessor, pictures: int, split: str = "test"
+    model: PreTrainedModel, preprocessor: Preprocessor, pictures: int, split: str = "test", data: str = WORLD
 ) -> dict[str, list[list[bool]]]:
-    """Whether each question of each picture is answered right, by family; `pictures` of the split, families in turn."""
-    found: dict[str, list[list[bool]]] = {family: [] for family in FAMILIES}
+    """Whether each question of each picture is answered right, by family; `pictures` of the split, families in turn.
+
+    `data` says who draws, WORLD or THINGS. Of an answer with synonyms only the first wording counts.
+    """
+    found: dict[str, list[list[bool]]] = {family: [] for family in FAMILIES[data]}
     for index in range(pictures):
-        scene = draw(split, index)
+        scene = DRAW[data](split, index)
         found[scene.family].append(_answers(model, pack(preprocessor, of_scene(scene))))
     return found
 

@@ -1,4 +1,4 @@
-"""Make docs/pruning_results.md and its picture from the stored runs: `python -m evals.pruning_report`, or `make tables`."""
+"""Make a page of results of pruning and its picture from the stored runs of a checkpoint; `make tables` makes the shipped ones'."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from checkpoints.world import FAMILIES
 from evals.pruning_sweep import ALLOCATIONS, CRITERIA, grid, key
 from evals.runs import stored
 from evals.statistics import half_width
 
 Entry = dict[str, Any]
 
-HEAD = """# What pruning costs the embedded checkpoint
+HEAD = """# What pruning costs {checkpoint}
 
-Made by `make tables` from `docs/runs/pruning.jsonl`; one line there is one run of `espalier prune` and one test.
+Made by `make tables` from `{runs}`; one line there is one run of `espalier prune` and one test.
 Accuracy is exact match on every question of {pictures} held-out test pictures ({questions} questions). The language model's
 matrices are pruned, the vision tower is dense. Each cell is the mean over at most {seeds} seeds (which draw the calibration
 samples and every choice of the search) ± the half-width of the 95 % interval of that mean (Student's t); one seed has none. In
@@ -37,16 +36,17 @@ def main(
     dense = next((entry for entry in entries if entry["pattern"] == "dense"), None)
     if dense is None:
         raise typer.BadParameter(f"{runs} has no run of the dense checkpoint; run `python -m evals.pruning_sweep` first")
-    order = [key({**setting, "seed": 0})[:-1] for setting in grid()]
+    order = [key({**setting, "seed": 0})[:-1] for setting in grid(list(dense["families"]))]
     pruned = [entry for entry in entries if entry["pattern"] != "dense"]
     pruned.sort(key=lambda entry: order.index(key(entry)[:-1]))
     low, high = dense["interval"]
+    checkpoint = dense.get("checkpoint", "the embedded checkpoint")
     head = HEAD.format(
-        pictures=dense["pictures"], questions=dense["questions"], seeds=1 + max((e["seed"] for e in pruned), default=0),
+        checkpoint=checkpoint, runs=runs, pictures=dense["pictures"], questions=dense["questions"], seeds=1 + max((e["seed"] for e in pruned), default=0),
         dense=dense["accuracy"], low=low, high=high,
     )  # fmt: skip
     parts = [head, *_overall(pruned, dense), *_by_family(pruned, dense), *_unseen(pruned)]
-    if picture := _picture(pruned, dense, out.with_suffix(".png")):
+    if picture := _picture(pruned, dense, checkpoint, out.with_suffix(".png")):
         parts.insert(1, f"![accuracy against sparsity]({picture.name})\n")
     out.write_text("\n".join(parts) + "\n")
 
@@ -86,17 +86,18 @@ def _overall(entries: Sequence[Entry], dense: Entry) -> list[str]:
 def _by_family(entries: Sequence[Entry], dense: Entry) -> list[str]:
     groups = _groups([e for e in entries if e["calibrated_on"] == "all"], "pattern", "criterion", "allocation")
     lines = ["## By family\n"]
-    lines += [f"| pattern | criterion | allocation | {' | '.join(FAMILIES)} |", "|---|---|---" + "|---" * len(FAMILIES) + "|"]
-    shown = " | ".join(f"{dense['families'][family]:.1%}" for family in FAMILIES)
+    names = list(dense["families"])
+    lines += [f"| pattern | criterion | allocation | {' | '.join(names)} |", "|---|---|---" + "|---" * len(names) + "|"]
+    shown = " | ".join(f"{share:.1%}" for share in dense["families"].values())
     lines.append(f"| dense | | | {shown} |")
     for (pattern, criterion, allocation), group in groups.items():
-        cells = " | ".join(_cell([e["families"][family] for e in group]) for family in FAMILIES)
+        cells = " | ".join(_cell([e["families"][family] for e in group]) for family in names)
         lines.append(f"| {pattern} | {criterion} | {allocation} | {cells} |")
     return [*lines, ""]
 
 
 def _unseen(entries: Sequence[Entry]) -> list[str]:
-    """Calibrated and searched on one family: accuracy on that one and on the three others."""
+    """Calibrated and searched on one family: accuracy on that one and on the others."""
     alone = [e for e in entries if e["calibrated_on"] != "all"]
     if not alone:
         return []
@@ -115,7 +116,7 @@ def _unseen(entries: Sequence[Entry]) -> list[str]:
 
 
 def _on_unseen(entry: Entry) -> float:
-    return mean(entry["families"][family] for family in FAMILIES if family != entry["calibrated_on"])
+    return mean(share for family, share in entry["families"].items() if family != entry["calibrated_on"])
 
 
 def _difference(first: Sequence[Entry], second: Sequence[Entry]) -> str:
@@ -125,7 +126,7 @@ def _difference(first: Sequence[Entry], second: Sequence[Entry]) -> str:
     return f"{mean(pairs):+.2f} ± {half_width(pairs):.2f} ({len(pairs)} pairs)" if len(pairs) > 1 else "too few pairs"
 
 
-def _picture(entries: Sequence[Entry], dense: Entry, path: Path) -> Path | None:
+def _picture(entries: Sequence[Entry], dense: Entry, checkpoint: str, path: Path) -> Path | None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -141,7 +142,7 @@ def _picture(entries: Sequence[Entry], dense: Entry, path: Path) -> Path | None:
         at = sorted((float(name.split("%")[0]), accuracy) for name, accuracy in points.items())
         axes.plot(*zip(*at, strict=True), marker="o", markersize=3, label=f"{criterion}, {allocation}")
     axes.axhline(dense["accuracy"], color="black", linewidth=0.8, linestyle=":", label="dense")
-    axes.set(xlabel="zeros in the language model's matrices, %", ylabel="accuracy", title="Embedded checkpoint, held-out test")
+    axes.set(xlabel="zeros in the language model's matrices, %", ylabel="accuracy", title=f"{checkpoint}, held-out test")
     axes.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
