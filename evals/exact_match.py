@@ -1,13 +1,13 @@
 """Exact match of all of a picture's questions in one pass, for comparing many checkpoints or routes: a tenth of an exam's time.
 
 Greedy decoding gives an answer if and only if each of its tokens is the most likely one after those before it; so one forward over
-the answer tells. For a checkpoint all questions about a picture share its rows (pruning.static.packing); for routes each has its own.
-An interval draws pictures, not questions, for those about one picture fail together.
+the answer tells. For a checkpoint all questions about a picture share its rows (`pruning.static.packing`); for routes each has its
+own. An interval draws pictures, not questions, for those about one picture fail together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ from pruning.samples import FAMILIES, THINGS, WORLD, of_scene
 from pruning.static.packing import PackedSample, pack
 
 RESAMPLES = 1000
-DRAW = {WORLD: world.draw, THINGS: things.draw}
+Scene = world.Scene | things.Scene
+DRAW: dict[str, Callable[[str, int], Scene]] = {WORLD: world.draw, THINGS: things.draw}
 
 
 def right_by_family(

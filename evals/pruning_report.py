@@ -42,7 +42,8 @@ def main(
     low, high = dense["interval"]
     checkpoint = dense.get("checkpoint", "the embedded checkpoint")
     head = HEAD.format(
-        checkpoint=checkpoint, runs=runs, pictures=dense["pictures"], questions=dense["questions"], seeds=1 + max((e["seed"] for e in pruned), default=0),
+        checkpoint=checkpoint, runs=runs, pictures=dense["pictures"], questions=dense["questions"],
+        seeds=1 + max((e["seed"] for e in pruned), default=0),
         dense=dense["accuracy"], low=low, high=high,
     )  # fmt: skip
     parts = [head, *_overall(pruned, dense), *_by_family(pruned, dense), *_unseen(pruned)]

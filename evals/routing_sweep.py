@@ -24,9 +24,8 @@ from rich.progress import track
 from torch import Tensor
 
 from checkpoints.shipped import resolve
-from checkpoints.world import FAMILIES, Scene, draw
 from evals import baselines
-from evals.exact_match import RESAMPLES, matches, summary
+from evals.exact_match import DRAW, RESAMPLES, Scene, matches, summary
 from evals.exam import MAX_TOKENS
 from evals.runs import store, stored
 from models.checkpoint import Checkpoint, load
@@ -39,6 +38,7 @@ from pruning.dynamic.planner import Plan, Planner, join, make_route
 from pruning.dynamic.router import RequestRouting, Router, RouterConfig, score_request, text_window
 from pruning.dynamic.router_file import RouterRecord, load_router
 from pruning.dynamic.training.teacher import Prompt, generate
+from pruning.samples import FAMILIES, WORLD
 
 SHUFFLED = "router, another's question"
 """The router reads a question about the next picture: what its scores owe to the question."""
@@ -61,20 +61,25 @@ TYPICAL_TEXT = 16
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(stderr=True)
-CHECKPOINT = Annotated[str, typer.Argument(help="A directory, embedded or embedded-dense.")]
+CHECKPOINT = Annotated[str, typer.Argument(help="A directory, embedded, embedded-dense or smol.")]
 NAME = Annotated[str | None, typer.Option(help="What the checkpoint is called in the table.")]
 PICTURES = Annotated[int, typer.Option(min=1, help="All of their questions are asked, about nine each.")]
 SPLIT = Annotated[str, typer.Option(help="test to report, validation to tune.")]
 SEED = Annotated[int, typer.Option(help="Of the router, and of the random policy.")]
 RUNS = Annotated[Path, typer.Option(help="Where results are kept, one JSON line a run.")]
+DEVICE = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+DTYPE = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 
 
 def questions(checkpoint: Checkpoint, scene: Scene, visual: Tensor) -> tuple[list[Prompt], list[list[int]]]:
     """All of a picture's questions, and the tokens of their right answers."""
-    preprocessor, tokenizer = checkpoint.preprocessor, checkpoint.preprocessor.tokenizer
-    prompts = [Prompt(preprocessor.question(question.text), visual) for question in scene.questions]
-    right = [tokenizer(f" {question.answer}", add_special_tokens=False).input_ids for question in scene.questions]
-    return prompts, [[*answer, tokenizer.eos_token_id] for answer in right]
+    answered = [checkpoint.preprocessor.answered(question.text, question.answer) for question in scene.questions]
+    return [Prompt(prompt, visual) for prompt, _, _ in answered], [said + end for _, said, end in answered]
+
+
+def drawn_by(checkpoint: Checkpoint) -> str:
+    """Who draws its questions: WORLD or THINGS."""
+    return checkpoint.manifest.trained_on or WORLD
 
 
 def encode(checkpoint: Checkpoint, scene: Scene) -> ImageFeatures:
@@ -211,16 +216,17 @@ def run_policy(
     asked: Sequence[Setting], checkpoint: Checkpoint, router: Router | None, pictures: int, split: str, seed: int
 ) -> list[dict[str, Any]]:
     """All of a policy's budgets in one pass over the pictures, each of which is drawn, encoded and scored once."""
-    found: list[dict[str, list[list[bool]]]] = [{family: [] for family in FAMILIES} for _ in asked]
+    data = drawn_by(checkpoint)
+    found: list[dict[str, list[list[bool]]]] = [{family: [] for family in FAMILIES[data]} for _ in asked]
     ratios: list[list[tuple[float, float]]] = [[] for _ in asked]
     policy = asked[0].policy
     for index in track(range(pictures), policy, console=console, transient=True):
-        scene = draw(split, index)
+        scene = DRAW[data](split, index)
         image = encode(checkpoint, scene)
         prompts, answers = questions(checkpoint, scene, image.tokens[0])
         read: Iterable[Prompt] = prompts
         if policy == SHUFFLED:
-            read = cycle(questions(checkpoint, draw(split, index + 1), image.tokens[0])[0])
+            read = cycle(questions(checkpoint, DRAW[data](split, index + 1), image.tokens[0])[0])
         routings = []
         if router and policy in ROUTED:
             routings = [score(router, checkpoint.model, one, image) for one, _ in zip(read, prompts, strict=False)]
@@ -242,11 +248,11 @@ def key(entry: dict[str, Any]) -> tuple[Any, ...]:
 @app.command()
 def policies(
     checkpoint: CHECKPOINT, runs: RUNS = Path("docs/runs/routes.jsonl"), name: NAME = None, pictures: PICTURES = 480,
-    split: SPLIT = "test", seed: SEED = 0,
+    split: SPLIT = "test", seed: SEED = 0, device: DEVICE = "cpu", dtype: DTYPE = "auto",
     only: Annotated[str, typer.Option(help="Only settings whose policy and budget contain this text.")] = "",
 ) -> None:  # fmt: skip
     """Every way of choosing visual tokens and layers, at the same budgets."""
-    source = load(resolve(checkpoint))
+    source = load(resolve(checkpoint), device, dtype)
     router = load_router(source)
     done = {key(entry) for entry in stored(runs)}
     for policy, budgets in groupby(settings(source, router), key=lambda setting: setting.policy):
@@ -297,9 +303,10 @@ def chats(checkpoint: Checkpoint, scene: Scene, visual: Tensor) -> dict[str, Cha
     preprocessor, decode = checkpoint.preprocessor, checkpoint.preprocessor.tokenizer.decode
     first, right = questions(checkpoint, scene, visual)
     own = generate(checkpoint.model, first, checkpoint.eos, MAX_TOKENS)
-    turns = [(q.text, decode(answer, skip_special_tokens=True).strip()) for q, answer in zip(scene.questions, own, strict=True)]
+    asked = [question.text for question in scene.questions]
+    turns = [(text, decode(answer, skip_special_tokens=True).strip()) for text, answer in zip(asked, own, strict=True)]
     before = [turns[-1], *turns[:-1]]
-    second = [Prompt(preprocessor.question(q.text, [turn]), visual) for q, turn in zip(scene.questions, before, strict=True)]
+    second = [Prompt(preprocessor.question(text, [turn]), visual) for text, turn in zip(asked, before, strict=True)]
     then = generate(checkpoint.model, second, checkpoint.eos, MAX_TOKENS)
     return {"first": (first, own, right), "follow_up": (second, then, right)}
 
@@ -333,9 +340,10 @@ def run_levels(checkpoint: Checkpoint, pictures: int, split: str) -> dict[str, A
     """Every level of the menu, first in a chat and following up, and fixed budgets for first questions."""
     planner = Planner(checkpoint)
     menu, fixed = list(planner.menu), {f"{share:.3f} of the tokens": share for share in FIXED_SHARES}
+    data = drawn_by(checkpoint)
     columns: Columns = defaultdict(Column)
     for index in track(range(pictures), "asking", console=console):
-        scene = draw(split, index)
+        scene = DRAW[data](split, index)
         for place, chat in chats(checkpoint, scene, encode(checkpoint, scene).tokens[0]).items():
             for level in menu:
                 plans = [planner.plan(level, "", p.ids, [p.image], follow_up=place == "follow_up") for p in chat[0]]
@@ -406,11 +414,11 @@ def follow_up_against_first(columns: Columns) -> dict[str, Any]:
 @app.command()
 def levels(
     checkpoint: CHECKPOINT, runs: RUNS = Path("docs/runs/levels.jsonl"), name: NAME = None, pictures: PICTURES = 480,
-    split: SPLIT = "test", seed: SEED = 0,
+    split: SPLIT = "test", seed: SEED = 0, device: DEVICE = "cpu", dtype: DTYPE = "auto",
 ) -> None:  # fmt: skip
     """Every level, of first questions in a chat and of those that follow, against fixed budgets. Agreement is with the un-pruned
     model's own greedy answer in the same chat."""
-    source = load(resolve(checkpoint))
+    source = load(resolve(checkpoint), device, dtype)
     if source.manifest.router is None:
         raise typer.BadParameter(f"{checkpoint} has no router; train one with `espalier route`")
     entry: dict[str, Any] = {"checkpoint": name or checkpoint, "split": split, "seed": seed, "pictures": pictures}

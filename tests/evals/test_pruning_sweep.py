@@ -60,7 +60,7 @@ def test_a_sweep_stores_each_run_once(runs: Path) -> None:
     assert [(e["pattern"], e["seed"]) for e in entries] == [("dense", 0), ("50% unstructured", 0), ("50% unstructured", 1)]
     assert all(0 <= e["interval"][0] <= e["accuracy"] <= e["interval"][1] <= 1 for e in entries)
     before = runs.read_text()
-    pruning_sweep.main(runs, "nowhere", pictures=4, seeds=2, only="50% unstructured, magnitude, uniform")
+    pruning_sweep.main(runs, str(runs.parents[1] / "dense"), pictures=4, seeds=2, only="50% unstructured, magnitude, uniform")
     assert runs.read_text() == before
 
 
