@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+from checkpoints.cache import cache_folder
 from models.errors import CheckpointError
 from models.manifest import MANIFEST
 
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 
 def smol_directory() -> Path:
-    """Where `smol` is built: $ESPALIER_CACHE/checkpoints/smol, or ~/.cache/espalier/checkpoints/smol."""
-    return Path(os.environ.get("ESPALIER_CACHE") or Path.home() / ".cache" / "espalier") / "checkpoints" / SMOL
+    """Where `smol` is built, in the user's cache."""
+    return cache_folder() / "checkpoints" / SMOL
 
 
 def build_smol(out: Path | None = None, tell: Callable[[str], None] = log.info) -> Path:

@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
+from checkpoints.cache import cache_folder
 from checkpoints.things import SIZE, Question, catalogue, normalize, paint
 from checkpoints.things.catalogue import Kind, Thing
-from checkpoints.things.drawings import cache_folder
 from evals.exam import Item
 from evals.things import item
 
@@ -171,7 +171,7 @@ def folder() -> Path:
     """
     if INSTALLED.is_dir():
         return INSTALLED
-    kept = cache_folder().parent / PACKAGE
+    kept = cache_folder() / PACKAGE
     if not kept.is_dir():
         _fetch(kept)
     return kept

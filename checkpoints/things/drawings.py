@@ -25,6 +25,7 @@ from pathlib import Path
 from PIL import Image
 from rich.progress import track
 
+from checkpoints.cache import cache_folder
 from checkpoints.things import catalogue
 
 SIZE = 256
@@ -75,14 +76,14 @@ MISNAMED = {"streamline-emojis": {"turkey"}, "fxemoji": {"keyboard", "sunglasses
 """Drawings that show something else than their name says elsewhere: a flag, a piano, a face."""
 
 
-def cache_folder() -> Path:
-    """Where fetched and rendered files are kept: $ESPALIER_CACHE/things, or ~/.cache/espalier/things."""
-    return Path(os.environ.get("ESPALIER_CACHE") or Path.home() / ".cache" / "espalier") / "things"
+def things_folder() -> Path:
+    """Where fetched and rendered files are kept, in the user's cache."""
+    return cache_folder() / "things"
 
 
 def fetch(package: Package) -> Path:
     """The package's archive, fetched with npm unless it is there. Raises DrawingsError without npm or for another hash."""
-    path = cache_folder() / "npm" / package.archive
+    path = things_folder() / "npm" / package.archive
     if not path.exists():
         if not (npm := shutil.which("npm")):
             raise DrawingsError(f"{package.name} is fetched with npm, which is not installed; install Node.js, then try again")
@@ -156,7 +157,7 @@ def _rendered(svgs: list[tuple[str, str]]) -> Iterator[tuple[str, bytes]]:
 
 def build(hand: str) -> Path:
     """The zip of a hand's rendered drawings; what the catalogue names and it lacks is rendered first."""
-    path = cache_folder() / f"{hand}.zip"
+    path = things_folder() / f"{hand}.zip"
     stamp = path.with_suffix(".stamp")
     key = catalogue.digest()
     if path.exists() and stamp.exists() and stamp.read_text() == key:

@@ -9,7 +9,7 @@ from random import Random
 
 from PIL import ImageFont
 
-from checkpoints.things.drawings import Package, cache_folder, fetch, use_samples
+from checkpoints.things.drawings import Package, fetch, things_folder, use_samples
 
 _PACKAGES = {
     "alfa-slab-one": "9a23f35cd084f78793d3375618def5b8a56251df4191edce109a7738b54148b0",
@@ -39,7 +39,7 @@ _ONE_WEIGHT = ("alfa-slab-one", "bebas-neue", "patrick-hand", "permanent-marker"
 
 @cache
 def _file(name: str, weight: int) -> str:
-    path = cache_folder() / "fonts" / f"{name}-{weight}.woff2"
+    path = things_folder() / "fonts" / f"{name}-{weight}.woff2"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(fetch(PACKAGES[name])) as archive:
