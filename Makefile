@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test clients install check tables gpu smol
+.PHONY: help serve test clients install check tables gpu smol smol-results
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  PORT=8000       where to serve          PYTHON=python3  makes .venv: 3.11 or later"
 	@echo "  MODEL=embedded  what to serve: embedded, embedded-dense, smol or a directory"
@@ -37,6 +37,9 @@ tables: .venv/.installed-dev ## make the pages of results in docs/ from the stor
 	@$(BIN)/python -m evals.pruning_report
 	@$(BIN)/python -m evals.routing_report
 	@$(BIN)/python -m evals.smol_report
+
+smol-results: .venv/.installed-data ## run what docs/smol_results.md lacks, on a GPU if ARGS says so; stopped, it goes on
+	@$(BIN)/python -m evals.smol_sweep $(ARGS)
 
 gpu: ## on a CUDA card, in nine minutes: tests, parity, and speed at 7B against transformers and the card's limits
 	@python=$(PYTHON); if ! $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then \

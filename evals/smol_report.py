@@ -15,14 +15,19 @@ Document = dict[str, Any]
 HEAD = """# What smol knows
 
 Made by `make tables` from `docs/runs/smol.jsonl`, the last lines of `espalier eval smol --dtype float32 --task …` with what a row
-names. One training run. Right is what [evaluation.md](evaluation.md) says; in brackets 95 % intervals. Splits: `test` is drawn by a
-hand that is in no training picture (OpenMoji), its signs and charts set in typefaces that are in none; `known` by the hands of
-training.
+names; `make smol-results` runs what is missing. One training run. Right is what [evaluation.md](evaluation.md) says; in brackets
+95 % intervals. Splits: `test` is drawn by a hand that is in no training picture (OpenMoji), its signs and charts set in typefaces
+that are in none; `known` by the hands of training.
 
-| task | split | wordings | level | visual tokens | prefill FLOPs | questions | right |
+| weights | task | split | wordings | level | visual tokens | prefill FLOPs | questions | right |
+|---|---|---|---|---|---|---|---|---|
+"""
+BY_FAMILY = """
+## By family
+
+| weights | task | split | wordings | level | family | questions | right |
 |---|---|---|---|---|---|---|---|
 """
-BY_FAMILY = "\n## By family\n\n| task | split | wordings | level | family | questions | right |\n|---|---|---|---|---|---|---|\n"
 FEW = 12
 """Families, at most, that are shown by themselves."""
 SERVED = """
@@ -67,8 +72,14 @@ def _row(one: Document) -> str:
     return _cells(*_about(one), *spent, _share(one))
 
 
-def _about(one: Document) -> tuple[str, str, str, str]:
-    return one["task"], one.get("split", "test"), one.get("paraphrase", ""), one["level"]
+def _about(one: Document) -> tuple[str, ...]:
+    return _weights(one), one["task"], one.get("split", "test"), one.get("paraphrase", ""), one["level"]
+
+
+def _weights(one: Document) -> str:
+    variant = one.get("variant", "smol")
+    said = {"smol": "dense", "half": "50 % zeros"}.get(variant, f"dense, {variant.replace('-', ' ')}")
+    return one.get("quantization") or said
 
 
 def _families(one: Document) -> Sequence[str]:

@@ -1,0 +1,120 @@
+"""Everything that docs/smol_results.md claims, run by one command: `python -m evals.smol_sweep`, or `make smol-results`.
+
+Of smol as it ships, of three routers trained for it, of pruned and of quantised weights. One JSON document a run is stored as it
+ends; what is stored is not run again, and a router or a mask that was made is used again, so a sweep that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from checkpoints.shipped import resolve
+from evals import exam, pruning_sweep, routing_sweep
+from evals.runs import store, stored
+from evals.tasks import open_task
+from pruning.dynamic.training.config import TrainingConfig
+from pruning.dynamic.training.train import run as train_router
+from pruning.static.pipeline import run as prune
+from pruning.static.recipe import read
+
+ROUTERS = 3
+LEVELS = ("light", "balanced", "strong")
+HALF = {"sparsity": 0.5, "allocation": "search"}
+"""The recipe of the masks that the levels are combined with."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """One run of `espalier eval`: on smol as it ships or on what was made of it (`variant`), with a task's options."""
+
+    variant: str
+    task: str
+    level: str
+    split: str | None = None
+    paraphrase: str | None = None
+    quantization: str | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        given = {"split": self.split, "paraphrase": self.paraphrase}
+        return {name: value for name, value in given.items() if value}
+
+
+def exams() -> Iterator[Exam]:
+    """Every row of the page, those that need nothing made first."""
+    for split, paraphrase in (("test", "seen"), ("test", "held_out"), ("known", "seen")):
+        yield Exam("smol", "things", "off", split, paraphrase)
+    yield Exam("smol", "names", "off", "test", "seen")
+    yield Exam("smol", "photographs", "off")
+    yield Exam("smol", "easy-vqa", "off", "test")
+    for task in ("things", "easy-vqa"):
+        for level in LEVELS:
+            yield Exam("smol", task, level, "test", "seen" if task == "things" else None)
+    for quantization in ("int8", "nf4"):
+        yield Exam("smol", "things", "off", "test", "seen", quantization)
+    for level in ("off", "balanced"):
+        yield Exam("half", "things", level, "test", "seen")
+    for seed in range(ROUTERS):
+        for level in (*LEVELS, "auto"):
+            yield Exam(f"router-{seed}", "things", level, "test", "seen")
+
+
+def made(variant: str, work: Path, device: str, dtype: str, pictures: int) -> Path:
+    """The directory of a variant; it is made where it is missing."""
+    if variant == "smol":
+        return resolve("smol")
+    out = work / variant
+    if not out.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        if variant == "half":
+            prune(read(None, HALF), resolve("smol"), out, device, dtype)
+        else:
+            config = TrainingConfig.model_validate({"seed": int(variant.removeprefix("router-")), "pictures": pictures})
+            train_router(config, resolve("smol"), out, device, dtype)
+    return out
+
+
+def main(
+    runs: Annotated[Path, typer.Option(help="The folder of stored runs.")] = Path("docs/runs"),
+    work: Annotated[Path, typer.Option(help="Where routers and pruned weights are made.")] = Path("runs/smol-results"),
+    questions: Annotated[int, typer.Option(min=1, help="Of each exam, at most.")] = 4000,
+    pictures: Annotated[int, typer.Option(min=8, help="That each router learns from and is measured on.")] = 3000,
+    only: Annotated[str, typer.Option(help="Only exams whose variant, task and level contain this text.")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32 or bfloat16.")] = "auto",
+) -> None:
+    console, path = Console(stderr=True), runs / "smol.jsonl"
+    for one in exams():
+        text = " ".join(filter(None, (one.variant, one.task, *one.options.values(), one.level, one.quantization)))
+        if only not in text or any(_is(document, one) for document in stored(path)):
+            continue
+        console.rule(text)
+        directory = made(one.variant, work, device, dtype, pictures)
+        task = open_task(one.task, questions, **one.options)
+        document = exam.run(directory, task, one.level, None, device, dtype, False, one.quantization)
+        store(path, [document | {"variant": one.variant}])
+    if only:
+        return
+    console.rule("masks")
+    pruning_sweep.main(runs / "smol_pruning.jsonl", "smol", seeds=1, dtype=dtype)
+    for seed in range(ROUTERS):
+        console.rule(f"router {seed}, all budgets")
+        routed = str(made(f"router-{seed}", work, device, dtype, pictures))
+        routing_sweep.policies(routed, runs / "smol_routes.jsonl", "smol", seed=seed, device=device, dtype=dtype)
+        routing_sweep.levels(routed, runs / "smol_levels.jsonl", "smol", seed=seed, device=device, dtype=dtype)
+
+
+def _is(document: dict[str, Any], one: Exam) -> bool:
+    """Whether a stored document is of an exam; those that name no variant are of smol."""
+    found = {"variant": "smol", "quantization": None} | document
+    return all(found.get(name) == value for name, value in asdict(one).items())
+
+
+if __name__ == "__main__":
+    typer.run(main)
