@@ -18,13 +18,14 @@ from models.kv_cache import RequestCache
 from models.layer_shapes import head_dim, layer_shapes, query_heads
 from models.linear import Linear, fuse
 from models.ops import rms_norm
+from models.quantized import Int8Linear
 from models.sparse import AnyLinear
 from models.vision import TOWERS
 from models.vision.features import ImageFeatures, VisionEncoder
 from models.weight_format import holder
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
-QUANTIZED_MODULES = ("vision", "projector", "language")
+QUANTIZED_MODULES = ("vision", "projector", "language", "embedding")
 
 
 class UnsupportedCheckpoint(ValueError):
@@ -52,21 +53,21 @@ class DecoderLayer:
 class Llava:
     config: PreTrainedConfig
     vision: VisionEncoder
-    embedding: Tensor  # [vocab, width]
+    embedding: Tensor | Int8Linear  # [vocab, width]; where it is tied to the head and quantized, it is the head
     decoder_layers: list[DecoderLayer]
     norm: Tensor
-    head: Linear
+    head: Linear | Int8Linear
     inv_freq: Tensor  # [head_dim / 2], float32
     rope_scaling: float
     newline: Tensor | None = None  # [width], behind each row of a tiled picture
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.device
+        return self.norm.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
+        return self.norm.dtype
 
     @property
     def num_layers(self) -> int:
@@ -107,6 +108,8 @@ class Llava:
         return ImageFeatures(arrange(features.tokens, layout, self.newline)[None], layout=layout)
 
     def embed(self, ids: Tensor) -> Tensor:
+        if isinstance(self.embedding, Int8Linear):
+            return self.embedding.rows(ids).to(self.dtype)
         return F.embedding(ids, self.embedding)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +135,9 @@ class Llava:
 
     def bytes_by_format(self) -> dict[str, int]:
         """Resident bytes of the matrices and the embedding: `dense`, `packed`, `bitmask`, `2:4`, `int8`, `nf4`."""
-        tied = self.head.weight.data_ptr() == self.embedding.data_ptr()
-        held = {"dense": 0 if tied else self.embedding.nbytes}
+        held: dict[str, int] = {}
+        if isinstance(self.embedding, Tensor) and isinstance(self.head, Linear) and not _tied(self.embedding, self.head.weight):
+            held["dense"] = self.embedding.nbytes
         for matrix in self.linears().values():
             held[matrix.format] = held.get(matrix.format, 0) + matrix.bytes
         return held
@@ -191,13 +195,14 @@ def from_transformers(
     """Take the weights out of a transformers model and leave it empty, so that they are held once.
 
     Each matrix gets its format at once (see `models.weight_format`), on `device`, so that a device need not hold all weights as
-    they were. The head stays dense: it is seldom pruned, decides every token and may share its weight with the embedding.
+    they were. The head stays dense: it is seldom pruned and decides every token. Where it is tied to the embedding, quantizing holds
+    both in 8 bits: together they are a fifth of `smol`.
     """
     config = model.config
     check_supported(config)
     text, inner = model.model.language_model, model.model
     device = device or model.device
-    hold = {module: holder(module, quantization, quantized_modules) for module in QUANTIZED_MODULES}
+    hold = {module: holder(module, quantization, quantized_modules) for module in ("vision", "projector", "language")}
     inner.vision_tower.to(device)
     projector = inner.multi_modal_projector.to(device)
     vision = VisionEncoder(
@@ -223,17 +228,26 @@ def from_transformers(
         )
         _return_freed_memory()
     model.to(device)
+    embedding: Tensor | Int8Linear = text.embed_tokens.weight.detach()
+    tied = _tied(embedding, model.lm_head.weight)
+    head: Linear | Int8Linear = fuse(model.lm_head)
+    if quantization and tied and "embedding" in quantized_modules:
+        embedding = head = Int8Linear.of(head)
     return Llava(
         config=config,
         vision=vision,
-        embedding=text.embed_tokens.weight.detach(),
+        embedding=embedding,
         decoder_layers=layers,
         norm=text.norm.weight.detach(),
-        head=fuse(model.lm_head),
+        head=head,
         inv_freq=text.rotary_emb.inv_freq.float(),
         rope_scaling=float(text.rotary_emb.attention_scaling),
         newline=model.model.image_newline.detach() if family_of(config).tiled else None,
     )
+
+
+def _tied(embedding: Tensor, head: Tensor) -> bool:
+    return embedding.data_ptr() == head.data_ptr()
 
 
 def _return_freed_memory() -> None:

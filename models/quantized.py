@@ -90,6 +90,10 @@ class Int8Linear:
             out += rows.where(outlier, 0)[:, columns] @ weight.T
         return out.view(*x.shape[:-1], -1)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """The weights of these outputs, float32 [*ids, in]: what an embedding is asked for."""
+        return self.codes[ids] * (self.scales[ids][..., None] / 127)
+
     @property
     def bytes(self) -> int:
         return sum(t.nbytes for t in (self.codes, self.scales, self.bias) if t is not None)
