@@ -218,13 +218,16 @@ def prune(
 ) -> None:
     """Prune a checkpoint's weights. A run that was stopped goes on when it is started again with the same recipe."""
     from checkpoints.shipped import resolve
+    from evals.inspect import held_out_line
     from models.manifest import read_manifest
     from pruning.static.pipeline import run
     from pruning.static.recipe import read
 
     with _plain_errors():
         source, console = resolve(checkpoint), Console(highlight=False, markup=False, soft_wrap=True)
-        run(read(recipe, given), source, out, device, dtype, ray)
+        pruning = run(read(recipe, given), source, out, device, dtype, ray).pruning
+        if pruning and pruning.held_out:
+            console.print(held_out_line(pruning.held_out))
         if read_manifest(source).router:
             console.print(f"the router of {checkpoint} is for other weights; train one with `espalier route {out} --out DIR`")
         console.print(f"pruned into {out}; look at it with `espalier inspect {out}`")

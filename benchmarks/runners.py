@@ -22,8 +22,8 @@ from models.route import Route
 from models.sparse import AnyLinear
 from models.vision.vit import VisionTransformer, feature_layers
 from models.weight_format import choose_format
+from pruning.answers import Prompt
 from pruning.dynamic.router import Router, score_request, text_window
-from pruning.dynamic.training.teacher import Prompt
 
 TEXT_TOKENS = 40
 PAIRS = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool)

@@ -18,7 +18,8 @@ from checkpoints import things, world
 from models.llava import Llava
 from models.preprocess import Preprocessor
 from models.route import Route
-from pruning.dynamic.training.teacher import Prompt, margins
+from pruning.answers import Prompt
+from pruning.dynamic.training.teacher import margins
 from pruning.samples import FAMILIES, THINGS, WORLD, of_scene
 from pruning.static.packing import PackedSample, pack
 

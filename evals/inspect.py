@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
+from evals.statistics import wilson
 from models.checkpoint import Checkpoint, load
 from models.llava import Llava, most_visual_tokens_per_image
-from models.manifest import Pruning
+from models.manifest import HeldOut, Pruning
 from pruning.dynamic.levels import Level, OperatingPoint
 from pruning.dynamic.planner import load_menu
 from pruning.dynamic.router_file import RouterRecord
@@ -68,6 +69,8 @@ def _show_pruning(pruning: Pruning) -> None:
     for layer, found in layers.items():
         table.add_row(layer, *(f"{found[matrix]:.1%}" if matrix in found else "" for matrix in matrices))
     console.print(table)
+    if pruning.held_out:
+        console.print(held_out_line(pruning.held_out))
     for name, damping in pruning.damping.items():
         console.print(f"{name}: its Hessian needed a damping of {damping:g}")
     for turn in pruning.projector:
@@ -75,6 +78,15 @@ def _show_pruning(pruning: Pruning) -> None:
             f"projector tuned after generation {turn['generation']}: held-out divergence {turn['before']:.2g} to "
             f"{turn['after']:.2g}, {'kept' if turn['accepted'] else 'put back'}"
         )
+
+
+def held_out_line(found: HeldOut) -> str:
+    """What pruning cost, in one line."""
+    low, high = wilson(round(found.agreement * found.questions), found.questions)
+    return (
+        f"{found.questions} held-out questions: {found.agreement:.1%} ({low:.1%} to {high:.1%}) of the answers are the dense "
+        f"model's; their perplexity is {found.perplexity:.3f}, dense {found.dense_perplexity:.3f}"
+    )
 
 
 def by_layer(pruning: Pruning) -> tuple[dict[str, dict[str, float]], list[str]]:

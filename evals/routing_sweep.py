@@ -33,11 +33,11 @@ from models.flops import flops_ratio
 from models.llava import Llava
 from models.route import Route
 from models.vision.features import ImageFeatures
+from pruning.answers import Prompt, generate
 from pruning.dynamic.levels import AUTO, Level, OperatingPoint, layers_to_run
 from pruning.dynamic.planner import Plan, Planner, join, make_route
 from pruning.dynamic.router import RequestRouting, Router, RouterConfig, score_request, text_window
 from pruning.dynamic.router_file import RouterRecord, load_router
-from pruning.dynamic.training.teacher import Prompt, generate
 from pruning.samples import FAMILIES, WORLD
 
 SHUFFLED = "router, another's question"

@@ -195,8 +195,8 @@ def from_transformers(
     """Take the weights out of a transformers model and leave it empty, so that they are held once.
 
     Each matrix gets its format at once (see `models.weight_format`), on `device`, so that a device need not hold all weights as
-    they were. The head stays dense: it is seldom pruned and decides every token. Where it is tied to the embedding, quantizing holds
-    both in 8 bits: together they are a fifth of `smol`.
+    they were. The head stays dense, as it is seldom pruned and decides every token. Where it is tied to the embedding, quantizing
+    holds both in 8 bits: together they are a fifth of `smol`.
     """
     config = model.config
     check_supported(config)

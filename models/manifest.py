@@ -25,6 +25,17 @@ class Calibration(BaseModel):
     seed: int
 
 
+class HeldOut(BaseModel):
+    """What pruning cost, on questions about pictures that calibration did not see."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    questions: int
+    agreement: float = Field(description="Share of them whose greedy answer is the dense model's, token by token.")
+    perplexity: float = Field(description="Of the dense model's answers, in the pruned model.")
+    dense_perplexity: float = Field(description="Of the same answers in the dense model.")
+
+
 class Pruning(BaseModel):
     """How the weights were pruned, and what came of it."""
 
@@ -36,6 +47,7 @@ class Pruning(BaseModel):
     damping: dict[str, float] = Field(default_factory=dict, description="Where a Hessian needed more than was asked for.")
     search: list[dict[str, float]] = Field(default_factory=list, description="The best policy of each generation.")
     projector: list[dict[str, Any]] = Field(default_factory=list, description="Held-out divergence before and after each tuning.")
+    held_out: HeldOut | None = Field(default=None, description="None where the data had no rows left, or before it was measured.")
     notes: dict[str, Any] = Field(default_factory=dict, description="What else was decided on the way.")
 
 

@@ -69,6 +69,17 @@ def read(data: str, count: int, seed: int, *, answered: bool = True, families: S
     return _read_file(Path(data), count, seed, answered)
 
 
+def read_rest(data: str, count: int, used: int, seed: int, families: Sequence[str] = ()) -> list[Sample]:
+    """Up to `count` samples, without answers, that are not among the `used` ones that `read` gives: fewer, or none, where a file
+    ends. Raises DataError for a line that cannot be read."""
+    if data in FAMILIES:
+        return list(_drawn(data, count, seed * 1_000_000 + used, tuple(families)))
+    lines = _lines(Path(data))
+    taken = {number for number, _ in Random(seed).sample(lines, used)}
+    rest = [line for line in lines if line[0] not in taken]
+    return list(_read_lines(Path(data), Random(seed).sample(rest, min(count, len(rest))), answered=False))
+
+
 def _drawn(data: str, count: int, first: int, families: tuple[str, ...]) -> Iterator[Sample]:
     families = families or (things.TURNS if data == THINGS else world.FAMILIES)
     for number in range(count):
@@ -85,10 +96,18 @@ def of_scene(scene: world.Scene | things.Scene) -> Sample:
 
 
 def _read_file(path: Path, count: int, seed: int, answered: bool) -> Iterator[Sample]:
-    lines = [(number, line) for number, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()]
+    lines = _lines(path)
     if len(lines) < count:
         raise DataError(f"{path} has {len(lines)} samples and {count} are asked for; add some, or ask for fewer")
-    for number, line in Random(seed).sample(lines, count):
+    yield from _read_lines(path, Random(seed).sample(lines, count), answered)
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()]
+
+
+def _read_lines(path: Path, lines: Sequence[tuple[int, str]], answered: bool) -> Iterator[Sample]:
+    for number, line in lines:
         try:
             yield _read_line(path, line, answered)
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:

@@ -107,7 +107,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("pruning.static.obs", "from .. import dynamic"),
         ("pruning.static.obs", "from server import engine"),
         ("server.app", "import pruning.static.obs"),
-        ("server.engine", "from pruning.dynamic.training.teacher import Prompt"),
+        ("server.engine", "from pruning.dynamic.training.teacher import margins"),
         ("server.app", "import importlib\nimportlib.import_module('evals.scenes')"),
         ("server.app", "from tests import conftest"),
         ("evals.scenes", "import espalier"),

@@ -20,7 +20,7 @@ from models.manifest import Manifest, Pruning, read_manifest
 from models.run_state import RunState, run_directory
 from models.saving import derive
 from pruning import layer_importance, samples
-from pruning.static import allocation, scores, search, structured, wanda
+from pruning.static import allocation, held_out, scores, search, structured, wanda
 from pruning.static.allocation import Allocation
 from pruning.static.blocks import Block, BlockInput, blocks, input_statistics, linears, sequential
 from pruning.static.criteria import CRITERIA, pruned_weights
@@ -35,7 +35,8 @@ def run(
     recipe: Recipe, checkpoint: Path, out: Path, device: str = "cpu", dtype: str = "auto", ray: str | None = None,
     quiet: bool = False,
 ) -> Manifest:  # fmt: skip
-    """Prune `checkpoint` into the directory `out`, and measure how much each layer of the result does. Returns its manifest.
+    """Prune `checkpoint` into the directory `out`, and measure how much each layer of the result does and what pruning cost.
+    Returns its manifest.
 
     Statistics and search run in `dtype`; the files keep theirs.
 
@@ -49,8 +50,11 @@ def run(
         if recipe.allocation != "search":
             raise RecipeError("--ray spreads the evaluations of a search: it needs allocation search")
         connect(ray)
-    run_state = _draft(recipe, checkpoint, out, device, dtype, ray, Console(stderr=True, quiet=quiet))
+    console = Console(stderr=True, quiet=quiet)
+    rest = samples.read_rest(recipe.data, held_out.PICTURES, recipe.samples, recipe.seed, recipe.families)
+    run_state = _draft(recipe, checkpoint, out, device, dtype, ray, console)
     layer_importance.calibrate(run_state.draft, recipe.data, recipe.samples, recipe.seed, device, "auto", quiet, recipe.families)
+    held_out.measure(checkpoint, run_state, rest, recipe.seed, device, dtype, console)
     run_state.draft.replace(out)
     shutil.rmtree(run_state.directory)
     return read_manifest(out)

@@ -14,7 +14,7 @@ from PIL import Image
 from checkpoints.shipped import SHIPPED
 from models.manifest import Manifest, write_manifest
 from models.preprocess import Preprocessor
-from pruning.samples import THINGS, WORLD, DataError, choose, content, read
+from pruning.samples import THINGS, WORLD, DataError, choose, content, read, read_rest
 from server import media
 from server.settings import Settings
 from tests.server.tiny import config, processor
@@ -112,6 +112,18 @@ def test_the_world_is_drawn_by_seed() -> None:
     assert [sample.image.tobytes() for sample in first] == [sample.image.tobytes() for sample in again]
     assert {sample.image.tobytes() for sample in first}.isdisjoint(sample.image.tobytes() for sample in other)
     assert all(answer for sample in first for _, answer in sample.turns)
+
+
+def test_the_rest_is_what_was_not_read(tmp_path: Path) -> None:
+    used, rest = list(read(WORLD, 4, seed=3)), read_rest(WORLD, 4, 4, seed=3)
+    assert {sample.image.tobytes() for sample in used}.isdisjoint(sample.image.tobytes() for sample in rest)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = [json.dumps({"image": "a.png", "question": str(number), "answer": ""}) for number in range(9)]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    data = str(tmp_path / "data.jsonl")
+    asked = [sample.turns[0][0] for sample in [*read(data, 6, seed=1), *read_rest(data, 64, 6, seed=1)]]
+    assert sorted(asked) == [str(number) for number in range(9)]
+    assert len(read_rest(data, 2, 6, seed=1)) == 2 and not read_rest(data, 2, 9, seed=1)
 
 
 def test_things_are_drawn_by_seed_and_family(monkeypatch: pytest.MonkeyPatch) -> None:

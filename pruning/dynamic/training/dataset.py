@@ -14,9 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models.checkpoint import Checkpoint
 from models.run_state import RunState
+from pruning.answers import Prompt, generate
 from pruning.dynamic.router import text_window
 from pruning.dynamic.training.config import TrainingConfig
-from pruning.dynamic.training.teacher import Prompt, freezing_costs, generate, observe
+from pruning.dynamic.training.teacher import freezing_costs, observe
 from pruning.samples import Sample, read
 
 CHUNK = 8

@@ -11,10 +11,10 @@ import torch
 
 from models.checkpoint import Checkpoint, load
 from models.run_state import RunState
+from pruning.answers import Prompt
 from pruning.dynamic.router import Router
 from pruning.dynamic.training.config import TrainingConfig
 from pruning.dynamic.training.dataset import RouterDataset, collect
-from pruning.dynamic.training.teacher import Prompt
 from pruning.dynamic.training.train import Progress, run
 from tests.server.tiny import ask, new_engine, write
 

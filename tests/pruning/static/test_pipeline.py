@@ -12,18 +12,21 @@ from zlib import crc32
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
 from checkpoints.world import draw
+from evals import inspect
 from evals.exam import MAX_TOKENS, RecordedAnswer, make_request
-from models.checkpoint import load, open_transformers
+from models.checkpoint import Checkpoint, load, open_transformers
 from models.errors import CheckpointError
 from models.manifest import read_manifest
 from models.run_state import RunStateError
 from pruning import samples
+from pruning.answers import Prompt, generate
 from pruning.samples import DataError
-from pruning.static import pipeline, scores, search
+from pruning.static import held_out, pipeline, scores, search
 from pruning.static.blocks import linears
 from pruning.static.evolution import Evolution, EvolutionConfig
 from pruning.static.packing import pack
@@ -45,6 +48,7 @@ def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short_search() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "LEVELS", 2)
+        patch.setattr(held_out, "PICTURES", 2)
         patch.setattr(search, "EVOLUTION", EvolutionConfig(generations=4, offspring=3))
         patch.setattr(search, "TUNING", TuningConfig(steps=3))
         yield
@@ -183,6 +187,42 @@ def test_calibration_data_may_come_from_files_in_both_formats(dense, tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     prune(dense, tmp_path / "out", data=str(tmp_path / "data.jsonl"))
     assert zeros(weights(tmp_path / "out")) == pytest.approx(0.5, abs=1e-4)
+
+
+# ---- what it cost
+
+
+def test_the_cost_is_told_on_rows_that_calibration_did_not_see(dense, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(held_out, "PICTURES", 10)
+    prunes = {share: prune(dense, tmp_path / str(share), sparsity=share).pruning.held_out for share in (0.001, 0.6)}
+    little, much = prunes[0.001], prunes[0.6]
+    assert little.questions == much.questions == 10
+    assert little.dense_perplexity == much.dense_perplexity < little.perplexity * 1.01 < much.perplexity
+    assert 0.9 <= little.agreement <= 1 and much.agreement < little.agreement
+    models = [load(path) for path in (dense, tmp_path / "0.6")]
+    rest = samples.read_rest(samples.WORLD, 10, QUICK["samples"], 0)
+    said = [
+        [answer for batch in held_out._batches(one, rest, 0, Console(quiet=True), "") for answer in ask(one, batch)]
+        for one in models
+    ]
+    assert much.agreement == sum(map(list.__eq__, *said)) / 10
+    inspect.run(tmp_path / "0.6")
+    assert f"10 held-out questions: {much.agreement:.1%} (" in capsys.readouterr().out
+
+
+def ask(checkpoint: Checkpoint, prompts: list[Prompt]) -> list[list[int]]:
+    with torch.inference_mode():
+        return generate(checkpoint.model, prompts, checkpoint.eos, held_out.MOST_TOKENS)
+
+
+def test_data_without_rows_to_spare_tells_no_cost(dense, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    row = {"image": "red.png", "question": "What color is it?", "answer": "red"}
+    for count, asked in ((4, None), (5, 1)):
+        (tmp_path / "data.jsonl").write_text("\n".join([json.dumps(row)] * count))
+        found = prune(dense, tmp_path / f"out-{count}", data=str(tmp_path / "data.jsonl")).pruning.held_out
+        assert (found and found.questions) == asked
+    assert "held_out" not in (tmp_path / "out-4" / "espalier.json").read_text()
 
 
 # ---- kills

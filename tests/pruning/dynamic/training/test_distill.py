@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from models.checkpoint import load, open_transformers
+from pruning.answers import Prompt, log_probabilities
 from pruning.dynamic.levels import OperatingPoint
 from pruning.dynamic.planner import make_route
 from pruning.dynamic.router import Router, RouterConfig, score_request
 from pruning.dynamic.training.dataset import MIN_REST
 from pruning.dynamic.training.distill import divergence
-from pruning.dynamic.training.teacher import Prompt, log_probabilities
 from tests.pruning.dynamic.tiny_router import plain_checkpoint, router_dataset  # noqa: F401
 from tests.server.tiny import LAYERS, VISUAL
 

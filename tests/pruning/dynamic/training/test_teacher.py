@@ -8,7 +8,8 @@ from transformers import LlavaForConditionalGeneration
 
 from models.checkpoint import load
 from models.route import Route
-from pruning.dynamic.training.teacher import freezing_costs, generate, log_probabilities, margins, observe
+from pruning.answers import generate, log_probabilities
+from pruning.dynamic.training.teacher import freezing_costs, margins, observe
 from tests.pruning.dynamic.tiny_router import plain_checkpoint, prompt_of  # noqa: F401
 from tests.server.tiny import LAYERS, VISUAL, answer, ask, new_engine
 
