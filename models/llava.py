@@ -228,11 +228,7 @@ def from_transformers(
         )
         _return_freed_memory()
     model.to(device)
-    embedding: Tensor | Int8Linear = text.embed_tokens.weight.detach()
-    tied = _tied(embedding, model.lm_head.weight)
-    head: Linear | Int8Linear = fuse(model.lm_head)
-    if quantization and tied and "embedding" in quantized_modules:
-        embedding = head = Int8Linear.of(head)
+    embedding, head = _embedding_and_head(model, quantize=quantization is not None and "embedding" in quantized_modules)
     return Llava(
         config=config,
         vision=vision,
@@ -244,6 +240,15 @@ def from_transformers(
         rope_scaling=float(text.rotary_emb.attention_scaling),
         newline=model.model.image_newline.detach() if family_of(config).tiled else None,
     )
+
+
+def _embedding_and_head(model: PreTrainedModel, *, quantize: bool) -> tuple[Tensor | Int8Linear, Linear | Int8Linear]:
+    embedding = model.model.language_model.embed_tokens.weight.detach()
+    tied, head = _tied(embedding, model.lm_head.weight), fuse(model.lm_head)
+    if not (quantize and tied):
+        return embedding, head
+    quantized = Int8Linear.of(head)
+    return quantized, quantized
 
 
 def _tied(embedding: Tensor, head: Tensor) -> bool:
