@@ -5,10 +5,11 @@ They are loaded through ctypes, so neither torch nor Python's headers take part,
 
 from setuptools import Extension, setup
 
+NAMES = ("gemv_avx512", "gemm_avx512", "gemm_amx_small", "gemm_amx", "decode_attention", "elementwise")
 native = Extension(
     "models.kernels.native",
-    [f"models/kernels/{name}.cpp" for name in ("gemv_avx512", "gemm_amx_small", "gemm_amx", "decode_attention", "elementwise")],
-    depends=[f"models/kernels/{name}.h" for name in ("floats", "weights", "amx")],
+    [f"models/kernels/{name}.cpp" for name in NAMES],
+    depends=[f"models/kernels/{name}.h" for name in ("floats", "weights", "tiles", "amx")],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp"],
     extra_link_args=["-fopenmp"],

@@ -22,8 +22,7 @@ class Linear:
     format: ClassVar = "dense"
 
     def __call__(self, x: Tensor) -> Tensor:
-        most = thresholds.dense_rows(x.shape[-1], kernels.has_amx())
-        if kernels_take(x, most) and _is_plain(self.weight) and (native := kernels.library()):
+        if kernels_take(x, "dense") and _is_plain(self.weight) and (native := kernels.library()):
             return kernels.dense_linear(native, x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
@@ -61,9 +60,11 @@ def fuse(*modules: nn.Linear) -> Linear:
     return Linear(weight, bias)
 
 
-def kernels_take(x: Tensor, most: int) -> bool:
-    """Whether the CPU kernels multiply x: bfloat16 on the CPU, at most `most` rows, and no gradient asked for."""
-    return x.dtype == torch.bfloat16 and x.dim() == 2 and 0 < len(x) <= most and x.device.type == "cpu" and not x.requires_grad
+def kernels_take(x: Tensor, weight_format: thresholds.Format) -> bool:
+    """Whether the CPU kernels multiply x: bfloat16 on the CPU, as many rows as they are good at, and no gradient asked for."""
+    if x.dtype != torch.bfloat16 or x.dim() != 2 or not len(x) or x.device.type != "cpu" or x.requires_grad:
+        return False
+    return thresholds.ours(weight_format, len(x), x.shape[1], kernels.many_rows())
 
 
 def _is_plain(weight: Tensor) -> bool:

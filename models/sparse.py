@@ -163,7 +163,7 @@ class PackedLinear:
         )  # fmt: skip
 
     def __call__(self, x: Tensor) -> Tensor:
-        if kernels_take(x, len(x) if kernels.has_amx() else thresholds.PACKED_AVX512) and (native := kernels.library()):
+        if kernels_take(x, "packed") and (native := kernels.library()):
             return kernels.packed_linear(native, x, self._parts, self.bias)
         return multiply_by_parts(x, self)
 

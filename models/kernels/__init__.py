@@ -1,6 +1,7 @@
 """C++ kernels for the CPU, in bfloat16.
 
-- gemv_avx512.cpp, gemm_amx_small.cpp and gemm_amx.cpp: products with a dense or a packed weight; `thresholds` says which runs when.
+- gemv_avx512.cpp, gemm_avx512.cpp, gemm_amx_small.cpp and gemm_amx.cpp: products with a dense or a packed weight; `thresholds` says
+  which runs when.
 - decode_attention.cpp: attention of the new rows of a decoding step, one call a layer.
 - elementwise.cpp: RMS norm, swish and RoPE, one pass each.
 
@@ -28,6 +29,8 @@ PRODUCT = [POINTER] * 4 + [COUNT] * 3 + [INT]
 SIGNATURES = {
     "dense_gemv_avx512": PRODUCT,
     "packed_gemv_avx512": PRODUCT,
+    "dense_gemm_avx512": PRODUCT,
+    "packed_gemm_avx512": PRODUCT,
     "decompress": [POINTER] * 2 + [COUNT] * 3 + [INT],
     "decode_attention": [POINTER, COUNT, POINTER, POINTER] + [COUNT] * 4 + [FLOAT, INT],
     "rms_norm": [POINTER] * 3 + [COUNT] * 2 + [FLOAT, INT],
@@ -59,10 +62,11 @@ def library() -> ctypes.CDLL | None:
 
 
 @cache
-def has_amx() -> bool:
-    """Whether the library multiplies on the tiles of AMX, any number of rows."""
-    native = library()
-    return native is not None and bool(native.amx_supported())
+def many_rows() -> thresholds.ManyRows:
+    """What multiplies many rows fastest on this processor."""
+    if (native := library()) is None:
+        return "bfloat16"
+    return "amx" if native.amx_supported() else "float32" if native.float32_faster() else "bfloat16"
 
 
 def dense_linear(native: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -149,7 +153,7 @@ def apply_rope(native: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor) -> Tens
 
 def _product(native: ctypes.CDLL, weight_format: thresholds.Format, rows: int) -> Callable[..., None]:
     """The function that multiplies so many rows by a weight of this format."""
-    found: Callable[..., None] = getattr(native, f"{weight_format}_{thresholds.kernel(weight_format, rows, has_amx())}")
+    found: Callable[..., None] = getattr(native, f"{weight_format}_{thresholds.kernel(weight_format, rows, many_rows())}")
     return found
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Literal
 
 Format = Literal["dense", "packed"]
+ManyRows = Literal["amx", "float32", "bfloat16"]
+"""What multiplies many rows fastest: the tiles of AMX, our float32 products, or torch's in bfloat16."""
 
 AMX_FROM = {"dense": 3, "packed": 2}
 """Rows from which the AMX kernels are faster than gemv_avx512."""
@@ -21,8 +23,12 @@ DENSE_AMX, DENSE_AMX_VALUES = 240, 560 << 10
 to 1.3 times at 168 rows of 2048. Beyond, they take 0.95 to 1.1 times as long."""
 DENSE_AVX512, DENSE_AVX512_NARROW, NARROW_INPUTS = 8, 32, 2048
 """The same without AMX: any weight, and one of at most so many inputs (8 rows of x then stay in a first-level cache of 48 KB)."""
-PACKED_AVX512 = 48
-"""Rows of a packed weight's product without AMX; more are faster through dense parts. With AMX there is no limit."""
+FLOAT32_FROM = 25
+"""Rows from which gemm_avx512 multiplies where float32 is faster. On a Xeon without AMX, dense and with half the weights zero, in
+GFLOP/s of one core: gemv_avx512 84 and 66 at 24 rows, 80 and 67 at 32; gemm_avx512 78 and 64 at 24, 110 and 80 at 32, 148 and 180
+at 616. torch reaches 70 to 80 in bfloat16 and 160 in float32."""
+PACKED = {"amx": 640, "bfloat16": 48}
+"""Rows up to which our kernels multiply a packed weight; more are faster through dense parts."""
 BITMASK_GPU = 16
 """Rows that a GPU multiplies from a bitmask weight. Not measured yet."""
 
@@ -32,21 +38,25 @@ DENSE_PART = 1024
 
 SPARSE_FROM = 0.3
 """Share of zeros from which a packed weight is faster than a dense one. With AMX: 0.70 to 0.95 times as long at 1, 4, 16, 64 and
-168 rows, 1.07 and 0.98 at 616; with 0.2 of zeros 0.80 to 1.12. Without AMX: 0.70 and 0.86 at 1 and 4 rows, 1.1 to 1.2 at 8 and
-more, however many zeros there are."""
+168 rows, 1.07 and 0.98 at 616; with 0.2 of zeros 0.80 to 1.12. Without AMX: 0.70 and 0.86 at 1 and 4 rows, 1.1 to 1.3 at 8 and
+more, however many zeros there are; but where float32 is faster zeros are left out from 65 rows on, and half of them give 0.80."""
 TIMED_ROWS = (1, 16)
 """What is timed at load on a GPU. In any format prefill is bound by arithmetic, so only few rows are."""
 
 
-def kernel(weight_format: Format, rows: int, amx: bool) -> str:
+def kernel(weight_format: Format, rows: int, many_rows: ManyRows) -> str:
     """The C++ kernel that multiplies `rows` rows."""
-    if not amx or rows < AMX_FROM[weight_format]:
-        return "gemv_avx512"
-    return "gemm_amx_small" if rows <= AMX_SMALL else "gemm_amx"
+    if many_rows == "amx" and rows >= AMX_FROM[weight_format]:
+        return "gemm_amx_small" if rows <= AMX_SMALL else "gemm_amx"
+    return "gemm_avx512" if many_rows == "float32" and rows >= FLOAT32_FROM else "gemv_avx512"
 
 
-def dense_rows(inputs: int, amx: bool) -> int:
-    """Rows up to which our kernels multiply faster than torch by a dense weight of so many inputs."""
-    if amx:
-        return min(DENSE_AMX, DENSE_AMX_VALUES // inputs)
-    return DENSE_AVX512_NARROW if inputs <= NARROW_INPUTS else DENSE_AVX512
+def ours(weight_format: Format, rows: int, inputs: int, many_rows: ManyRows) -> bool:
+    """Whether our kernels multiply so many rows by a weight of so many inputs, rather than torch."""
+    if many_rows == "float32":
+        return True
+    if weight_format == "packed":
+        return rows <= PACKED[many_rows]
+    if many_rows == "amx":
+        return rows <= min(DENSE_AMX, DENSE_AMX_VALUES // inputs)
+    return rows <= (DENSE_AVX512_NARROW if inputs <= NARROW_INPUTS else DENSE_AVX512)

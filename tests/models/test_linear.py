@@ -12,7 +12,7 @@ from models.kernels import thresholds
 from models.linear import Linear
 from models.sparse import PackedLinear, SemiStructuredLinear, SparseLinear
 
-SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 600), st.integers(1, 70))  # rows, in, out
+SHAPES = st.tuples(st.integers(1, 200), st.integers(1, 600), st.integers(1, 70))  # rows, in, out
 
 
 def problem(shape: tuple[int, int, int], kept: float, seed: int) -> tuple[torch.Tensor, Linear]:
@@ -30,15 +30,15 @@ def reference(x: torch.Tensor, linear: Linear) -> torch.Tensor:
 
 
 native = pytest.mark.skipif(kernels.library() is None, reason="needs the native kernels")
-with_amx = pytest.mark.skipif(not kernels.has_amx(), reason="needs a CPU with AMX")
+with_amx = pytest.mark.skipif(kernels.many_rows() != "amx", reason="needs a CPU with AMX")
 
 
-@pytest.fixture(params=[pytest.param("native", marks=native), pytest.param("without AMX", marks=native), "torch"])
+@pytest.fixture(params=[*(pytest.param(name, marks=native) for name in ("native", "float32", "bfloat16")), "torch"])
 def path(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(kernels, "library", lambda: None)
     if request.param != "native":
-        monkeypatch.setattr(kernels, "has_amx", lambda: False)
+        monkeypatch.setattr(kernels, "many_rows", lambda: "bfloat16" if request.param == "torch" else request.param)
     return request.param
 
 
@@ -106,17 +106,28 @@ def test_nan_is_not_hidden_and_harms_no_other_row(path, rows):
 @native
 @pytest.mark.parametrize("inputs", [2048, 2500])
 def test_a_row_is_the_same_in_any_batch_and_format_without_amx(inputs, monkeypatch):
-    monkeypatch.setattr(kernels, "has_amx", lambda: False)
+    monkeypatch.setattr(kernels, "many_rows", lambda: "bfloat16")
     x, linear = problem((32, inputs, 50), 0.5, 1)
     whole_batch = PackedLinear.of(linear)(x)
     for rows in (1, 2, 5, 8):
         assert torch.equal(linear(x[:rows]), whole_batch[:rows])
 
 
+@native
+@pytest.mark.parametrize("inputs", [2048, 2500])
+def test_a_row_is_the_same_in_any_large_batch_in_float32(inputs, monkeypatch):
+    monkeypatch.setattr(kernels, "many_rows", lambda: "float32")
+    x, linear = problem((700, inputs, 50), 0.5, 1)
+    for matrix in (linear, PackedLinear.of(linear)):
+        whole_batch = matrix(x)
+        for rows in (65, 129, 640):
+            assert torch.equal(matrix(x[-rows:]), whole_batch[-rows:])
+
+
 @with_amx
 @pytest.mark.parametrize("inputs", [2048, 2500])
 def test_a_row_is_the_same_in_any_batch_and_format_with_amx(inputs):
-    x, linear = problem((700, inputs, 50), 0.5, 1)
+    x, linear = problem((thresholds.PACKED["amx"], inputs, 50), 0.5, 1)
     packed = PackedLinear.of(linear)
     whole_batch = packed(x)
     for rows in (thresholds.AMX_SMALL_SPLIT + 1, thresholds.AMX_SMALL, 17, 250):
@@ -143,7 +154,7 @@ def test_torch_uses_amx_before_and_after_our_kernels():
 
 @pytest.mark.parametrize("kind", [SparseLinear, pytest.param(PackedLinear, marks=native)])
 def test_many_rows_are_multiplied_part_by_part(kind, monkeypatch):
-    monkeypatch.setattr(kernels, "has_amx", lambda: False)
+    monkeypatch.setattr(kernels, "many_rows", lambda: "bfloat16")
     x, linear = problem((100, 130, 60), 0.5, 1)
     whole = kind.of(linear)(x)
     monkeypatch.setattr("models.kernels.thresholds.DENSE_PART", 7)
