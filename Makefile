@@ -30,7 +30,8 @@ test: .venv/.installed-dev ## run the tests
 clients: .venv/.installed ## OpenAI's clients and those built on it, in .venv-clients, against a server of .venv
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install -q --disable-pip-version-check -r tests/clients/requirements.txt
-	SERVER_PYTHON=$(BIN)/python .venv-clients/bin/python -m pytest -q --confcutdir=tests/clients -o filterwarnings=default \
+	PATH="$(CURDIR)/.venv-clients/bin:$$PATH" npm --prefix tests/clients/js ci --silent
+	PATH="$(CURDIR)/.venv-clients/bin:$$PATH" SERVER_PYTHON=$(BIN)/python .venv-clients/bin/python -m pytest -q --confcutdir=tests/clients -o filterwarnings=default \
 		$(ARGS) tests/clients
 
 tables: .venv/.installed-dev ## make the pages of results in docs/ from the stored runs

@@ -15,7 +15,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic.json_schema import models_json_schema
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -29,11 +28,13 @@ from server.envelope import Envelope
 from server.errors import EspalierError, NotReady, UnknownPath
 from server.estimate import estimate
 from server.logs import fields
+from server.openapi import PLAIN_TEXT, REFUSALS, add_documentation, takes
 from server.page import add_playground
 from server.reading import Reading
 from server.replies import AnswerStream, Chunk, chat_events, chat_reply, fold, prepend, vqa_reply
 from server.request import PreparedRequest
 from server.responses import read_response, response_events, whole_response
+from server.schema_parts import ModelName
 from server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -56,12 +57,13 @@ Whole = Callable[[dict[str, Any], PreparedRequest], dict[str, Any]]
 Events = Callable[[AsyncIterator[Chunk], PreparedRequest], AsyncIterator[str]]
 """A chat's chunks as the server-sent events of a route."""
 
-BODIES = (ChatRequest, CompletionRequest, ResponsesRequest, VqaRequest, TokenizeRequest, DetokenizeRequest)
-
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """The HTTP side of an engine, which the caller starts and stops."""
-    app = FastAPI(title="Espalier", version=version(), description="Ask about pictures; say how much of the model to run.")
+    app = FastAPI(
+        title="Espalier", version=version(), description="Ask about pictures; say how much of the model to run.", docs_url=None,
+        redoc_url=None, responses=REFUSALS,
+    )  # fmt: skip
     keys = read_keys(settings)
     check_levels(keys, engine.menu)
     app.add_middleware(Access, settings=settings, keys=keys, metrics=engine.metrics)
@@ -75,8 +77,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     _add_questions(app, engine, settings)
     _add_menu(app, engine)
     _add_operations(app, engine)
+    add_documentation(app, engine)
     add_playground(app)
-    _document_bodies(app)
     return app
 
 
@@ -96,13 +98,13 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
 
         return await unless_gone(request, work())
 
-    @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest.__name__))
+    @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest, "/v1/chat/completions", stream=True))
     async def chat_completions(request: Request) -> Response:
         """OpenAI's chat completions. Header `X-Pruning-Level`, field `pruning.level` or model `name@level` set the level."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
         return await answer(request, lambda: read_chat(engine, settings, body, level), pictures=b"image" in body)
 
-    @app.post("/v1/completions", openapi_extra=_body(CompletionRequest.__name__))
+    @app.post("/v1/completions", openapi_extra=takes(CompletionRequest, "/v1/completions", stream=True))
     async def completions(request: Request) -> Response:
         """OpenAI's older completions: a text in, its continuation out. The level is set as for chat completions."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
@@ -110,7 +112,7 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
             request, lambda: read_completion(engine, settings, body, level), completion_reply, completion_events, pictures=False
         )
 
-    @app.post("/v1/responses", openapi_extra=_body(ResponsesRequest.__name__))
+    @app.post("/v1/responses", openapi_extra=takes(ResponsesRequest, "/v1/responses", stream=True))
     async def responses(request: Request) -> Response:
         """OpenAI's responses, without state: each request holds its whole chat. The level is set as for chat completions."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
@@ -119,13 +121,13 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
             pictures=b"image" in body,
         )  # fmt: skip
 
-    @app.post("/v1/pruning/estimate", openapi_extra=_body(ChatRequest.__name__))
+    @app.post("/v1/pruning/estimate", openapi_extra=takes(ChatRequest, "/v1/pruning/estimate"))
     async def estimates(request: Request) -> dict[str, Any]:
         """What this chat would cost at each level: tokens, FLOPs, seconds by the server's present pace. Nothing is run."""
         body = await request.body()
         return await reading.run(lambda: estimate(engine, settings, body), pictures=b"image" in body)
 
-    @app.post("/v1/vqa", openapi_extra=_body(VqaRequest.__name__, form=True))
+    @app.post("/v1/vqa", openapi_extra=takes(VqaRequest, "/v1/vqa", form=True))
     async def vqa(request: Request) -> Response:
         """One question about one or several pictures, as a form with files or as JSON."""
         is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
@@ -133,13 +135,13 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
         level = request.headers.get("x-pruning-level")
         return await answer(request, lambda: read_vqa(engine, settings, body, level), vqa_reply)
 
-    @app.post("/tokenize", openapi_extra=_body(TokenizeRequest.__name__))
+    @app.post("/tokenize", openapi_extra=takes(TokenizeRequest, "/tokenize"))
     async def tokens(request: Request) -> dict[str, Any]:
         """The tokens of a text, or of a chat with each image as its visual tokens before pruning."""
         body = await request.body()
         return await reading.run(lambda: tokenize(engine, settings, body), pictures=b"image" in body)
 
-    @app.post("/detokenize", openapi_extra=_body(DetokenizeRequest.__name__))
+    @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest, "/detokenize"))
     async def text(request: Request) -> dict[str, str]:
         """The text of tokens."""
         body = await request.body()
@@ -158,7 +160,7 @@ def _add_menu(app: FastAPI, engine: Engine) -> None:
         return {"object": "list", "data": [card(name, level) for name, level in model_names(engine).items()]}
 
     @app.get("/v1/models/{model_id:path}")
-    async def model(model_id: str) -> dict[str, Any]:
+    async def model(model_id: ModelName) -> dict[str, Any]:
         if model_id not in (names := model_names(engine)):
             raise unknown_model(engine, model_id)
         return card(model_id, names[model_id])
@@ -190,7 +192,7 @@ def _add_operations(app: FastAPI, engine: Engine) -> None:
     async def version() -> dict[str, str]:
         return {"version": app.version, "model": engine.model_name, "fingerprint": engine.fingerprint}
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=Response, openapi_extra=PLAIN_TEXT)
     def metrics() -> Response:
         return Response(generate_latest(engine.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -298,26 +300,3 @@ def _as_ours(error: Exception) -> EspalierError:
     refusal = EspalierError(error.detail, code=phrase.lower().replace(" ", "_"))
     refusal.status, refusal.type = error.status_code, "invalid_request_error"
     return refusal
-
-
-# ---- the documentation at /docs
-
-
-def _body(schema: str, *, form: bool = False) -> dict[str, Any]:
-    """A request body for OpenAPI; the routes read it themselves, off the event loop."""
-    reference = {"$ref": f"#/components/schemas/{schema}"}
-    content: dict[str, Any] = {"application/json": {"schema": reference}}
-    if form:
-        file = {"type": "string", "format": "binary"}
-        image = {"type": "array", "items": file}
-        fields = {"image": image, "question": {"type": "string"}, "level": {"type": "string"}}
-        form_schema = {"type": "object", "required": ["image", "question"], "properties": fields}
-        content["multipart/form-data"] = {"schema": form_schema}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _document_bodies(app: FastAPI) -> None:
-    _, definitions = models_json_schema(
-        [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"
-    )
-    app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])

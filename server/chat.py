@@ -262,12 +262,13 @@ def choose_level(
 ) -> tuple[str, str]:
     """The level, and where it came from: header before body before alias before detail before the key's or server's default."""
     allowed = CALLER.get().levels or tuple(engine.menu)
-    for reason, level in (("header", header), ("body", body), ("alias", alias), ("detail", detail)):
+    asked = {"header": header, "body": body, "alias": alias, "detail": detail}
+    if unknown := [level for level in asked.values() if level is not None and level not in engine.menu]:
+        message = f"Unknown pruning level {unknown[0][:100]!r}. The menu: {', '.join(engine.menu)}."
+        raise UnknownLevel(message, param="pruning.level")
+    for reason, level in asked.items():
         if level is None:
             continue
-        if level not in engine.menu:
-            menu = ", ".join(engine.menu)
-            raise UnknownLevel(f"Unknown pruning level {level[:100]!r}. The menu: {menu}.", param="pruning.level")
         if level not in allowed and reason == "detail":
             continue  # it is a hint
         if level not in allowed:

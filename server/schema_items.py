@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from server.schema_parts import Body, Detail, Function, FunctionName, Message
+from server.schema_parts import Body, Detail, Function, FunctionName, Message, PictureUrl, schema_by_type
 
 
 class InputText(Body):
@@ -16,7 +16,7 @@ class InputText(Body):
 
 class InputImage(Body):
     type: Literal["input_image"]
-    image_url: str = Field(description="A base64 data URL of a JPEG, PNG, WebP, GIF or AVIF picture. Other URLs are not fetched.")
+    image_url: PictureUrl
     detail: Detail = Field("auto", description="As for chat completions.")
 
 
@@ -74,13 +74,16 @@ def _items(value: Any) -> Any:
         return [{"type": "message", "role": "user", "content": value}]
     if not isinstance(value, list):
         return value
-    return [{"type": "message", **item} if isinstance(item, dict) else item for item in value]
+    return [{**item, "type": item.get("type") or "message"} if isinstance(item, dict) else item for item in value]
 
 
-Items = Annotated[list[Item], BeforeValidator(_items, json_schema_input_type=str | list[Item])]
+Question = Annotated[str, Field(pattern=r"\S")]
+Items = Annotated[list[Item], BeforeValidator(_items, json_schema_input_type=Question | list[Item])]
 
 
 class TextFormat(Body):
+    model_config = ConfigDict(json_schema_extra=schema_by_type)
+
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool = Field(False, description="Refuse a schema with keywords that cannot be kept, instead of ignoring these.")

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
+
+
+def may_be_null(schema: dict[str, Any]) -> None:
+    """Every field that may be left out may be null."""
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, json_schema_extra=may_be_null)
 
     @model_validator(mode="before")
     @classmethod
@@ -18,11 +25,22 @@ class Body(BaseModel):
         return {name: value for name, value in values.items() if value is not None}
 
 
+# What they may be is the running server's to say: see `openapi`.
+ModelName = Annotated[str, WithJsonSchema({"$ref": "#/components/schemas/Model"})]
+LevelName = Annotated[str, WithJsonSchema({"$ref": "#/components/schemas/Level"})]
+TokenId = Annotated[int, Field(ge=0), WithJsonSchema({"$ref": "#/components/schemas/Token"})]
+PictureUrl = Annotated[
+    str,
+    Field(
+        description="A base64 data URL of a JPEG, PNG, WebP, GIF or AVIF picture. Other URLs are not fetched.",
+        json_schema_extra={"format": "data-url"},
+    ),
+]
 Detail = Literal["auto", "low", "high", "original"]
 
 
 class ImageUrl(Body):
-    url: str = Field(description="A base64 data URL of a JPEG, PNG, WebP, GIF or AVIF picture. Other URLs are not fetched.")
+    url: PictureUrl
     detail: Detail = Field(
         "auto", description="`low` asks for level `strong`, `high` and `original` for `off`, unless the request names a level."
     )
@@ -39,7 +57,7 @@ class TextPart(Body):
 
 class ImagePart(Body):
     type: Literal["image_url"]
-    image_url: Annotated[ImageUrl, BeforeValidator(_url, json_schema_input_type=str | ImageUrl)]
+    image_url: Annotated[ImageUrl, BeforeValidator(_url, json_schema_input_type=PictureUrl | ImageUrl)]
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -66,7 +84,18 @@ class AssistantCall(Body):
     function: CalledFunction
 
 
+def _content_of_others(schema: dict[str, Any]) -> None:
+    """Only the assistant's turn may be without content."""
+    may_be_null(schema)
+    others = {"role": {"enum": ["system", "developer", "user", "tool"]}, "content": {"not": {"type": "null"}}}
+    schema["anyOf"] = [
+        {"properties": {"role": {"const": "assistant"}}}, {"properties": others, "required": ["content"]},
+    ]
+
+
 class Message(Body):
+    model_config = ConfigDict(json_schema_extra=_content_of_others)
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Content, Field(max_length=1024)] | None = Field(None, validate_default=True)
     tool_calls: list[AssistantCall] | None = Field(None, max_length=128, description="Of the assistant: functions it called.")
@@ -85,7 +114,20 @@ class JsonSchema(Body):
     strict: bool = Field(False, description="Refuse a schema with keywords that cannot be kept, instead of ignoring these.")
 
 
+def schema_by_type(schema: dict[str, Any]) -> None:
+    """A schema goes with type `json_schema`, and with no other."""
+    may_be_null(schema)
+    field = next(name for name in schema["properties"] if name.endswith("schema"))
+    null, other = {"type": "null"}, {"enum": ["text", "json_object", None]}
+    schema["anyOf"] = [
+        {"properties": {"type": {"const": "json_schema"}, field: {"not": null}}, "required": ["type", field]},
+        {"properties": {"type": other, field: null}},
+    ]
+
+
 class ResponseFormat(Body):
+    model_config = ConfigDict(json_schema_extra=schema_by_type)
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 

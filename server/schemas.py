@@ -23,7 +23,19 @@ from pydantic import (
 from server.errors import InvalidRequest, PayloadTooLarge
 from server.request import Sampling
 from server.schema_items import FunctionTool, Items, NamedFunctionTool, TextOptions
-from server.schema_parts import Body, Choices, Message, NamedTool, ResponseFormat, StructuredOutputs, Tool
+from server.schema_parts import (
+    Body,
+    Choices,
+    LevelName,
+    Message,
+    ModelName,
+    NamedTool,
+    ResponseFormat,
+    StructuredOutputs,
+    TokenId,
+    Tool,
+    may_be_null,
+)
 from server.tools import ToolUse
 
 MAX_INT64 = 2**63 - 1
@@ -66,7 +78,7 @@ MAX_JSON_VALUES = 200_000
 class PruningOptions(Body):
     model_config = ConfigDict(extra="forbid")
 
-    level: str | None = Field(None, description="A name from `GET /v1/pruning/levels`.")
+    level: LevelName | None = Field(None, description="A name from `GET /v1/pruning/levels`.")
     escalate_below: float | None = Field(
         None, ge=0, le=1,
         description="Make an answer that is less sure than this again at the fullest level; the receipt then has `escalated`. How "
@@ -104,10 +116,11 @@ def _bias(value: Any) -> Any:
     return {int(token): bias for token, bias in value.items()}
 
 
-TokenId = Annotated[int, Field(ge=0)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-LogitBias = Annotated[dict[int, Bias] | None, BeforeValidator(_bias, json_schema_input_type=dict[str, Bias] | None)]
-Images = Annotated[list[str | bytes], BeforeValidator(_many, json_schema_input_type=str | list[str])]
+BiasByText = Annotated[dict[str, Bias], Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}})]
+LogitBias = Annotated[dict[int, Bias] | None, BeforeValidator(_bias, json_schema_input_type=BiasByText | None)]
+Picture = Annotated[str, Field(min_length=1, json_schema_extra={"format": "data-url"})]
+Images = Annotated[list[str | bytes], BeforeValidator(_many, json_schema_input_type=Picture | list[Picture])]
 
 
 class Generation(Body):
@@ -115,7 +128,7 @@ class Generation(Body):
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
 
-    model: str | None = Field(None, description="The served model, or `model@level`.")
+    model: ModelName | None = Field(None, description="The served model, or `model@level`.")
     max_tokens: int | None = Field(None, ge=1, description="Length limit of the answer; the server has a default.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of `max_tokens`; wins over it.")
     temperature: float | None = Field(
@@ -210,8 +223,17 @@ def _check_tools(tools: Sequence[Tool | FunctionTool] | None, choice: str | None
         raise ValueError("requires `tools`")
 
 
+def _may_be_empty(schema: dict[str, Any]) -> None:
+    """As `_empty_asks_nothing` takes it."""
+    may_be_null(schema)
+    for name in STRUCTURED & schema["properties"].keys():
+        schema["properties"][name]["anyOf"].append({"enum": [[], {}, ""]})
+
+
 class OpenAIRequest(StreamedRequest):
     """What OpenAI's two older endpoints share beyond that."""
+
+    model_config = ConfigDict(json_schema_extra=_may_be_empty)
 
     n: int | None = Field(None, ge=1, le=8, description="Answers to draw for the same question.")
     stream_options: StreamOptions | None = None
@@ -308,21 +330,25 @@ class ChatRequest(OpenAIRequest):
         return replace(super().sampling(default_max_tokens), logprobs=alternatives)
 
 
+def _one_prompt(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]  # a batch of one, as some clients always send
+    if isinstance(value, str) or (isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)):
+        return value
+    raise ValueError("must be one text, or the list of its tokens; send several one by one")
+
+
+OnePrompt = str | Annotated[list[TokenId], Field(min_length=1)]
+BatchOfOne = Annotated[list[OnePrompt], Field(min_length=1, max_length=1)]
+Prompt = Annotated[str | list[int], BeforeValidator(_one_prompt, json_schema_input_type=OnePrompt | BatchOfOne)]
+
+
 class CompletionRequest(OpenAIRequest):
     """`POST /v1/completions`: a text, or its tokens, to go on with."""
 
-    prompt: str | list[int]
+    prompt: Prompt
     logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token.")
     add_special_tokens: bool | None = Field(None, description="Begin the prompt as the model's prompts begin; the default.")
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _one_prompt(cls, value: Any) -> Any:
-        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-            value = value[0]  # a batch of one, as some clients always send
-        if isinstance(value, str) or (isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)):
-            return value
-        raise ValueError("must be one text, or the list of its tokens; send several one by one")
 
     def sampling(self, default_max_tokens: int) -> Sampling:
         return replace(super().sampling(default_max_tokens), logprobs=self.logprobs)
@@ -369,10 +395,20 @@ class ResponsesRequest(StreamedRequest):
         return replace(sampling, logprobs=(self.top_logprobs or 0) if asked else None)
 
 
+def _text_or_chat(schema: dict[str, Any]) -> None:
+    may_be_null(schema)
+    null, fields = {"type": "null"}, ("prompt", "messages")
+    schema["oneOf"] = [
+        {"properties": {one: {"not": null}, other: null}, "required": [one]} for one, other in (fields, fields[::-1])
+    ]
+
+
 class TokenizeRequest(Body):
     """`POST /tokenize`: a text or a chat."""
 
-    model: str | None = None
+    model_config = ConfigDict(json_schema_extra=_text_or_chat)
+
+    model: ModelName | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=1024)
     add_special_tokens: bool | None = Field(None, description="Begin a text as the model's prompts begin; a chat always does.")
@@ -390,7 +426,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
-    model: str | None = None
+    model: ModelName | None = None
     tokens: list[TokenId]
 
 
@@ -398,8 +434,8 @@ class VqaRequest(Generation):
     """`POST /v1/vqa`: pictures and a question. In a form the pictures are files, in JSON base64 or data URLs."""
 
     image: Images = Field(min_length=1)
-    question: str
-    level: str | None = Field(None, description="A name from `GET /v1/pruning/levels`.")
+    question: str = Field(json_schema_extra={"pattern": r"\S"})
+    level: LevelName | None = Field(None, description="A name from `GET /v1/pruning/levels`.")
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)

@@ -209,7 +209,7 @@ def test_the_level_comes_from_the_first_that_names_one(first: int) -> None:
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("level", ["", "OFF", "nonsense"])
 def test_an_unknown_level_is_answered_with_the_menu(source: str, level: str) -> None:
-    given: dict[str, Any] = dict.fromkeys(SOURCES) | {source: level}
+    given: dict[str, Any] = dict.fromkeys(SOURCES) | {"header": "off", source: level}
     with pytest.raises(UnknownLevel, match="off, light, balanced, strong"):
         chat.choose_level(FakeEngine(), **given)
 
