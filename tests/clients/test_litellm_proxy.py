@@ -31,7 +31,8 @@ def proxy(base_url: str, tmp_path: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "config.yaml").write_text(CONFIG.replace("MODEL", MODEL).replace("URL", base_url))
-    command = [str(Path(sys.executable).with_name("litellm")), "--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port)]
+    program = str(Path(sys.executable).with_name("litellm"))
+    command = [program, "--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": KEY}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, **quiet) as process:

@@ -11,7 +11,8 @@ from llama_index.core.prompts import PromptTemplate  # noqa: E402
 
 from tests.clients.ask import ANSWER, MODEL, PICTURE, QUESTION, Star  # noqa: E402
 
-ASKED = [ChatMessage(role="user", blocks=[ImageBlock(image=PICTURE.read_bytes(), image_mimetype="image/png"), TextBlock(text=QUESTION)])]
+BLOCKS = [ImageBlock(image=PICTURE.read_bytes(), image_mimetype="image/png"), TextBlock(text=QUESTION)]
+ASKED = [ChatMessage(role="user", blocks=BLOCKS)]
 
 
 def test_answers_streams_and_predictions(base_url: str) -> None:
