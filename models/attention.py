@@ -29,12 +29,10 @@ def attend(
     """Attention of `rows` positions over all `length` of them.
 
     query [rows, heads, dim]; keys, values [kv_heads, length, dim] with heads a multiple of kv_heads; returns [rows, heads, dim].
-    `query_positions` [rows], ascending, say where the query rows stand among the keys. Without them `rows` is 1 (the last one) or
-    `length` (all of them). `bias` [length] is added to the scores of every row.
+    `query_positions` [rows], ascending, say where the query rows stand among the keys; without them they are the last ones. `bias`
+    [length] is added to the scores of every row.
     """
     rows, length = len(query), keys.shape[1]
-    if query_positions is None and rows not in (1, length):
-        raise ValueError(f"{rows} query rows over {length} keys: only 1 or all of them, unless query_positions say which")
     if rows == 1 and (query_positions is None or not causal or int(query_positions) == length - 1):
         return _single_row(query * scale, keys, values, bias)
     if query_positions is not None:
@@ -77,8 +75,10 @@ def _sdpa(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scal
     mask = None
     if bias is not None:
         mask = bias.expand(len(query), -1)
-        if causal:
-            mask = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), -torch.inf)
+    elif causal and len(query) < keys.shape[1]:
+        mask = query.new_zeros(len(query), keys.shape[1])
+    if causal and mask is not None:
+        mask = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1 + mask.shape[1] - mask.shape[0]), -torch.inf)
     out = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None], keys[None], values[None], mask, is_causal=causal and mask is None, enable_gqa=gqa,
         scale=scale,
@@ -89,20 +89,20 @@ def _sdpa(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scal
 def _blockwise(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:
     """Blocks of query rows; the query heads of a KV head are rows of one product, so keys are never repeated."""
     rows, heads, dim = query.shape
-    kv_heads = len(keys)
+    kv_heads, before = len(keys), keys.shape[1] - rows
     group = heads // kv_heads
     out = torch.empty_like(query)
     for start in range(0, rows, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, rows)
         count = stop - start
-        visible = stop if causal else keys.shape[1]
+        visible = before + stop if causal else keys.shape[1]
         block = query[start:stop].view(count, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
         scores = torch.bmm(block, keys[:, :visible].transpose(1, 2)).view(kv_heads * group, count, visible)
         if bias is not None:
             scores += bias[:visible]
         if causal:
             future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
-            scores[:, :, start:].masked_fill_(future, -torch.inf)
+            scores[:, :, before + start :].masked_fill_(future, -torch.inf)
         mixed = torch.bmm(scores.softmax(-1).view(kv_heads, -1, visible), values[:, :visible])
         out[start:stop] = mixed.view(kv_heads, group, count, dim).permute(2, 0, 1, 3).reshape(count, heads, dim)
     return out

@@ -27,7 +27,8 @@ class SequenceInput:
 
     hidden [n, width]; positions [n], int64, those in the whole prompt. `text_rows` are the indices of the rows that are no visual
     tokens, where the route freezes layers. Logits are computed for the last `logits_to_keep` rows: one to go on from, more to score
-    an answer. Rows that the cache holds already stand before these: a prompt's beginning that another request has run.
+    an answer. Rows that the cache holds already stand before these: a prompt's beginning, which has run before. A prompt may run in
+    parts, whatever its route: all that is dropped, merged, frozen or skipped is known before its first row runs.
     """
 
     hidden: Tensor
@@ -46,9 +47,19 @@ class SequenceInput:
             return self.logit_rows
         return self.text_rows if layer in self.route.frozen_layers else None
 
+    def first(self, rows: int) -> SequenceInput:
+        """A prompt's beginning, of which no logits are wanted unless it is the whole."""
+        return self if rows >= len(self) else replace(self._part(0, rows), logits_to_keep=0)
+
     def behind(self, rows: int) -> SequenceInput:
-        """A prompt without its first rows, all visual ones among them: the cache holds them."""
-        return replace(self, hidden=self.hidden[rows:], positions=self.positions[rows:], text_rows=None)
+        """A prompt without its first rows: the cache holds them."""
+        return self._part(rows, len(self))
+
+    def _part(self, start: int, stop: int) -> SequenceInput:
+        text = self.text_rows
+        if text is not None:
+            text = text[(text >= start) & (text < stop)] - start
+        return replace(self, hidden=self.hidden[start:stop], positions=self.positions[start:stop], text_rows=text)
 
     @property
     def logit_rows(self) -> Tensor:
@@ -114,6 +125,8 @@ def _layer(
     mixed = _attention(model, layer, index, qkv, cos, sin, running, queries)
     if any(query is not None for query in queries):
         changing = _packed(running, queries)
+        if not len(changing):  # parts of prompts, of which only keys and values are wanted
+            return hidden
         rows = changing if rows is None else rows[changing]
         x = hidden[rows]
     x = layer.out(mixed).add_(x)
@@ -135,16 +148,17 @@ def _attention(
     new = zip(batch, key.split(lengths), value.split(lengths), strict=True)
     cached = [sequence.cache.append(index, k, v) for sequence, k, v in new]
     biases = [sequence.cache.bias(index) for sequence in batch]
-    if max(lengths) == 1 and kernels.can_decode_attention(query) and (native := kernels.library()):
+    decoding = max(lengths) == 1 and all(rows is None for rows in queries)
+    if decoding and kernels.can_decode_attention(query) and (native := kernels.library()):
         return kernels.decode_attention(native, query, cached, biases, scale).view(-1, heads * dim)
     mixed = []
     for q, (keys, values), bias, rows in zip(query.split(lengths), cached, biases, queries, strict=True):
         before = keys.shape[1] - len(q)
-        if before and len(q) > 1:  # behind a beginning that was in the cache
-            rows = torch.arange(len(q), device=q.device) if rows is None else rows
         q = q if rows is None else q[rows]
         rows = rows if rows is None else rows + before
-        mixed.append(attend(q, keys, values, scale=scale, query_positions=rows, bias=bias).reshape(-1, heads * dim))
+        if len(q):
+            q = attend(q, keys, values, scale=scale, query_positions=rows, bias=bias)
+        mixed.append(q.reshape(-1, heads * dim))
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 

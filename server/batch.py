@@ -4,31 +4,68 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models.forward import decode_input, forward
+from models.forward import SequenceInput, decode_input, forward
 from models.llava import Llava
 from server.running import Running
+from server.scheduler import share
 
 log = logging.getLogger("espalier.engine")
 
 
-def run_batch(model: Llava, batch: Sequence[Running]) -> list[Tensor | Exception]:
-    """Logits of each request, or what went wrong with it. If the common pass fails, each one runs alone to find out whose."""
+@dataclass(frozen=True)
+class Part:
+    """What a request runs in one pass: a part of its prompt, the last or only one of which `ends` it, or its newest token."""
+
+    one: Running
+    input: SequenceInput
+
+    @property
+    def ends(self) -> bool:
+        return len(self.input) == len(self.one.input)
+
+    @property
+    def prefill_rows(self) -> int:
+        """Rows of a prompt, in all layers together."""
+        return 0 if self.one.answering else len(self.input) * sum(self.input.route.layers)
+
+
+def divide(running: Sequence[Running], budget: int) -> list[Part]:
+    """The next pass: a token of each answer, and beside them `budget` rows of the prompts."""
+    prompts = [one for one in running if not one.answering]
+    shares = zip(prompts, share([len(one.input) for one in prompts], budget), strict=True)
+    return [
+        *(Part(one, one.input) for one in running if one.answering),
+        *(Part(one, one.input.first(rows)) for one, rows in shares if rows),
+    ]
+
+
+def run_batch(model: Llava, batch: Sequence[Part]) -> Sequence[Tensor | Exception | None]:
+    """Logits [vocab] of each request, None where its prompt goes on, or what went wrong with it.
+
+    If the common pass fails, each one runs alone to find out whose.
+    """
     if not batch:
         return []
-    lengths = [list(one.cache.lengths) for one in batch]
+    lengths = [list(part.one.cache.lengths) for part in batch]
     try:
-        return list(forward(model, [one.input for one in batch]))
+        logits = iter(forward(model, [part.input for part in batch]))
     except Exception as error:
         if len(batch) == 1:
             return [error]
         log.exception("a pass over %d requests failed; running each alone", len(batch))
-    for one, length in zip(batch, lengths, strict=True):
-        one.cache.lengths[:] = length
-    return [run_batch(model, [one])[0] for one in batch]
+        for part, length in zip(batch, lengths, strict=True):
+            part.one.cache.lengths[:] = length
+        return [run_batch(model, [part])[0] for part in batch]
+    results = [next(logits) if part.ends else None for part in batch]
+    for part, result in zip(batch, results, strict=True):
+        if result is None:
+            part.one.input = part.one.input.behind(len(part.input))
+    return results
 
 
 def lay_out(model: Llava, one: Running, token: int) -> None:

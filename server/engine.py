@@ -22,17 +22,18 @@ from llguidance import LLTokenizer
 from models.checkpoint import Checkpoint
 from models.families import Layout
 from models.kv_cache import KVCache
+from models.vision.features import ImageFeatures
 from pruning.dynamic.planner import Planner
 from pruning.dynamic.token_policy import TokenPolicy
 from server.answering import Answering
-from server.batch import lay_out, run_batch
+from server.batch import divide, lay_out, run_batch
 from server.ended import count_ended
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.load import DefaultLevel, WorkRate
 from server.metrics import Metrics
 from server.prefill import Prefill
-from server.request import Event, Failed, Finished, FinishReason, Request
-from server.running import Running, prefill_rows
+from server.request import Event, Failed, Finished, FinishReason, PreparedImage, Request
+from server.running import Running
 from server.scheduler import QueueFull, ScheduledRequest, Scheduler
 from server.version import version
 
@@ -49,11 +50,12 @@ PREFIX_SHARE = 4
 
 @dataclass
 class Limits:
-    """What the engine may hold. `kv_rows` counts one token in one layer; 0 takes a share of the memory that is free."""
+    """What the engine may hold. `kv_rows` counts one token in one layer; 0 takes a share of the memory that is free. `max_prefill`
+    is how many tokens of prompts run in one pass."""
 
     max_running: int = 8
     max_waiting: int = 64
-    max_prefill: int = 4096
+    max_prefill: int = 1024
     kv_rows: int = 0
     cached_images: int = 64
 
@@ -81,13 +83,15 @@ class Engine:
         rows = limits.kv_rows or _rows_for_free_memory(checkpoint, limits)
         self.kv = KVCache(rows, self.model.new_cache)
         self.scheduler = Scheduler(rows, limits.max_running, limits.max_waiting, limits.max_prefill)
+        self._max_prefill = limits.max_prefill
         self._prefill = Prefill(
             checkpoint, self.planner, self.metrics, default_level=default_level, cached_images=limits.cached_images,
             prefix_rows=rows // PREFIX_SHARE,
         )  # fmt: skip
-        self._answering = Answering(checkpoint, self.metrics, self._emit)
+        self._answers = Answering(checkpoint, self.metrics, self._emit)
         self._requests: dict[str, Request] = {}
         self._aborted: set[str] = set()
+        self._encoding: dict[str, list[ImageFeatures]] = {}
         self._running: dict[str, Running] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -231,19 +235,19 @@ class Engine:
         """One pass: admit, plan, run, sample, hand out."""
         started = time.monotonic()
         self._drop_aborted()
-        admitted = self._admit()
-        expected = self._work.step_seconds(sum(map(self._expected_rows, admitted)), len(self._running))
-        self._pass_limit = started + (HUNG_S + HUNG_TIMES * expected if self._work.prefill_row else HUNG_FIRST_S)
-        for request in admitted:
-            self._guard(request, self._plan)
-        batch = list(self._running.values())
-        rows, decoding = prefill_rows(batch), sum(bool(one.output_ids) for one in batch)
-        for one, logits in zip(batch, self._run_batch(batch), strict=True):
-            self._guard(one.request, self._take, one, logits)
-        seconds = time.monotonic() - started
+        self._admit()
+        self._pass_limit = started + (HUNG_S + HUNG_TIMES * expected if (expected := self._expected_seconds()) else HUNG_FIRST_S)
+        self._prepare()
+        self._run_batch()
         self._pass_limit = None
-        self.metrics.busy.inc(seconds)
-        self._work.observe_step(seconds, rows, decoding)
+        self.metrics.busy.inc(time.monotonic() - started)
+
+    def _expected_seconds(self) -> float:
+        """At most what the next pass takes; 0 if nothing is known."""
+        requests = [self._requests[one] for one in self._encoding]
+        prompts = [one.input for one in self._running.values() if not one.answering]
+        rows = sum(len(prompt) * sum(prompt.route.layers) for prompt in prompts)
+        return sum(map(self._prompt_seconds, requests)) + self._work.prompt_seconds(rows, 0) + self._work.decode_pass
 
     def _saturation(self) -> float:
         with self._changed:
@@ -251,17 +255,19 @@ class Engine:
 
     def predict_seconds(self, level: str, prompt_tokens: int, images: Sequence[Layout], max_tokens: int) -> float | None:
         """Engine time of such a request, by the pace of those before it; None before the first."""
-        seconds = self._work.seconds(self.planner.expected_rows(level, prompt_tokens, images), max_tokens)
-        return round(seconds, 4) or None
+        rows, visual = self.planner.expected_rows(level, prompt_tokens, images), sum(image.visual_tokens for image in images)
+        return round(self._work.prompt_seconds(rows, visual) + self._work.answer_seconds(max_tokens), 4) or None
 
     def backlog_seconds(self) -> float:
         """Engine time that the queue will take, each request at the level that it asks for."""
         with self._changed:
             waiting = [self._requests[scheduled.id] for scheduled in self.scheduler.waiting]
-        return sum(self._work.seconds(self._expected_rows(one), self._max_new_tokens(one)) for one in waiting)
+        return sum(self._prompt_seconds(one) + self._work.answer_seconds(self._max_new_tokens(one)) for one in waiting)
 
-    def _expected_rows(self, request: Request) -> float:
-        return self.planner.expected_rows(request.level, len(request.prompt), _layouts(request))
+    def _prompt_seconds(self, request: Request) -> float:
+        layouts = _layouts(request)
+        rows = self.planner.expected_rows(request.level, len(request.prompt), layouts)
+        return self._work.prompt_seconds(rows, sum(layout.visual_tokens for layout in layouts))
 
     def _drop_aborted(self) -> None:
         with self._changed:
@@ -270,9 +276,29 @@ class Engine:
             if request := self._requests.get(request_id):
                 self._end(request, "abort")
 
-    def _admit(self) -> list[Request]:
+    def _admit(self) -> None:
+        now = time.monotonic()
         with self._changed:
-            return [self._requests[scheduled.id] for scheduled in self.scheduler.admit()]
+            admitted = [self._requests[scheduled.id] for scheduled in self.scheduler.admit()]
+        for request in admitted:
+            request.timings["queue"] = now - request.created - request.timings.get("image", 0.0)
+            self._encoding[request.id] = []
+
+    @property
+    def _answering(self) -> bool:
+        return any(one.answering for one in self._running.values())
+
+    def _prepare(self) -> None:
+        """Encode the pictures of those admitted and plan their routes: all of them, or one picture a pass while answers go on."""
+        pictures = 1 if self._answering else None
+        for request_id, features in list(self._encoding.items()):
+            request = self._requests[request_id]
+            images = request.images[len(features) :][:pictures]
+            if pictures is not None:
+                pictures -= len(images)
+            self._guard(request, self._encode, images)
+            if len(features) == len(request.images):
+                self._guard(request, self._plan)
 
     def _guard(self, request: Request, act: Callable[..., None], *args: object) -> None:
         """Run one request's part; an error fails that request alone."""
@@ -283,9 +309,17 @@ class Engine:
             self._end(request, "error")
             self._emit(request, Failed("the model failed on this request; it can be sent again"))
 
+    def _encode(self, request: Request, images: Sequence[PreparedImage]) -> None:
+        started = time.monotonic()
+        self._encoding[request.id] += [self._prefill.encode(image) for image in images]
+        seconds = time.monotonic() - started
+        request.timings["encode"] = request.timings.get("encode", 0.0) + seconds
+        self._work.visual_token.observe(seconds, sum(image.picture.layout.visual_tokens for image in images))
+
     def _plan(self, request: Request) -> None:
         """Plan the route, and give back what was reserved and is not needed."""
-        plan, features = self._prefill.plan(request)
+        features = self._encoding.pop(request.id)
+        plan = self._prefill.plan(request, features)
         new_tokens = self._max_new_tokens(request)
         rows = plan.route.rows(len(request.prompt), new_tokens)
         with self._changed:
@@ -293,21 +327,29 @@ class Engine:
         cache = self.kv.allocate(request.id, rows)
         self._running[request.id] = self._prefill.begin(request, plan, features, cache, new_tokens)
 
-    def _run_batch(self, batch: Sequence[Running]) -> list[torch.Tensor | Exception]:
-        """Logits of each request, or what went wrong with it."""
-        started = time.monotonic()
+    def _run_batch(self) -> None:
+        """A token for each answer, and a part of the prompts beside them."""
+        started, running = time.monotonic(), list(self._running.values())
+        tokens = self._work.pass_tokens(self.model.num_layers, self._max_prefill, answering=self._answering)
+        batch = divide(running, tokens)
+        rows, decoding = sum(part.prefill_rows for part in batch), sum(part.one.answering for part in batch)
         results = run_batch(self.model, batch)
-        for one, logits in zip(batch, results, strict=True):
-            if not one.output_ids and not isinstance(logits, Exception):
-                one.request.timings["prefill"] = time.monotonic() - started
-                self._prefill.keep_prefix(one)
-        return results
+        seconds = time.monotonic() - started
+        for one in running:
+            if not one.answering:
+                one.request.timings["prefill"] = one.request.timings.get("prefill", 0.0) + seconds
+        for part, logits in zip(batch, results, strict=True):
+            if logits is not None:
+                self._guard(part.one.request, self._take, part.one, logits)
+        self._work.observe_pass(time.monotonic() - started, rows, decoding)
 
     def _take(self, request: Request, one: Running, logits: torch.Tensor | Exception) -> None:
         """The answer's next token; it ends the request, or is its next row."""
         if isinstance(logits, Exception):
             raise logits
-        if reason := self._answering.take(one, logits):
+        if not one.answering:
+            self._prefill.keep_prefix(one)
+        if reason := self._answers.take(one, logits):
             self._complete(one, reason)
         else:
             lay_out(self.model, one, one.output_ids[-1])
@@ -327,6 +369,7 @@ class Engine:
             known = self._requests.pop(request.id, None)
             self._aborted.discard(request.id)
             self.scheduler.finish(request.id)
+            self._encoding.pop(request.id, None)
             running = self._running.pop(request.id, None)
             self.kv.free(request.id)
             self._changed.notify_all()

@@ -1,47 +1,78 @@
-"""How long the work that waits will take, learned while serving; and which level requests get that name none, while much waits."""
+"""How long work takes, learned while serving; and which level requests get that name none, while much waits."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PRESSURE, CALM, WINDOW_S = 1.0, 0.5, 2.0
 """Saturation above which the default level goes down, and below which it comes back; one step in a window at most."""
 SMOOTHING = 0.1
 """Weight of the newest measurement."""
+STRETCH = 1.5
+"""How much longer prompts may make a pass, over one in which all only answer."""
+LEAST_TOKENS = 16
+"""Tokens of prompts that a pass runs beside answers however long it takes."""
+
+
+@dataclass
+class Rate:
+    """Seconds for each unit of some work: all seconds over all work, in which older work counts less."""
+
+    _seconds: float = 0.0
+    _work: float = 0.0
+
+    def observe(self, seconds: float, work: float) -> None:
+        self._seconds = (1 - SMOOTHING) * self._seconds + seconds
+        self._work = (1 - SMOOTHING) * self._work + work
+
+    @property
+    def value(self) -> float:
+        """0 before anything is known."""
+        return self._seconds / self._work if self._work else 0.0
 
 
 @dataclass
 class WorkRate:
-    """Seconds of engine time that a prompt's row in one layer and a new token cost, and how long answers are: moving averages.
+    """Engine time that a prompt's row in one layer, a visual token of a picture and a new token cost, and how long answers are.
 
-    Ours. Two rates, because prefill is bound by arithmetic and decoding by memory. A batch shares its time, so the rates are those
-    of the batches that run. Before anything has run, nothing is known and every estimate is 0.
+    Ours. Prefill is bound by arithmetic and decoding by memory, so they have rates of their own. A batch shares its time, so the
+    rates are those of the batches that run. Before anything has run, nothing is known and every estimate is 0.
     """
 
-    prefill_row: float = 0.0
-    new_token: float = 0.0
+    prefill_row: Rate = field(default_factory=Rate)
+    visual_token: Rate = field(default_factory=Rate)
+    new_token: Rate = field(default_factory=Rate)
+    decode_pass: float = 0.0
+    """Seconds of a pass in which all only answer, smoothed."""
     answer_tokens: float = 0.0
 
-    def observe_step(self, seconds: float, prefill_rows: int, new_tokens: int) -> None:
+    def observe_pass(self, seconds: float, prefill_rows: int, new_tokens: int) -> None:
         """One pass took `seconds` for `prefill_rows` rows (tokens times layers) of new prompts and `new_tokens` decoding steps."""
         if prefill_rows:
-            left = max(0.0, seconds - self.new_token * new_tokens)
-            self.prefill_row = _smooth(self.prefill_row, left / prefill_rows)
+            self.prefill_row.observe(max(0.0, seconds - self.decode_pass * bool(new_tokens)), prefill_rows)
         elif new_tokens:
-            self.new_token = _smooth(self.new_token, seconds / new_tokens)
+            self.new_token.observe(seconds, new_tokens)
+            self.decode_pass = _smooth(self.decode_pass, seconds)
 
     def observe_answer(self, tokens: int) -> None:
         self.answer_tokens = _smooth(self.answer_tokens, tokens)
 
-    def step_seconds(self, prefill_rows: float, new_tokens: float) -> float:
-        """Estimated seconds of one pass."""
-        return self.prefill_row * prefill_rows + self.new_token * new_tokens
+    def pass_tokens(self, layers: int, most: int, *, answering: bool) -> int:
+        """Tokens of prompts that the next pass may run: `most`, or fewer beside answers, which then go on at their own pace."""
+        if not answering:
+            return most
+        seconds = self.prefill_row.value * layers
+        return min(most, max(LEAST_TOKENS, int(STRETCH * self.decode_pass / seconds))) if seconds else LEAST_TOKENS
 
-    def seconds(self, prefill_rows: float, max_new_tokens: int) -> float:
-        """Estimated engine time of one request, in seconds."""
-        return self.step_seconds(prefill_rows, min(self.answer_tokens, max_new_tokens))
+    def prompt_seconds(self, prefill_rows: float, visual_tokens: int) -> float:
+        """Estimated engine time before a request's first token."""
+        return self.prefill_row.value * prefill_rows + self.visual_token.value * visual_tokens
+
+    def answer_seconds(self, max_new_tokens: int) -> float:
+        """Estimated engine time of an answer's tokens."""
+        return self.new_token.value * min(self.answer_tokens, max_new_tokens)
 
 
 def _smooth(mean: float, value: float) -> float:

@@ -41,14 +41,11 @@ class Prefill:
         self._prefixes = PrefixCache(prefix_rows)
         self._yes_no = YesNo(checkpoint.preprocessor.vocab_size, checkpoint.preprocessor.token_bytes)
 
-    def plan(self, request: Request) -> tuple[Plan, list[ImageFeatures]]:
-        """Encode the images and plan the route; the request's level becomes that of the plan."""
-        now = time.monotonic()
-        request.timings["queue"] = now - request.created - request.timings.get("image", 0.0)
-        features = [self._encode(image) for image in request.images]
-        encoded = time.monotonic()
+    def plan(self, request: Request, features: Sequence[ImageFeatures]) -> Plan:
+        """Plan the route; the request's level becomes that of the plan."""
+        started = time.monotonic()
         plan = self._planner.plan(request.level, request.reason, request.prompt, features, follow_up=request.follow_up)
-        request.timings |= {"encode": encoded - now, "route": time.monotonic() - encoded}
+        request.timings["route"] = time.monotonic() - started
         if plan.level != request.level:
             log.warning("request %s runs at level %s: %s", request.id, plan.level, plan.reason)
             if not request.parent.routed:
@@ -56,7 +53,7 @@ class Prefill:
             request.level = plan.level
         elif request.reason == "load" and not request.parent.routed:
             self._metrics.degradations.labels(self._default_level, request.level).inc()
-        return plan, features
+        return plan
 
     def begin(
         self, request: Request, plan: Plan, features: Sequence[ImageFeatures], cache: RequestCache, max_new_tokens: int
@@ -83,7 +80,7 @@ class Prefill:
             confidence=Confidence(request, self._yes_no, preprocessor.token_bytes, ends, max_new_tokens),
         )  # fmt: skip
 
-    def _encode(self, image: PreparedImage) -> ImageFeatures:
+    def encode(self, image: PreparedImage) -> ImageFeatures:
         """An image's features [1, visual_tokens, width], remembered by content: encoding does not depend on the level."""
         key = (image.digest, image.picture.layout)
         features = self._features.get(key)

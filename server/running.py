@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,13 +16,13 @@ from server.request import Receipt, Request
 
 @dataclass
 class Running:
-    """A request in the batch: its plan and cache, what it brings to the next pass, and the answer so far."""
+    """A request in the batch: its plan and cache, the rows that have yet to run, and the answer so far."""
 
     request: Request
     plan: Plan
     receipt: Receipt
     cache: RequestCache
-    input: SequenceInput
+    input: SequenceInput  # what is left of the prompt, or the newest token
     max_new_tokens: int
     text: Detokenizer
     generator: torch.Generator
@@ -35,7 +34,6 @@ class Running:
     last_token: float = 0.0
     decode_seconds: float = 0.0
 
-
-def prefill_rows(batch: Sequence[Running]) -> int:
-    """Rows that the new prompts among these run, in all layers together."""
-    return sum(len(one.input) * sum(one.plan.route.layers) for one in batch if not one.output_ids)
+    @property
+    def answering(self) -> bool:
+        return bool(self.output_ids)

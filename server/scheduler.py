@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 
@@ -31,6 +32,18 @@ class ScheduledRequest:
     id: str
     cache_rows: int
     prefill_tokens: int
+
+
+def share(rows: Sequence[int], budget: int) -> list[int]:
+    """How many of the `rows` that each prompt has left run in this pass, the oldest prompt first; `budget` in all.
+
+    Ours. The oldest gets half, so that it ends; the shortest come next, so that a short question does not wait for a long prompt.
+    """
+    shares = [0] * len(rows)
+    by_length = sorted(range(len(rows)), key=rows.__getitem__)
+    for index, most in ((0, budget - budget // 2), *((index, budget) for index in by_length)) if rows else ():
+        shares[index] += min(most, budget - sum(shares), rows[index] - shares[index])
+    return shares
 
 
 class Scheduler:

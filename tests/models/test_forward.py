@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from models.forward import forward
 from models.linear import Linear
@@ -62,6 +64,30 @@ def test_requests_may_join_while_others_decode():
     both = greedy([early, late], 5)
     assert head + both[0] == alone[0]
     assert both[1] == alone[1][:5]
+
+
+@settings(max_examples=30)
+@given(
+    name=st.sampled_from(list(routes())), sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_a_prompt_in_parts_is_the_prompt_as_a_whole(name, sizes, dtype):
+    """Beside another request that answers; then it goes on as if nothing had been."""
+    model = from_transformers(random_model(tiny_config("llama"), dtype=dtype))
+    asked = prompt(1, 5, seed=6), pixels(1, seed=6).to(dtype), routes()[name]
+    whole, parts, other = Session(model, *asked), Session(model, *asked), Session(model, prompt(0, 4, seed=1), None)
+    wanted = [forward(model, [whole.input])]
+    for size in sizes:
+        if size < len(parts.input):
+            assert len(forward(model, [other.input, parts.input.first(size)])) == 1, "no logits before the last part"
+            parts.input = parts.input.behind(size)
+            other.push(7)
+    found = [forward(model, [other.input, parts.input])[1:]]
+    for session, logits in ((whole, wanted), (parts, found)):
+        session.push(9)
+        logits.append(forward(model, [session.input]))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(torch.cat(found), torch.cat(wanted), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["few", "both", "blind", "frozen", "merged"])

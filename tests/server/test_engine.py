@@ -44,9 +44,13 @@ CASES = st.fixed_dictionaries(
 
 
 @settings(max_examples=15)
-@given(arrivals=st.lists(st.tuples(st.integers(0, 3), CASES), min_size=2, max_size=6), places=st.integers(1, 5))
-def test_a_mixed_batch_joined_and_left_answers_as_each_alone(tiny, arrivals, places):
-    engine, lone = new_engine(tiny, max_running=places), new_engine(tiny)
+@given(
+    arrivals=st.lists(st.tuples(st.integers(0, 3), CASES), min_size=2, max_size=6), places=st.integers(1, 5),
+    tokens=st.sampled_from([7, 50, 1000]),
+)  # fmt: skip
+def test_a_mixed_batch_joined_and_left_answers_as_each_alone(tiny, arrivals, places, tokens):
+    """With prompts in parts of so many tokens, or whole."""
+    engine, lone = new_engine(tiny, max_running=places, max_prefill=tokens), new_engine(tiny)
     readers = []
     for steps, case in arrivals:
         for _ in range(steps):
@@ -60,6 +64,47 @@ def test_a_mixed_batch_joined_and_left_answers_as_each_alone(tiny, arrivals, pla
         lone.submit(alone)
         drain(lone)
         same(reader, alone.emit)
+
+
+def test_answers_go_on_while_a_long_prompt_runs_in_parts(tiny):
+    engine = new_engine(tiny, max_prefill=20)
+    _, early = submit(engine, max_tokens=40, logprobs=0)
+    while not early.events:
+        engine.step()
+    _, late = submit(engine, 1, 2, logprobs=0)
+    said = []
+    while not late.events:
+        engine.step()
+        said.append(len(early.logprobs))
+    assert said == list(range(said[0], said[0] + len(said))), "a token in every pass"
+    assert len(said) > 300 / 20
+    drain(engine)
+    same(late, answer(new_engine(tiny), 1, 2, logprobs=0))
+
+
+def test_a_short_question_overtakes_a_long_prompt(tiny):
+    engine = new_engine(tiny, max_prefill=20)
+    _, long = submit(engine, 1, 2)
+    engine.step()
+    _, short = submit(engine, level="thin")
+    while not short.events:
+        engine.step()
+    assert not long.events
+    drain(engine)
+    assert long.finished
+
+
+def test_pictures_are_encoded_one_a_pass_while_answers_go_on(engine, monkeypatch):
+    submit(engine, max_tokens=40)
+    engine.step()
+    encoded, encode = [], engine.model.encode
+    monkeypatch.setattr(engine.model, "encode", lambda pixels, layout: encoded.append(1) or encode(pixels, layout))
+    submit(engine, 1, 2, 3)
+    counts = []
+    for _ in range(4):
+        engine.step()
+        counts.append(len(encoded))
+    assert counts == [1, 2, 3, 3]
 
 
 @pytest.mark.parametrize("level", LEVELS)

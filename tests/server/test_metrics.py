@@ -143,12 +143,14 @@ def test_the_backlog_is_smaller_at_a_cheaper_level(engine: Engine) -> None:
 
 def test_work_is_learned_for_prompts_and_for_new_tokens_apart() -> None:
     rate = WorkRate()
-    assert rate.seconds(1000, 10) == 0, "nothing is known yet"
-    rate.observe_step(0.2, prefill_rows=0, new_tokens=2)
-    rate.observe_step(1.1, prefill_rows=1000, new_tokens=1)
+    assert rate.prompt_seconds(1000, 9) == rate.answer_seconds(10) == 0, "nothing is known yet"
+    rate.observe_pass(0.2, prefill_rows=0, new_tokens=2)
+    rate.observe_pass(1.2, prefill_rows=1000, new_tokens=1)
+    rate.visual_token.observe(0.3, 3)
     rate.observe_answer(4)
-    assert rate.seconds(1000, 10) == pytest.approx(1.0 + 4 * 0.1)
-    assert rate.seconds(1000, 1) == pytest.approx(1.1), "no more tokens than the request allows"
+    assert rate.prompt_seconds(1000, 9) == pytest.approx(1.0 + 0.9)
+    assert rate.answer_seconds(10) == pytest.approx(4 * 0.1)
+    assert rate.answer_seconds(1) == pytest.approx(0.1), "no more tokens than the request allows"
 
 
 def test_a_picture_at_hand_is_a_hit_of_two_queries(engine: Engine) -> None:

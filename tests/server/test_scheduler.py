@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.scheduler import NeverFits, QueueFull, ScheduledRequest, Scheduler
+from server.load import LEAST_TOKENS, STRETCH, WorkRate
+from server.scheduler import NeverFits, QueueFull, ScheduledRequest, Scheduler, share
 
 rows = st.integers(0, 60)
 prompts = st.integers(1, 40)
@@ -213,3 +214,26 @@ def test_a_request_never_grows_once_it_runs():
     scheduler.admit()
     with pytest.raises(ValueError, match="request a holds 5 rows and cannot shrink to 6"):
         scheduler.shrink("a", 6)
+
+
+@given(rows=st.lists(st.integers(1, 50), max_size=6), budget=st.integers(1, 100))
+def test_prompts_share_a_pass(rows: list[int], budget: int) -> None:
+    shares = share(rows, budget)
+    assert sum(shares) == min(budget, sum(rows))
+    assert all(0 <= own <= left for own, left in zip(shares, rows, strict=True))
+    assert not rows or shares[0] >= min(rows[0], budget / 2), "the oldest ends"
+
+
+def test_the_shortest_prompt_comes_next() -> None:
+    assert share([100, 30, 5], 20) == [10, 5, 5]
+    assert share([100, 100], 21) == [21, 0], "of equals the older"
+    assert share([5, 100], 20) == [5, 15]
+
+
+def test_prompts_leave_answers_their_pace() -> None:
+    work = WorkRate()
+    assert work.pass_tokens(10, 1000, answering=True) == LEAST_TOKENS
+    work.observe_pass(0.1, prefill_rows=0, new_tokens=4)
+    work.observe_pass(2.0, prefill_rows=10 * 1000, new_tokens=0)
+    assert work.pass_tokens(10, 1000, answering=False) == 1000
+    assert work.pass_tokens(10, 1000, answering=True) == int(STRETCH * 0.1 / 0.002)
