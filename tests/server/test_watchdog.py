@@ -18,7 +18,7 @@ from tests.server.tiny import write
 
 SERVE = """
 import sys, threading
-from server import engine, run
+from server import batch, engine, run
 from server.settings import Settings
 
 fault, asked = sys.argv[2], []
@@ -36,9 +36,9 @@ def forward(*args, **kwargs):
         threading.Event().wait()
     return real(*args, **kwargs)
 
-real, engine.Engine.step = engine.forward, step
+real, engine.Engine.step = batch.forward, step
 if fault == "hangs":
-    engine.forward = forward
+    batch.forward = forward
 run.run(Settings(checkpoint=sys.argv[1], port=0, hang_exit_s=2, shutdown_grace_s=5))
 """
 
