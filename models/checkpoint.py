@@ -249,6 +249,11 @@ def weight_files(directory: Path) -> list[Path]:
     return shards
 
 
+def weight_bytes(directory: Path) -> int:
+    """Of the files that hold a checkpoint's weights."""
+    return sum(shard.stat().st_size for shard in weight_files(directory))
+
+
 def _original(architectures: list[str]) -> str:
     """What to do with LLaVA's own format, which came before transformers'."""
     original = architectures[0].startswith("Llava") and architectures[0].endswith("ForCausalLM")

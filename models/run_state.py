@@ -60,6 +60,10 @@ class RunState:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, record
 
+    def remove_tensors(self, name: str) -> None:
+        """Nothing where there are none."""
+        (self.directory / f"{name}.safetensors").unlink(missing_ok=True)
+
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
         write_tensors(self.directory / f"{name}.safetensors", tensors, record)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Size, Tensor
 
 from models.checkpoint import INDEX, check_files, sha256
 from models.errors import CheckpointError
@@ -82,6 +82,24 @@ def usual_permissions(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def tensor_places(directory: Path) -> dict[str, tuple[Path, str]]:
+    """Where each tensor of a checkpoint lies, by plain name: its file, and its key there."""
+    places: dict[str, tuple[Path, str]] = {}
+    for shard in check_files(directory):
+        with safe_open(shard, "pt") as file:
+            places |= {plain_name(key): (shard, key) for key in file.keys()}
+    return places
+
+
+def tensor_shapes(directory: Path) -> dict[str, Size]:
+    """Of each tensor of a checkpoint, by plain name."""
+    shapes = {}
+    for name, (shard, key) in tensor_places(directory).items():
+        with safe_open(shard, "pt") as file:
+            shapes[name] = Size(file.get_slice(key).get_shape())
+    return shapes
 
 
 def plain_name(key: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -34,13 +34,14 @@ CRITERIA: Mapping[str, Criterion] = {"magnitude": magnitude, "wanda": wanda, "ob
 
 @torch.no_grad()
 def pruned_weights(
-    block: Block, inputs: Sequence[BlockInput], criterion: Criterion, nonzeros: Mapping[str, Sequence[int]], pattern: Pattern
-) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
+    block: Block, inputs: Sequence[BlockInput], criterion: Criterion, nonzeros: Mapping[str, Sequence[int]], pattern: Pattern,
+    keep: Callable[[str, int, Tensor], None],
+) -> dict[str, float]:  # fmt: skip
     """Every matrix of a block pruned to each number of `nonzeros`, from one pass over `inputs`; the block itself is not changed.
 
-    Returns the weights by matrix, and the damping of each Hessian that needed more than usual. Errors name the matrix.
+    `keep` is given each weight as it is made: a matrix's name, which of its numbers, and the weight. Returns the damping of each
+    Hessian that needed more than usual. Errors name the matrix.
     """
-    pruned: dict[str, list[Tensor]] = {}
     damping: dict[str, float] = {}
     for group, statistics in zip(block.groups, input_statistics(block, inputs, criterion.empty, criterion.accumulate), strict=True):
         names = [f"{block.name}.{short}" for short in group]
@@ -51,9 +52,10 @@ def pruned_weights(
                 weight = block.linear(short).weight
                 if not weight.isfinite().all():
                     raise ValueError("the weights are not finite")
-                pruned[name] = [criterion.prune(weight, prepared, count, pattern) for count in nonzeros[name]]
+                for place, count in enumerate(nonzeros[name]):
+                    keep(name, place, criterion.prune(weight, prepared, count, pattern))
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from error
         if isinstance(prepared, obs.Factor) and prepared.retries:
             damping |= dict.fromkeys(names, prepared.damping)
-    return pruned, damping
+    return damping

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.run_state import read_record, write_tensors
+from models.saving import tensor_places, tensor_shapes
 from pruning.static.allocation import Allocation, block_of
-from pruning.static.blocks import sequential
+from pruning.static.blocks import Block, BlockInput, sequential
+from pruning.static.compressed import compress, decompress
 from pruning.static.criteria import Criterion, pruned_weights
 from pruning.static.packing import PackedSample
 
@@ -25,14 +27,19 @@ Policy = tuple[int, ...]
 
 
 class Database:
-    """Levels of matrices and their dense weights, one safetensors file a block, read when needed.
+    """Levels of matrices, compressed, one safetensors file a block, read when needed; dense weights are the `checkpoint`'s.
 
     level_0: nonzeros at level 0; step: nonzeros more for each level; limits: the lowest and highest level of each matrix.
     """
 
-    def __init__(self, directory: Path, level_0: Allocation, step: int, limits: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, directory: Path, checkpoint: Path, level_0: Allocation, step: int, limits: Mapping[str, tuple[int, int]]
+    ) -> None:
         self.directory, self.level_0, self.step, self.limits = directory, level_0, step, dict(limits)
         self.names = list(level_0)
+        places, shapes = tensor_places(checkpoint.resolve()), tensor_shapes(checkpoint)
+        self._dense = {name: places[f"{name}.weight"] for name in self.names}
+        self._shapes = {name: shapes[f"{name}.weight"] for name in self.names}
 
     def nonzeros(self, name: str, level: int) -> int:
         return self.level_0[name] + level * self.step
@@ -41,18 +48,27 @@ class Database:
         return {name: self.nonzeros(name, level) for name, level in zip(self.names, policy, strict=True)}
 
     def weight(self, name: str, level: int | None) -> Tensor:
-        """A matrix at a level, or dense."""
+        """A matrix at a level, or dense, as the checkpoint has it."""
+        if level is None:
+            path, key = self._dense[name]
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(key)
         with safe_open(self._path(name), "pt") as file:
-            return file.get_tensor(_key(name, level))
+            bits, values = (file.get_tensor(f"{name}/{level}/{part}") for part in ("bits", "values"))
+        return decompress(bits, values, self._shapes[name])
 
     def distances(self) -> dict[tuple[str, int], float]:
         """||W - W dense||² / ||W dense||² of every entry (Frobenius)."""
-        found = {}
-        for name in self.names:
-            dense = self.weight(name, None).float()
-            for level in self.levels(name):
-                found[name, level] = float((self.weight(name, level).float() - dense).square().sum() / dense.square().sum())
-        return found
+        records = {block_of(name): read_record(self._path(name))["distances"] for name in self.names}
+        return {
+            (name, level): distance
+            for name in self.names
+            for level, distance in zip(self.levels(name), records[block_of(name)][name], strict=True)
+        }
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: shape.numel() for name, shape in self._shapes.items()}
 
     def levels(self, name: str) -> range:
         low, high = self.limits[name]
@@ -64,9 +80,10 @@ class Database:
 
 def level_grid(sizes: Mapping[str, int], level_0: Allocation, levels: int) -> tuple[int, dict[str, tuple[int, int]]]:
     """The step, half of what the median matrix can give or take over `levels`, and each matrix's limits: `levels` at most, and
-    never below nothing or above everything, which a small matrix reaches in fewer."""
+    never below nothing or above everything, which a small matrix reaches in fewer. One level is a step of two: the half at once
+    would break a matrix."""
     typical = sorted(sizes, key=lambda name: sizes[name])[len(sizes) // 2]
-    step = max(1, min(level_0[typical], sizes[typical] - level_0[typical]) // (2 * levels))
+    step = max(1, min(level_0[typical], sizes[typical] - level_0[typical]) // (2 * max(levels, 2)))
     limits = {
         name: (-min(levels, level_0[name] // step), min(levels, (size - level_0[name]) // step)) for name, size in sizes.items()
     }
@@ -83,18 +100,25 @@ def build(
     for block, inputs in sequential(model, samples):
         path = database.directory / f"{block.name}.safetensors"
         if not path.exists():
-            nonzeros = {name: [database.nonzeros(name, level) for level in database.levels(name)] for name in block.linears()}
-            pruned, raised = pruned_weights(block, inputs, criterion, nonzeros, "unstructured")
-            entries = {
-                _key(name, level): weight
-                for name, weights in pruned.items()
-                for level, weight in zip(database.levels(name), weights, strict=True)
-            }
-            entries |= {_key(name, None): linear.weight for name, linear in block.linears().items()}
-            write_tensors(path, entries, {"damping": raised})
+            _build_block(database, block, inputs, criterion, path)
         damping |= read_record(path)["damping"]
         progress()
     return damping
+
+
+def _build_block(database: Database, block: Block, inputs: Sequence[BlockInput], criterion: Criterion, path: Path) -> None:
+    linears = block.linears()
+    nonzeros = {name: [database.nonzeros(name, level) for level in database.levels(name)] for name in linears}
+    entries: dict[str, Tensor] = {}
+    distances: dict[str, list[float]] = {name: [] for name in linears}
+
+    def keep(name: str, place: int, weight: Tensor) -> None:
+        entries.update({f"{name}/{database.levels(name)[place]}/{part}": held for part, held in compress(weight).items()})
+        dense = linears[name].weight.float()
+        distances[name].append(float((weight.float() - dense).square().sum() / dense.square().sum()))
+
+    damping = pruned_weights(block, inputs, criterion, nonzeros, "unstructured", keep)
+    write_tensors(path, entries, {"damping": damping, "distances": distances})
 
 
 class PolicyLoader:
@@ -111,7 +135,3 @@ class PolicyLoader:
                 with torch.no_grad():
                     self._linears[name].weight.copy_(self._database.weight(name, level))
                 self._levels[name] = level
-
-
-def _key(name: str, level: int | None) -> str:
-    return f"{name}/{'dense' if level is None else level}"

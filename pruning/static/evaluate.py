@@ -99,7 +99,7 @@ class RayWorker:
         if device == "cpu":
             torch.set_num_threads(1)
         model = open_transformers(checkpoint, device).model
-        here = [Reference(r.sample, r.image_features.to(device), r.log_probs.to(device)) for r in references]
+        here = [Reference(r.sample, r.image_features.to(device), r.hidden.to(device)) for r in references]
         self._evaluator = LocalEvaluator(Divergence(model, here), PolicyLoader(linears(model), database))
 
     def evaluate(self, policy: Policy, indices: Sequence[int]) -> float:

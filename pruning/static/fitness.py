@@ -21,7 +21,7 @@ class Reference:
 
     sample: PackedSample
     image_features: Tensor  # [tiles, tokens of a tile, width]: what the projector reads; the search does not change it
-    log_probs: Tensor  # [answer tokens, vocab] float32
+    hidden: Tensor  # [answer tokens, width]: what the head reads; the search does not change the head either
 
 
 class Divergence:
@@ -37,7 +37,7 @@ class Divergence:
         references = []
         for sample in samples:
             features = _image_features(model, sample)
-            references.append(Reference(sample, features, _logits(model, sample, features).log_softmax(-1)))
+            references.append(Reference(sample, features, _hidden(model, sample, features)))
         return cls(model, references)
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
@@ -45,12 +45,19 @@ class Divergence:
         return torch.stack([self._of_sample(self.references[i]) for i in indices])
 
     def _of_sample(self, reference: Reference) -> Tensor:
-        logits = _logits(self.model, reference.sample, reference.image_features)
-        return F.kl_div(logits.log_softmax(-1), reference.log_probs, reduction="none", log_target=True).sum(-1).mean()
+        with torch.no_grad():
+            dense = _log_probs(self.model, reference.hidden)
+        found = _log_probs(self.model, _hidden(self.model, reference.sample, reference.image_features))
+        return F.kl_div(found, dense, reduction="none", log_target=True).sum(-1).mean()
 
 
-def _logits(model: PreTrainedModel, sample: PackedSample, features: Tensor) -> Tensor:
-    """float32 [answer tokens, vocab]. One sample at a time: on CPU, batches of long rows are half as fast."""
+def _log_probs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """float32 [answer tokens, vocab]. Made anew each time: kept, they would be larger than the model."""
+    return model.lm_head(hidden).float().log_softmax(-1)
+
+
+def _hidden(model: PreTrainedModel, sample: PackedSample, features: Tensor) -> Tensor:
+    """What the head reads, [answer tokens, width]. One sample at a time: on CPU, batches of long rows are half as fast."""
     inputs = sample.text(model)
     ids = inputs.pop("input_ids")
     embeds = model.get_input_embeddings()(ids)
@@ -59,7 +66,7 @@ def _logits(model: PreTrainedModel, sample: PackedSample, features: Tensor) -> T
     visual = arrange(model.model.multi_modal_projector(features), sample.picture.layout, newline)
     embeds = embeds.masked_scatter(places, visual.to(embeds.dtype))
     out = model.model.language_model(inputs_embeds=embeds, **inputs, use_cache=False).last_hidden_state
-    return model.lm_head(out[0, sample.before_answers.to(out.device)]).float()
+    return out[0, sample.before_answers.to(out.device)]
 
 
 @torch.no_grad()
@@ -88,7 +95,7 @@ class StructuralRisk:
     """
 
     def __init__(self, database: Database) -> None:
-        sizes = {name: database.weight(name, None).numel() for name in database.names}
+        sizes = database.sizes
         total = sum(sizes.values())
         self._risks = {(name, level): part * sizes[name] / total for (name, level), part in database.distances().items()}
         self._names = database.names

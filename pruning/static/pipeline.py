@@ -20,10 +20,12 @@ from models.manifest import Manifest, Pruning, read_manifest
 from models.run_state import RunState, run_directory
 from models.saving import derive
 from pruning import layer_importance, samples
-from pruning.static import allocation, held_out, scores, search, structured, wanda
+from pruning.static import allocation, held_out, plan, scores, search, structured, wanda
 from pruning.static.allocation import Allocation
 from pruning.static.blocks import Block, BlockInput, blocks, input_statistics, linears, sequential
+from pruning.static.compressed import compress, decompress
 from pruning.static.criteria import CRITERIA, pruned_weights
+from pruning.static.database import Database, PolicyLoader
 from pruning.static.evaluate import connect
 from pruning.static.fitness import Divergence
 from pruning.static.masks import GROUP, Pattern
@@ -44,7 +46,7 @@ def run(
     errors of the statistics name the matrix. A run that ends early goes on when it is started again: its finished parts wait in
     `out`.work.
     """
-    check(recipe, checkpoint, out)
+    check(recipe, checkpoint, out, dtype)
     recipe = recipe.model_copy(update={"data": samples.choose(recipe.data, checkpoint)})
     if ray:
         if recipe.allocation != "search":
@@ -60,9 +62,9 @@ def run(
     return read_manifest(out)
 
 
-def check(recipe: Recipe, directory: Path, out: Path) -> None:
+def check(recipe: Recipe, directory: Path, out: Path, dtype: str) -> None:
     """All that can be known before the work. Raises RecipeError and CheckpointError."""
-    shards = check_files(directory)
+    check_files(directory)
     if read_manifest(directory).pruning:
         raise RecipeError(f"{directory} is pruned already; prune the dense checkpoint that it was made from")
     if out.exists():
@@ -72,10 +74,8 @@ def check(recipe: Recipe, directory: Path, out: Path) -> None:
     known = samples.FAMILIES.get(samples.choose(recipe.data, directory), ())
     if unknown := set(recipe.families) - set(known):
         raise RecipeError(f"families: {', '.join(sorted(unknown))} is not one of {', '.join(known) or 'any: the data has none'}")
-    # The result and the finished blocks; the search keeps every level of every matrix, and the dense one.
-    copies = 2 + (2 * search.LEVELS + 2 if recipe.allocation == "search" else 0)
     there = sum(path.stat().st_size for path in run_directory(out).rglob("*") if path.is_file())
-    needed = copies * sum(shard.stat().st_size for shard in shards) - there
+    needed = plan.disk(recipe, directory, dtype).most - there
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise RecipeError(f"{out.parent} has {free / 1e9:.1f} GB free and up to {needed / 1e9:.1f} GB are needed; make room")
@@ -93,6 +93,9 @@ def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, 
         console.print(f"going on with the run in {run_state.directory}", highlight=False)
     if run_state.draft.exists():  # stopped while it was completed
         return run_state
+    if not run_state.resumed:
+        size, needed = plan.disk(recipe, directory, dtype), plan.memory(recipe, source.model, packed, directory)
+        console.print(plan.told(size, needed, plan.seconds(recipe, source.model, packed, size)), highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         changed, report = PruningRun(recipe, source.model, packed, run_state, progress, source.directory, ray).run()
@@ -171,28 +174,47 @@ class PruningRun:
         return found
 
     def _search(self) -> None:
+        """Search, prune in sequence at the ratios found, and keep those weights or the search's own, whichever are closer to dense.
+        The others are removed from the disk before the result is written."""
+        database = search.open_database(self.recipe, self.model, self.checkpoint, self.run_state)
+        decision = self.run_state.read("decision") or self._decide(database)
+        self.report = decision["report"]
+        if tuned := self.run_state.read_tensors("projector"):
+            self.model.model.multi_modal_projector.load_state_dict(tuned[0])
+        if decision["policy"]:
+            PolicyLoader(linears(self.model), database).load(tuple(decision["policy"]))
+        else:
+            shutil.rmtree(database.directory, ignore_errors=True)
+        for block in blocks(self.model):
+            if decision["policy"]:
+                self.run_state.remove_tensors(_stored_name(block))
+            elif stored := self.run_state.read_tensors(_stored_name(block)):
+                _write(block, _decompressed(block, stored[0]))
+
+    def _decide(self, database: Database) -> dict[str, Any]:
+        """The search's report, and its policy if that is closer to dense than what is pruned in sequence."""
         divergence = Divergence.from_dense(self.model, self.samples)
-        found = search.search(self.recipe, divergence, self.run_state, self.progress, self.checkpoint, self.ray)
+        found = search.search(self.recipe, divergence, database, self.run_state, self.progress, self.checkpoint, self.ray)
         self.report |= {"search": found.history, "projector": found.projector}
         self._prune(found.allocation)
-        self.report["notes"]["divergence"], database_kept = search.keep_closer(found, divergence)
-        if database_kept:
+        both = self.report["notes"]["divergence"] = search.compare(divergence, database, found.policy)
+        if keep_policy := not both["sequential"] <= both["database"]:
             self.report["damping"] = found.damping
+        decision = {"report": self.report, "policy": found.policy if keep_policy else None}
+        self.run_state.write("decision", decision)
+        return decision
 
     def _prune(self, nonzeros: Allocation) -> None:
         """Prune block by block, each on what the pruned ones before it put out."""
         task = self.progress.add_task("blocks", total=len(blocks(self.model)))
         for block, inputs in sequential(self.model, self.samples):
-            name = f"block-{block.name}"
-            stored = self.run_state.read_tensors(name)
+            stored = self.run_state.read_tensors(_stored_name(block))
             if stored is None:
                 damping = self._prune_block(block, inputs, nonzeros)
-                weights = {n: linear.weight for n, linear in block.linears().items()}
-                self.run_state.write_tensors(name, weights, {"damping": damping})
+                self.run_state.write_tensors(_stored_name(block), _compressed(block), {"damping": damping})
             else:
-                weights, record = stored
-                damping = record["damping"]
-                _write(block, weights)
+                damping = stored[1]["damping"]
+                _write(block, _decompressed(block, stored[0]))
             self.report["damping"] |= damping
             self.progress.advance(task)
 
@@ -200,8 +222,13 @@ class PruningRun:
         """Returns the dampings that were raised."""
         counts = {name: [nonzeros[name]] for name in block.linears()}
         pattern: Pattern = "2:4" if self.recipe.pattern == "2:4" else "unstructured"
-        pruned, damping = pruned_weights(block, inputs, CRITERIA[self.recipe.criterion], counts, pattern)
-        _write(block, {name: weights[0] for name, weights in pruned.items()})
+        pruned: dict[str, Tensor] = {}
+
+        def keep(name: str, place: int, weight: Tensor) -> None:
+            pruned[name] = weight
+
+        damping = pruned_weights(block, inputs, CRITERIA[self.recipe.criterion], counts, pattern, keep)
+        _write(block, pruned)
         return damping
 
     def _prune_structured(self) -> None:
@@ -210,14 +237,13 @@ class PruningRun:
         target = 0.0
         for block, inputs in sequential(self.model, self.samples):
             target += structured.weight_count(block) * (1 - self.recipe.sparsity)
-            name = f"block-{block.name}"
-            stored = self.run_state.read_tensors(name)
+            stored = self.run_state.read_tensors(_stored_name(block))
             if stored is None:
                 removals = structured.removals(block, inputs, self.recipe.criterion)
                 shape = removals.cheapest(round(target))
                 removals.apply(shape)
                 record = {"shape": asdict(shape), "damping": removals.damping}
-                self.run_state.write_tensors(name, structured.tensors(block), record)
+                self.run_state.write_tensors(_stored_name(block), structured.tensors(block), record)
             else:
                 tensors, record = stored
                 structured.restore(block, LayerShape(**record["shape"]), tensors)
@@ -225,6 +251,23 @@ class PruningRun:
             self.report["damping"] |= record["damping"]
             self.report["notes"].setdefault("layer_shapes", {})[block.name] = record["shape"]
             self.progress.advance(task)
+
+
+def _stored_name(block: Block) -> str:
+    return f"block-{block.name}"
+
+
+def _compressed(block: Block) -> dict[str, Tensor]:
+    """A pruned block's weights as they are stored."""
+    parts = {name: compress(linear.weight) for name, linear in block.linears().items()}
+    return {f"{name}/{part}": tensor for name, held in parts.items() for part, tensor in held.items()}
+
+
+def _decompressed(block: Block, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: decompress(stored[f"{name}/bits"], stored[f"{name}/values"], linear.weight.shape)
+        for name, linear in block.linears().items()
+    }
 
 
 @torch.no_grad()

@@ -65,8 +65,7 @@ def tune(
         parameter.requires_grad_(True)
     for _ in range(config.steps):
         loader.load(rng.choice(policies))
-        loss = divergence(rng.sample(trained, min(config.batch_size, len(trained)))).mean()
-        gradients: Sequence[Tensor] = torch.autograd.grad(loss, [parameter for parameter, _ in pairs])
+        gradients = _gradients(divergence, rng.sample(trained, min(config.batch_size, len(trained))))
         with torch.no_grad():
             for (_, copy), gradient in zip(pairs, gradients, strict=True):
                 copy.grad = gradient.float()
@@ -79,3 +78,14 @@ def tune(
     if not tuning.accepted:
         projector.load_state_dict(untuned)
     return tuning
+
+
+def _gradients(divergence: Divergence, indices: Sequence[int]) -> Sequence[Tensor]:
+    """Of the mean divergence over these samples by the projector's parameters: one sample's activations are in memory at a time."""
+    parameters = [*divergence.model.model.multi_modal_projector.parameters()]
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for index in reversed(indices):
+        loss = divergence([index]).sum() / len(indices)
+        for summed, gradient in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+            summed += gradient
+    return total

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
+from transformers import PreTrainedModel
 
+from models.checkpoint import weight_bytes
 from models.run_state import RunState
 from pruning.static.allocation import Allocation, uniform
 from pruning.static.blocks import blocks, linears
+from pruning.static.compressed import compressed_bytes
 from pruning.static.criteria import CRITERIA
 from pruning.static.database import Database, Policy, PolicyLoader, build, level_grid
 from pruning.static.evaluate import Evaluator, LocalEvaluator, RayEvaluator
@@ -22,10 +25,29 @@ from pruning.static.projector import TuningConfig, tune
 from pruning.static.recipe import Recipe
 
 LEVELS = 4
-"""On either side of the target."""
+"""On either side of the target, at most."""
+COPIES, SMALL = 3, 4e9
+"""A run keeps to so many copies of the checkpoint on disk, with fewer levels if need be; all levels are made where they take no
+more than SMALL bytes."""
 ROUNDS = 2
 """Turns of evolution and projector tuning, evenly spread over the generations."""
 EVOLUTION, TUNING = EvolutionConfig(), TuningConfig()
+
+
+def levels(weights: int, density: float, itemsize: int, checkpoint: int) -> int:
+    """On either side of the target, for so many weights of `itemsize` bytes in a checkpoint of so many bytes."""
+    entry = compressed_bytes(weights, density, itemsize)
+    beside = max(entry, checkpoint)  # the finished blocks, or the result if the database's weights are kept
+    room = max(SMALL, COPIES * checkpoint - beside)
+    return max(1, min(LEVELS, int(room / entry - 1) // 2))
+
+
+def open_database(recipe: Recipe, model: PreTrainedModel, checkpoint: Path, run_state: RunState) -> Database:
+    """The run's database, whether it is built or not."""
+    sizes = {name: linear.weight.numel() for name, linear in linears(model).items()}
+    level_0 = uniform(sizes, recipe.sparsity)
+    most = levels(sum(sizes.values()), 1 - recipe.sparsity, model.dtype.itemsize, weight_bytes(checkpoint))
+    return Database(run_state.directory / "database", checkpoint, level_0, *level_grid(sizes, level_0, most))
 
 
 @dataclass(frozen=True)
@@ -37,26 +59,22 @@ class SearchResult:
     allocation: Allocation
     history: list[dict[str, float]]
     projector: list[dict[str, Any]]
-    database: Database
     damping: dict[str, float]
 
 
 def search(
-    recipe: Recipe, divergence: Divergence, run_state: RunState, progress: Progress, checkpoint: Path, ray: str | None
-) -> SearchResult:
+    recipe: Recipe, divergence: Divergence, database: Database, run_state: RunState, progress: Progress, checkpoint: Path,
+    ray: str | None,
+) -> SearchResult:  # fmt: skip
     """Find how many weights each matrix keeps. The model is dense again at the end, but for its projector.
 
     `checkpoint` is where a cluster's workers find the model.
     """
     model, samples = divergence.model, [reference.sample for reference in divergence.references]
-    matrices = linears(model)
-    sizes = {name: linear.weight.numel() for name, linear in matrices.items()}
-    level_0 = uniform(sizes, recipe.sparsity)
-    database = Database(run_state.directory / "database", level_0, *level_grid(sizes, level_0, LEVELS))
     task = progress.add_task("database", total=len(blocks(model)))
     damping = build(database, model, samples, CRITERIA[recipe.criterion], lambda: progress.advance(task))
 
-    loader = PolicyLoader(matrices, database)
+    loader = PolicyLoader(linears(model), database)
     local = LocalEvaluator(divergence, loader)
     evaluate: Evaluator = RayEvaluator(ray, checkpoint.resolve(), divergence.references, database) if ray else local
     limits = [database.limits[name] for name in database.names]
@@ -78,7 +96,7 @@ def search(
             state.best = []  # their fitness was measured with the projector before
     evaluate.close()
     loader.load(None)
-    return SearchResult(state.parent, database.allocation(state.parent), state.history, tunings, database, damping)
+    return SearchResult(state.parent, database.allocation(state.parent), state.history, tunings, damping)
 
 
 def _restore(run_state: RunState, evaluators: Sequence[Evaluator]) -> tuple[EvolutionState, list[dict[str, Any]]] | None:
@@ -96,17 +114,10 @@ def _restore(run_state: RunState, evaluators: Sequence[Evaluator]) -> tuple[Evol
 
 
 @torch.no_grad()
-def keep_closer(found: SearchResult, divergence: Divergence) -> tuple[dict[str, float], bool]:
-    """Choose between the weights that the model has now, pruned in sequence to `found.allocation`, and the policy's from the
-    database: the model keeps those that are closer to dense on the samples. Returns the divergence of both, and whether the latter
-    are kept."""
-    matrices = linears(divergence.model)
-    weights = {name: linear.weight.clone() for name, linear in matrices.items()}
+def compare(divergence: Divergence, database: Database, policy: Policy) -> dict[str, float]:
+    """The mean divergence over all samples of the weights that the model has, pruned in sequence, and of the policy's from the
+    database, which it has afterwards."""
     everything = range(len(divergence.references))
     sequential = float(divergence(everything).mean())
-    PolicyLoader(matrices, found.database).load(found.policy)
-    database = float(divergence(everything).mean())
-    if sequential <= database:
-        for name, linear in matrices.items():
-            linear.weight.copy_(weights[name])
-    return {"sequential": sequential, "database": database}, not sequential <= database
+    PolicyLoader(linears(divergence.model), database).load(policy)
+    return {"sequential": sequential, "database": float(divergence(everything).mean())}

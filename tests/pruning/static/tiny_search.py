@@ -33,7 +33,7 @@ def prepare(directory: Path, count: int) -> Setting:
     matrices = linears(source.model)
     sizes = {name: linear.weight.numel() for name, linear in matrices.items()}
     level_0 = uniform(sizes, 0.5)
-    database = Database(directory / "database", level_0, *level_grid(sizes, level_0, 2))
+    database = Database(directory / "database", checkpoint, level_0, *level_grid(sizes, level_0, 2))
     divergence = Divergence.from_dense(source.model, samples)
     build(database, source.model, samples, CRITERIA["magnitude"], lambda: None)
     return Setting(checkpoint, database, divergence, LocalEvaluator(divergence, PolicyLoader(matrices, database)))

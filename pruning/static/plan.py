@@ -1,0 +1,182 @@
+"""What a run of `espalier prune` will need: disk and memory by the sizes of its parts, time by parts that are measured first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from models.checkpoint import DTYPES, weight_bytes, weight_files
+from models.saving import tensor_places, tensor_shapes
+from pruning.static import search
+from pruning.static.blocks import GROUPS, blocks, first_inputs, linears
+from pruning.static.compressed import compressed_bytes
+from pruning.static.criteria import CRITERIA, pruned_weights
+from pruning.static.evolution import SPREAD_POLICIES
+from pruning.static.masks import Pattern
+from pruning.static.packing import PackedSample
+from pruning.static.recipe import Recipe
+from pruning.static.scores import answer_loss
+
+MATRICES = {f"{name}.weight" for group in GROUPS for name in group}
+TRIAL = 4
+"""Samples on which a block is pruned to see how long that takes."""
+BACKWARD = 3
+"""A pass with its gradients, in passes without."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run writes: `blocks`, those that are finished; the search's `database`; the `result`. What was not kept of
+    blocks and database goes before the result is written."""
+
+    blocks: int
+    database: int
+    result: int
+
+    @property
+    def most(self) -> int:
+        """At one time."""
+        return max(self.blocks + self.database, max(self.blocks, self.database) + self.result)
+
+
+def disk(recipe: Recipe, checkpoint: Path, dtype: str) -> Disk:
+    """For a run in `dtype`. Reads the heads of the checkpoint's files alone."""
+    shapes = {name: shape for name, shape in tensor_shapes(checkpoint).items() if _is_pruned(name)}
+    weights, itemsize = sum(shape.numel() for shape in shapes.values()), _itemsize(checkpoint, dtype)
+    density, size = 1 - recipe.sparsity, weight_bytes(checkpoint)
+    entry = compressed_bytes(weights, density, itemsize)
+    if recipe.allocation != "search":
+        return Disk(round(weights * density * itemsize) if recipe.pattern == "structured" else entry, 0, size)
+    return Disk(entry, (2 * search.levels(weights, density, itemsize, size) + 1) * entry, size)
+
+
+def _is_pruned(name: str) -> bool:
+    return name.startswith("language.") and name.split(".", 2)[2] in MATRICES
+
+
+def _itemsize(checkpoint: Path, dtype: str) -> int:
+    """Bytes of a weight: of the dtype asked for, or that of the files."""
+    if dtype in DTYPES:
+        return DTYPES[dtype].itemsize
+    shard, key = next(place for name, place in tensor_places(checkpoint).items() if _is_pruned(name))
+    with safe_open(shard, "pt") as file:
+        return 4 if file.get_slice(key).get_dtype() == "F32" else 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the process that prunes: `weights` of the model; `samples`, as the blocks read them, and the dense model's answers;
+    and the largest `step` of the work."""
+
+    weights: int
+    samples: int
+    step: int
+
+    @property
+    def most(self) -> int:
+        return self.weights + self.samples + self.step
+
+
+def memory(recipe: Recipe, model: PreTrainedModel, samples: Sequence[PackedSample], checkpoint: Path) -> Memory:
+    """On a CPU, where the process holds all; on a GPU what writing needs is in the other memory."""
+    text, itemsize = model.config.text_config, model.dtype.itemsize
+    rows, answers = max(len(sample.ids) for sample in samples), max(len(sample.before_answers) for sample in samples)
+    width, ffn = text.hidden_size, text.intermediate_size
+    inputs = [block.linear(group[0]).in_features for block in blocks(model)[:1] for group in block.groups]
+    largest = max(linear.weight.numel() for linear in linears(model).values())
+    statistics = sum(4 * size**2 for size in inputs) if recipe.criterion == "obs" or recipe.pattern == "structured" else 0
+    inverse = max(inputs) ** 2 * (32 if recipe.pattern == "structured" else 16 if statistics else 0)
+    run = rows * (3 * ffn + 8 * width) * itemsize
+    answer = 16 * answers * text.vocab_size
+    steps = [
+        run + statistics, statistics + max(inverse, inverse // 4 + 12 * largest), run + answer,
+        2 * max(shard.stat().st_size for shard in weight_files(checkpoint)),  # when the result is written
+    ]  # fmt: skip
+    if recipe.allocation == "search":
+        size = disk(recipe, checkpoint, str(model.dtype).removeprefix("torch."))
+        steps[1] += size.database // len(blocks(model))
+        # What a pass keeps for its gradients: two norms in float32, the attention's and the FFN's inputs.
+        steps.append(answer + rows * text.num_hidden_layers * (8 * width + (4 * width + 3 * ffn) * itemsize))
+    held = [s.picture.pixels.nbytes + len(s.ids) * (width + len(s.ids)) * itemsize + len(s.answers) * 24 for s in samples]
+    if recipe.allocation == "search":
+        vision = model.config.vision_config.hidden_size
+        held += [len(s.before_answers) * width * itemsize + s.picture.layout.visual_tokens * vision * itemsize for s in samples]
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
+    return Memory(sum(weights.values()), sum(held), max(steps))
+
+
+@torch.no_grad()
+def seconds(recipe: Recipe, model: PreTrainedModel, samples: Sequence[PackedSample], size: Disk) -> dict[str, float]:
+    """By part of the work, from a pass over a sample of middle length and from pruning the first block, which are timed."""
+    middle = sorted(samples, key=lambda sample: len(sample.ids))[len(samples) // 2]
+    answer_loss(model, middle)  # whatever happens once
+    one = _timed(lambda: answer_loss(model, middle), model)
+    count, layers = len(samples), len(blocks(model))
+    block = _block_seconds(recipe, model, samples)
+    found = {"blocks": 2 * count * one + layers * block}
+    if recipe.allocation == "ecoflap":
+        found["scores"] = count * one * (len(linears(model)) if recipe.score == "zo" else BACKWARD)
+    elif recipe.allocation == "owl":
+        found["scores"] = 2 * count * one
+    elif recipe.allocation == "search":
+        found["levels"] = 3 * count * one + layers * block * size.database / size.blocks
+        found["search"] = _passes(recipe, count) * one
+    return found
+
+
+def _block_seconds(recipe: Recipe, model: PreTrainedModel, samples: Sequence[PackedSample]) -> float:
+    """Of one level of the first block, from few samples. An error is left to the run, which has more of them."""
+    block, pattern = blocks(model)[0], "2:4" if recipe.pattern == "2:4" else "unstructured"
+    inputs = first_inputs(model, samples[:TRIAL])
+    counts = {name: [linear.weight.numel() // 2] for name, linear in block.linears().items()}
+    keep: Callable[[str, int, Tensor], None] = lambda name, place, weight: None  # noqa: E731
+
+    def prune() -> None:
+        with suppress(ValueError):
+            pruned_weights(block, inputs, CRITERIA[recipe.criterion], counts, cast(Pattern, pattern), keep)
+
+    return _timed(prune, model)
+
+
+def _passes(recipe: Recipe, count: int) -> float:
+    """Over one sample, in a whole search: the spread of the fitness, the generations, the projector, the last comparison."""
+    evolution, tuning = search.EVOLUTION, search.TUNING
+    first = SPREAD_POLICIES * evolution.stages[-1][0] if recipe.eta else 0
+    entering = [evolution.offspring, *(survivors for _, survivors in evolution.stages)]
+    seen = [*(samples for samples, _ in evolution.stages), count]
+    generation = sum(policies * min(samples, count) for policies, samples in zip(entering, seen, strict=True))
+    held_out = 2 * evolution.top * round(count * tuning.held_out)
+    turn = held_out + BACKWARD * tuning.steps * tuning.batch_size if recipe.projector else 0
+    return first + evolution.generations * generation + search.ROUNDS * turn + 2 * count
+
+
+def _timed(work: Callable[[], object], model: PreTrainedModel) -> float:
+    started = time.perf_counter()
+    work()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - started
+
+
+def told(size: Disk, needed: Memory, parts: Mapping[str, float]) -> str:
+    """The plan in one line."""
+    shares = ", ".join(f"{name} {_duration(value)}" for name, value in parts.items())
+    return (
+        f"plan: up to {size.most / 1e9:.1f} GB of disk, {needed.most / 1e9:.1f} GB of memory, "
+        f"about {_duration(sum(parts.values()))} ({shares})"
+    )
+
+
+def _duration(value: float) -> str:
+    if value < 90:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
