@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from models.errors import CheckpointError
 from models.families import ARCHITECTURES, family_of
-from models.layer_shapes import sliced
+from models.headers import TensorHeader, first_misfit, read_headers
+from models.layer_shapes import head_dim, layer_shapes, sliced
 from models.llava import QUANTIZED_MODULES, Llava, check_supported, from_transformers
 from models.manifest import MANIFEST, Manifest, read_manifest
 from models.preprocess import Preprocessor
@@ -92,6 +94,25 @@ def open_transformers(directory: Path, device: str = "cpu", dtype: str = "auto")
     return source
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What a checkpoint takes in memory: its weights before they are packed or quantized, and one token in the KV cache."""
+
+    weight_bytes: int
+    kv_token_bytes: int
+
+
+def footprint(directory: Path, dtype: str = "auto") -> Footprint:
+    """By the headers of its files, which are checked; no weight is read. Raises CheckpointError and UnsupportedCheckpoint."""
+    shards = check_files(directory)
+    config = _config(directory)
+    check_supported(config)
+    text, itemsize = config.text_config, (DTYPES.get(dtype) or config.dtype or torch.float32).itemsize
+    heads = sum(shape.kv_heads for shape in layer_shapes(text))
+    weights = sum(header.nbytes(itemsize) for header in read_headers(shards).values())
+    return Footprint(weights, 2 * heads * head_dim(text) * itemsize)
+
+
 def _open(
     directory: Path, dtype: str, quantization: str | None
 ) -> tuple[TransformersCheckpoint, str | None, Collection[str]]:
@@ -106,6 +127,7 @@ def _open(
     saved = quantization_of(config)
     if saved and quantization not in (None, saved):
         raise CheckpointError(f"{directory} holds {saved} weights, which do not become {quantization}: what was rounded is lost")
+    _check_shapes(directory, config, read_headers(shards))
     if quantization := quantization or saved:
         bitsandbytes()
     manifest = read_manifest(directory)
@@ -218,7 +240,8 @@ def check_files(directory: Path) -> list[Path]:
     if not config.exists():
         raise CheckpointError(f"{config} is missing; a checkpoint needs config.json, *.safetensors and a processor")
     try:
-        architectures = json.loads(config.read_text()).get("architectures") or ["none"]
+        document = json.loads(config.read_text())
+        architectures = document.get("architectures") or ["none"]
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{config} is not a JSON object: {error}") from error
     if len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
@@ -230,7 +253,39 @@ def check_files(directory: Path) -> list[Path]:
         raise CheckpointError(
             f"{directory}: preprocessor_config.json is missing; copy the processor's files beside the weights"
         )
-    return weight_files(directory)
+    shards = weight_files(directory)
+    _check_layers(config, document, len(read_headers(shards)))
+    return shards
+
+
+def _check_layers(config: Path, document: dict[str, Any], tensors: int) -> None:
+    """Before anything is made for each layer: a layer has more than one tensor."""
+    for section in ("text_config", "vision_config"):
+        layers = (document.get(section) or {}).get("num_hidden_layers")
+        if isinstance(layers, int) and not 0 < layers <= tensors:
+            raise CheckpointError(
+                f"{config}: {section} has {layers} layers and the weight files {tensors} tensors; copy the config.json that "
+                "belongs to the weights"
+            )
+
+
+def _check_shapes(directory: Path, config: PreTrainedConfig, found: dict[str, TensorHeader]) -> None:
+    """What config.json makes is compared with what the files say of their tensors, before any memory is asked for."""
+    try:
+        with torch.device("meta"):
+            expected = sliced(family_of(config).model)(config).state_dict()
+    except Exception as error:  # whatever torch and transformers make of sizes that cannot be
+        raise CheckpointError(f"{directory / 'config.json'} describes no model: {_reason(error)}") from error
+    misfit = first_misfit(
+        {_bare(name): tensor for name, tensor in expected.items()}, {_bare(name): header for name, header in found.items()}
+    )
+    if misfit:
+        raise CheckpointError(f"{directory}: the weight files and config.json differ, first another shape: {misfit}")
+
+
+def _bare(name: str) -> str:
+    """A tensor's name, without the modules around it that differ between versions of transformers."""
+    return re.sub(r"(^|(?<=\.))(model|language_model|vision_model)\.", "", name)
 
 
 def weight_files(directory: Path) -> list[Path]:

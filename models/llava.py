@@ -226,7 +226,7 @@ def from_transformers(
                 down=hold["language"](fuse(layer.mlp.down_proj)),
             )
         )
-        _return_freed_memory()
+        return_freed_memory()
     model.to(device)
     embedding, head = _embedding_and_head(model, quantize=quantization is not None and "embedding" in quantized_modules)
     return Llava(
@@ -255,7 +255,7 @@ def _tied(embedding: Tensor, head: Tensor) -> bool:
     return embedding.data_ptr() == head.data_ptr()
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Return the memory of the unfused matrices: glibc keeps freed blocks of up to 32 MB, in sum nearly a second copy."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,7 +19,9 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layer_change: list[float] = Field(description="1 - cosine between a layer's input and output, mean over rows.")
+    layer_change: list[Annotated[float, Field(ge=-0.001, le=2.001)]] = Field(
+        description="1 - cosine between a layer's input and output, mean over rows; rounded."
+    )
     data: str
     samples: int
     seed: int

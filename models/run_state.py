@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from models.saving import save_tensors
 
 
 class RunStateError(ValueError):
@@ -81,5 +82,5 @@ def read_record(path: Path) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(whole, part, {"record": json.dumps(record)})
+    save_tensors(whole, part, {"record": json.dumps(record)})
     part.replace(path)

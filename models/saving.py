@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Size, Tensor
 
@@ -71,9 +71,13 @@ def derive(
         shutil.rmtree(part, ignore_errors=True)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with the usual permissions."""
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file with the usual permissions. Raises OSError, and leaves nothing, where there is no room for it."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from error
     usual_permissions(path)
 
 

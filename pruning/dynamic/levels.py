@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 AUTO = "auto"
 """The level that keeps a target share of all answers, at the least cost."""
@@ -25,11 +28,11 @@ class OperatingPoint:
     answers that stayed.
     """
 
-    visual_ratio: float = 1.0
-    skipped_layers: int = 0
-    frozen_layers: int = 0
-    cost: float = 1.0
-    agreement: float = 1.0
+    visual_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    skipped_layers: Annotated[int, Field(ge=0)] = 0
+    frozen_layers: Annotated[int, Field(ge=0)] = 0
+    cost: Annotated[float, Field(gt=0, le=2)] = 1.0
+    agreement: Share = 1.0
 
     def kept(self, visual_tokens: int) -> int:
         """Visual tokens kept of one image's; at least one, so that no picture vanishes."""

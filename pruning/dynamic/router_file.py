@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from models.checkpoint import Checkpoint
 from models.errors import CheckpointError
+from models.headers import first_misfit, read_headers
 from models.manifest import MANIFEST, Manifest, first_fault
 from models.saving import save_tensors
-from pruning.dynamic.levels import OperatingPoint
+from pruning.dynamic.levels import OperatingPoint, Share
 from pruning.dynamic.router import Router, RouterConfig
 
 FILE = "router.safetensors"
@@ -25,10 +27,10 @@ class Measured(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     questions: int
-    cost_weight: float
-    flops_ratio: float
-    visual_ratio: float
-    agreement: float
+    cost_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    flops_ratio: Annotated[float, Field(gt=0, le=2)]
+    visual_ratio: Share
+    agreement: Share
 
 
 class LevelRecord(BaseModel):
@@ -83,14 +85,28 @@ def load_router(checkpoint: Checkpoint) -> Router | None:
             "another model; run `espalier route`"
         )
     try:
-        router = Router(record.config)
-        router.load_state_dict(load_file(path))
+        router = _load(record.config, path)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not load ({str(error).splitlines()[0]}); run `espalier route`") from error
     config = record.config
+    if any(one.skipped_layers + one.frozen_layers > model.num_layers for one in record.operating_points):
+        raise CheckpointError(f"{MANIFEST}: router.operating_points leave out more layers than there are; run `espalier route`")
     if (config.model_width, config.model_layers) != (model.config.text_config.hidden_size, model.num_layers):
         raise CheckpointError(
             f"{path} is for {config.model_layers} layers of width {config.model_width}, and the model's are others; "
             "run `espalier route`"
         )
     return router.serving(model.dtype).to(model.device)
+
+
+def _load(config: RouterConfig, path: Path) -> Router:
+    """Raises RuntimeError, before it asks for memory, for a file that holds another router."""
+    headers = read_headers([path])
+    if config.depth > len(headers):
+        raise RuntimeError(f"{config.depth} layers and {len(headers)} tensors")
+    with torch.device("meta"):
+        router = Router(config)
+    if misfit := first_misfit(router.state_dict(), headers):
+        raise RuntimeError(misfit)
+    router.load_state_dict(load_file(path), assign=True)
+    return router

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,28 @@ def test_a_tensor_of_another_shape_is_named(broken):
 
     edit_tensors(broken, narrow)
     fails(broken, "another shape", "layers.1.mlp.down_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("text_config", "num_hidden_layers", 100_000, "100000 layers"),
+        ("vision_config", "num_hidden_layers", 10**12, "1000000000000 layers"),
+        ("text_config", "num_hidden_layers", 0, "0 layers"),
+        ("text_config", "vocab_size", 2**40, "embed_tokens.weight"),
+        ("text_config", "hidden_size", 2**20, "1048576"),
+        ("text_config", "hidden_size", 2**62, "config.json"),
+        ("text_config", "intermediate_size", 2**40, "mlp.gate_proj.weight"),
+        ("vision_config", "image_size", 10**6, "position_embedding"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_files_are_refused_at_once(broken, section, key, value, words):
+    edit(broken / "config.json", put(section, key, value=value))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    fails(broken, str(broken), words)
+    assert time.monotonic() - started < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,11 @@ from pruning.dynamic.training.train import run
 from pruning.samples import Sample
 from pruning.static.fitness import Divergence
 from pruning.static.packing import pack
-from server.app import create_app
 from server.request import PreparedImage, Request, Sampling
-from server.settings import Settings
 from tests.models.hub import hub_config, write_hub
 from tests.models.saved import edit, fails, put
 from tests.models.tiny_llava import IMAGE
+from tests.server.client import app_of
 from tests.server.fake_engine import data_url
 from tests.server.tiny import Reader, drain, new_engine
 
@@ -361,7 +360,7 @@ async def test_tiled_pictures_over_http(tmp_path):
     messages: list[dict[str, Any]] = [{"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]}]
     layout = engine.preprocessor.layout(70, 150)
     engine.start()
-    transport = httpx.ASGITransport(create_app(engine, Settings()))
+    transport = httpx.ASGITransport(app_of(engine))
     async with httpx.AsyncClient(transport=transport, base_url="http://espalier") as client:
         for level in ("off", "strong"):
             asked = {"messages": messages, "max_tokens": 3, "pruning": {"level": level, "detail": True}}

@@ -36,6 +36,8 @@ def test_a_checkpoint_without_a_manifest_loads(broken):
         (put("base_model", value=7), "base_model"),
         (put("calibration", "samples", value="many"), "calibration.samples"),
         (put("calibration", "layer_change", value=[0.1, "x", 1.0]), "calibration.layer_change.1"),
+        (put("calibration", "layer_change", value=[0.1, float("nan"), 1.0]), "calibration.layer_change.1"),
+        (put("calibration", "layer_change", value=[0.1, 1e308, 1.0]), "calibration.layer_change.1"),
         (put("calibration", "mood", value="good"), "calibration.mood"),
         (put("calibration", "layer_change", value=[0.1]), "calibration.layer_change"),
         (put("cards", value={"strong": 3}), "cards.strong"),

@@ -136,6 +136,26 @@ def test_a_section_that_lacks_a_key_is_refused_by_its_name(routed, tmp_path, key
         Planner(load(directory))
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("config", "width", 2**62, r"does not load .*; run `espalier route`"),
+        ("config", "depth", 10**12, r"does not load \(1000000000000 layers"),
+        ("config", "model_width", 2**40, r"does not load \(.* and not .*; run `espalier route`"),
+        ("operating_points", 0, {"visual_ratio": 1e308}, r"router\.operating_points\.0\.visual_ratio"),
+        ("operating_points", 0, {"cost": float("nan")}, r"router\.operating_points\.0\.cost"),
+        ("operating_points", 0, {"skipped_layers": 10**9}, "more layers than there are"),
+    ],
+)
+def test_a_router_whose_sizes_make_no_sense_is_refused_at_once(routed, tmp_path, section, key, value, words):
+    directory = copy(routed, tmp_path)
+    manifest = json.loads((directory / "espalier.json").read_text())
+    manifest["router"][section][key] = value
+    (directory / "espalier.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=words):
+        Planner(load(directory))
+
+
 def test_a_truncated_router_is_refused(routed, tmp_path):
     directory = copy(routed, tmp_path)
     whole = (directory / FILE).read_bytes()

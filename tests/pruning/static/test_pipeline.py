@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -350,6 +351,17 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(dense, tmp_path, monke
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
     prune(dense, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_limit_on_file_sizes_is_an_error_of_the_disk(dense, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))
+    try:
+        with pytest.raises(OSError, match=r"block-language\.0\.part cannot be written: .*File too large"):
+            prune(dense, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name for path in (tmp_path / "out.work").iterdir()} == {"recipe.json"}
 
 
 def test_a_hessian_that_overflows_names_the_matrix(dense, tmp_path, monkeypatch):
