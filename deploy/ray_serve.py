@@ -81,23 +81,24 @@ def _digest(*parts: bytes) -> bytes:
 
 @serve.deployment(name="replica")
 class Replica:
-    """One engine and the app in front of it, as `espalier serve` has them, without a port of its own."""
+    """The engines and the app in front of them, as `espalier serve` has them, without a port of its own."""
 
     def __init__(self, given: dict[str, Any]) -> None:
+        from server.access import read_keys
         from server.app import create_app  # torch, in the replica alone
         from server.logs import configure
-        from server.run import build_engine
+        from server.run import build_served
 
         self._settings = read_settings(given)
         configure(self._settings.log_format)
         self._name = serve.get_replica_context().replica_tag
-        self._engine = build_engine(self._settings)
-        self._engine.start()
-        self._app = create_app(self._engine, self._settings)
+        self._served = build_served(self._settings)
+        self._served.start()
+        self._app = create_app(self._served, self._settings, read_keys(self._settings))
 
     def check_health(self) -> None:
-        if not self._engine.alive:
-            raise RuntimeError("the engine's thread is gone")
+        if not self._served.alive:
+            raise RuntimeError("an engine's thread is gone")
 
     async def answer(self, call: Call, key: bytes) -> AsyncIterator[list[Message]]:
         """The app's ASGI messages, as many at once as there are; `key` was for the router."""
@@ -118,10 +119,10 @@ class Replica:
 
     async def metrics(self, place: int) -> tuple[str, str]:
         """This replica's name and its exposition; `place` was for the router."""
-        return self._name, generate_latest(self._engine.metrics.registry).decode()
+        return self._name, generate_latest(self._served.metrics).decode()
 
     async def __del__(self) -> None:
-        await asyncio.to_thread(self._engine.stop, self._settings.shutdown_grace_s)
+        await asyncio.to_thread(self._served.stop, self._settings.shutdown_grace_s)
 
 
 def _scope(call: Call) -> Scope:

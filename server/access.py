@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -13,7 +13,6 @@ from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
 from time import time
-from typing import Any
 from urllib.parse import urlsplit
 
 from limits import RateLimitItemPerMinute
@@ -26,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.caller import CALLER
 from server.errors import EspalierError, HostNotAllowed, InvalidApiKey, OriginNotAllowed, RateLimited, UnsupportedMedia
+from server.metrics import ServerMetrics
 from server.settings import Settings
 
 OPEN = ("/live", "/ready", "/health")
@@ -45,6 +45,7 @@ class ApiKey(BaseModel):
     levels: tuple[str, ...] = Field(default=(), description="Levels that it may ask for, its default first; all if none is named.")
     requests_per_minute: int | None = Field(default=None, ge=1)
     concurrent: int | None = Field(default=None, ge=1, description="Requests under way at once.")
+    admin: bool = Field(default=False, description="May load, swap and unload models.")
     name: str = ""
 
 
@@ -76,9 +77,9 @@ def _read_file(path: Path) -> list[ApiKey]:
     return [key.model_copy(update={"name": name}) for name, key in found.keys.items()]
 
 
-def check_levels(keys: Iterable[ApiKey], menu: Iterable[str]) -> None:
-    """Raise ValueError for a key with a level that is not on the menu."""
-    known = tuple(menu)
+def check_levels(keys: Iterable[ApiKey], menus: Iterable[Iterable[str]]) -> None:
+    """Raise ValueError for a key with a level that is on no menu."""
+    known = tuple(dict.fromkeys(level for menu in menus for level in menu))
     for key in keys:
         if unknown := [level for level in key.levels if level not in known]:
             raise ValueError(f"API key {key.name}: level {unknown[0]!r} is not one of {', '.join(known)}")
@@ -91,7 +92,7 @@ def _digest(key: str) -> str:
 class Access:
     """Around the routes: refuses hosts, web pages and keys that may not ask, and holds each key to its limits."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, keys: tuple[ApiKey, ...], metrics: Any) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, keys: Sequence[ApiKey], metrics: ServerMetrics) -> None:
         self.app, self.settings, self.keys, self.metrics = app, settings, keys, metrics
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
         self._under_way: Counter[str] = Counter()
@@ -168,7 +169,7 @@ class Access:
 @contextmanager
 def _known_as(key: ApiKey | None) -> Iterator[None]:
     """Inside, the caller is the key's tenant."""
-    known = replace(CALLER.get(), tenant=key.name, levels=key.levels) if key else CALLER.get()
+    known = replace(CALLER.get(), tenant=key.name, levels=key.levels, admin=key.admin) if key else CALLER.get()
     token = CALLER.set(known)
     try:
         yield
@@ -201,7 +202,7 @@ def _is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
-def warning(settings: Settings, keys: tuple[ApiKey, ...]) -> str | None:
+def warning(settings: Settings, keys: Sequence[ApiKey]) -> str | None:
     """What an operator should be told about who may ask."""
     if not keys and not _is_loopback(settings.host):
         return f"anybody who reaches {settings.host} may ask: no API keys are set (--api-key-file, ESPALIER_API_KEYS)"

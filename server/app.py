@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,11 +21,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from server.access import Access, check_levels, read_keys
-from server.chat import model_names, read_chat, read_vqa, unknown_model
+from server.access import Access, ApiKey, check_levels
+from server.admin import add_admin
+from server.chat import read_chat, read_vqa
 from server.completions import completion_events, completion_reply, detokenize, read_completion, tokenize
 from server.envelope import Envelope
-from server.errors import EspalierError, NotReady, UnknownPath
+from server.errors import EspalierError, NotReady, ShuttingDown, UnknownPath
 from server.estimate import estimate
 from server.logs import fields
 from server.openapi import PLAIN_TEXT, REFUSALS, add_documentation, takes
@@ -44,6 +45,7 @@ from server.schemas import (
     VqaRequest,
     invalid,
 )
+from server.served import Served
 from server.settings import Settings
 from server.version import version
 
@@ -58,31 +60,31 @@ Events = Callable[[AsyncIterator[Chunk], PreparedRequest], AsyncIterator[str]]
 """A chat's chunks as the server-sent events of a route."""
 
 
-def create_app(engine: Engine, settings: Settings) -> FastAPI:
-    """The HTTP side of an engine, which the caller starts and stops."""
+def create_app(served: Served, settings: Settings, keys: Sequence[ApiKey]) -> FastAPI:
+    """The HTTP side of engines, which the caller starts and stops. Without keys anybody may ask."""
     app = FastAPI(
         title="Espalier", version=version(), description="Ask about pictures; say how much of the model to run.", docs_url=None,
         redoc_url=None, responses=REFUSALS,
     )  # fmt: skip
-    keys = read_keys(settings)
-    check_levels(keys, engine.menu)
-    app.add_middleware(Access, settings=settings, keys=keys, metrics=engine.metrics)
+    check_levels(keys, [engine.menu for engine in served.engines.values()])
+    app.add_middleware(Access, settings=settings, keys=keys, metrics=served.metrics)
     if settings.cors_origins:
         exposed = ["X-Request-Id", "X-Pruning-Level", "X-Pruning-Visual-Tokens", "X-Pruning-Layers", "Server-Timing", "Retry-After"]
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed
         )
     app.add_middleware(Envelope, settings=settings)
-    _add_error_handlers(app, engine)
-    _add_questions(app, engine, settings)
-    _add_menu(app, engine)
-    _add_operations(app, engine)
-    add_documentation(app, engine)
+    _add_error_handlers(app, served)
+    _add_questions(app, served, settings)
+    _add_menu(app, served)
+    _add_operations(app, served)
+    add_admin(app, served)
+    add_documentation(app, served)
     add_playground(app)
     return app
 
 
-def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
+def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
     # Which lane a request takes is a guess by its bytes: enough to keep texts moving, and nothing to trust.
     reading = Reading(settings.max_batch + settings.max_queue)
 
@@ -94,7 +96,15 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
 
         async def work() -> Response:
             prepared = await reading.run(read, pictures=pictures)
-            return await reply(AnswerStream(engine, prepared, arrived), prepared, whole, stream)
+            try:
+                answer = AnswerStream(prepared, arrived)
+            except ShuttingDown:
+                if served.serves(prepared.engine):
+                    raise
+                # Its name has gone to another checkpoint since it was read, and with it tokens and pictures.
+                prepared = await reading.run(read, pictures=pictures)
+                answer = AnswerStream(prepared, arrived)
+            return await reply(answer, prepared, whole, stream)
 
         return await unless_gone(request, work())
 
@@ -102,14 +112,14 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
     async def chat_completions(request: Request) -> Response:
         """OpenAI's chat completions. Header `X-Pruning-Level`, field `pruning.level` or model `name@level` set the level."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
-        return await answer(request, lambda: read_chat(engine, settings, body, level), pictures=b"image" in body)
+        return await answer(request, lambda: read_chat(served, settings, body, level), pictures=b"image" in body)
 
     @app.post("/v1/completions", openapi_extra=takes(CompletionRequest, "/v1/completions", stream=True))
     async def completions(request: Request) -> Response:
         """OpenAI's older completions: a text in, its continuation out. The level is set as for chat completions."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
         return await answer(
-            request, lambda: read_completion(engine, settings, body, level), completion_reply, completion_events, pictures=False
+            request, lambda: read_completion(served, settings, body, level), completion_reply, completion_events, pictures=False
         )
 
     @app.post("/v1/responses", openapi_extra=takes(ResponsesRequest, "/v1/responses", stream=True))
@@ -117,7 +127,7 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
         """OpenAI's responses, without state: each request holds its whole chat. The level is set as for chat completions."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
         return await answer(
-            request, lambda: read_response(engine, settings, body, level), whole_response, response_events,
+            request, lambda: read_response(served, settings, body, level), whole_response, response_events,
             pictures=b"image" in body,
         )  # fmt: skip
 
@@ -125,7 +135,7 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
     async def estimates(request: Request) -> dict[str, Any]:
         """What this chat would cost at each level: tokens, FLOPs, seconds by the server's present pace. Nothing is run."""
         body = await request.body()
-        return await reading.run(lambda: estimate(engine, settings, body), pictures=b"image" in body)
+        return await reading.run(lambda: estimate(served, settings, body), pictures=b"image" in body)
 
     @app.post("/v1/vqa", openapi_extra=takes(VqaRequest, "/v1/vqa", form=True))
     async def vqa(request: Request) -> Response:
@@ -133,50 +143,52 @@ def _add_questions(app: FastAPI, engine: Engine, settings: Settings) -> None:
         is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
         body = await form_fields(request, settings.max_images) if is_form else await request.body()
         level = request.headers.get("x-pruning-level")
-        return await answer(request, lambda: read_vqa(engine, settings, body, level), vqa_reply)
+        return await answer(request, lambda: read_vqa(served, settings, body, level), vqa_reply)
 
     @app.post("/tokenize", openapi_extra=takes(TokenizeRequest, "/tokenize"))
     async def tokens(request: Request) -> dict[str, Any]:
         """The tokens of a text, or of a chat with each image as its visual tokens before pruning."""
         body = await request.body()
-        return await reading.run(lambda: tokenize(engine, settings, body), pictures=b"image" in body)
+        return await reading.run(lambda: tokenize(served, settings, body), pictures=b"image" in body)
 
     @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest, "/detokenize"))
     async def text(request: Request) -> dict[str, str]:
         """The text of tokens."""
         body = await request.body()
-        return await reading.run(lambda: detokenize(engine, body), pictures=False)
+        return await reading.run(lambda: detokenize(served, body), pictures=False)
 
 
-def _add_menu(app: FastAPI, engine: Engine) -> None:
-    def card(name: str, level: str) -> dict[str, Any]:
+def _add_menu(app: FastAPI, served: Served) -> None:
+    def card(name: str, engine: Engine, level: str) -> dict[str, Any]:
         about = {"id": name, "object": "model", "created": engine.created, "owned_by": "espalier"}
         pruning = {"level": level, "card": engine.menu[level].card}
         return {**about, "context_length": engine.context_length, "pruning": pruning}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The served model, by its name and by one alias per level."""
-        return {"object": "list", "data": [card(name, level) for name, level in model_names(engine).items()]}
+        """Each served model, by its name and by one alias per level."""
+        return {"object": "list", "data": [card(name, *meant) for name, meant in served.names().items()]}
 
     @app.get("/v1/models/{model_id:path}")
     async def model(model_id: ModelName) -> dict[str, Any]:
-        if model_id not in (names := model_names(engine)):
-            raise unknown_model(engine, model_id)
-        return card(model_id, names[model_id])
+        if model_id not in (names := served.names()):
+            raise served.unknown(model_id)
+        return card(model_id, *names[model_id])
 
     @app.get("/v1/pruning/levels")
-    async def levels() -> dict[str, Any]:
-        """The menu, with what each level was measured to do. One with several operating points chooses among them by question."""
+    async def levels(model: str | None = None) -> dict[str, Any]:
+        """A model's menu, with what each level was measured to do. One with several operating points chooses among them by
+        question. Without a name, that of the first model."""
+        engine = served.pick(model).engine
         menu = [asdict(level) for level in engine.menu.values()]
         return {"object": "list", "default": engine.default_level, "data": menu}
 
 
-def _add_operations(app: FastAPI, engine: Engine) -> None:
+def _add_operations(app: FastAPI, served: Served) -> None:
     @app.get("/live")
     async def live() -> dict[str, str]:
-        """Restart the server when this is 503: the engine's thread is gone."""
-        if not engine.alive:
+        """Restart the server when this is 503: an engine's thread is gone."""
+        if not served.alive:
             raise NotReady("The engine has stopped.")
         return {"status": "live"}
 
@@ -184,17 +196,18 @@ def _add_operations(app: FastAPI, engine: Engine) -> None:
     @app.get("/ready")
     async def ready() -> dict[str, str]:
         """Send requests elsewhere while this is 503."""
-        if not engine.ready:
+        if not served.ready:
             raise NotReady("The server is starting or shutting down.")
         return {"status": "ready"}
 
     @app.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": app.version, "model": engine.model_name, "fingerprint": engine.fingerprint}
+    async def version() -> dict[str, Any]:
+        first, models = served.first, {name: engine.fingerprint for name, engine in served.engines.items()}
+        return {"version": app.version, "model": first.model_name, "fingerprint": first.fingerprint, "models": models}
 
     @app.get("/metrics", response_class=Response, openapi_extra=PLAIN_TEXT)
     def metrics() -> Response:
-        return Response(generate_latest(engine.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(generate_latest(served.metrics), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 # ---- a question's answer
@@ -265,12 +278,12 @@ async def form_fields(request: Request, max_images: int) -> dict[str, Any]:
 # ---- errors
 
 
-def _add_error_handlers(app: FastAPI, engine: Engine) -> None:
+def _add_error_handlers(app: FastAPI, served: Served) -> None:
     async def refuse(request: Request, error: Exception) -> Response:
         refusal = _unknown_path(app, request) if getattr(error, "status_code", None) == 404 else _as_ours(error)
         # Probes and look-ups are no work refused, and a failure is the engine's to count.
         if request.method == "POST" and refusal.status != 500:
-            engine.metrics.rejected(refusal.code or refusal.type)
+            served.metrics.rejected(refusal.code or refusal.type)
             reason, where = refusal.code or refusal.type, request.scope["path"][:100]
             told = fields(path=where, status=refusal.status, reason=reason, param=refusal.param)
             log.info("refused POST %r: %d %s, param %r", where, refusal.status, reason, refusal.param, extra=told)

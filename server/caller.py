@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -13,12 +13,19 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}"
 @dataclass(frozen=True)
 class Caller:
     """`trace` holds the W3C headers traceparent and tracestate, where the client sent them. `tenant` is the name of its API key,
-    and `levels` are those that the key may ask for, its default first: all of them if there is none."""
+    and `levels` are those that the key may ask for, its default first: all of them if there is none. `admin` may change what is
+    served."""
 
     request_id: str = ""
     trace: Mapping[str, str] = field(default_factory=dict)
     tenant: str = ""
     levels: tuple[str, ...] = ()
+    admin: bool = False
+
+    def allowed(self, menu: Iterable[str]) -> tuple[str, ...]:
+        """Of a menu, what it may ask for, its default first."""
+        known = tuple(menu)
+        return tuple(level for level in self.levels if level in known) if self.levels else known
 
     def fields(self) -> dict[str, str]:
         """What a log line says of it: request_id, trace_id where there is a trace, tenant where there are keys."""

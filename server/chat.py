@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from server import media
 from server.caller import CALLER
-from server.errors import ContextTooLong, InvalidRequest, LevelNotAllowed, PayloadTooLarge, UnknownLevel, UnknownModel
+from server.errors import ContextTooLong, InvalidRequest, LevelNotAllowed, PayloadTooLarge, UnknownLevel
 from server.media import ImageSource, OpenedImage
 from server.request import PreparedRequest
 from server.schema_parts import ImagePart, ImageUrl, Message
@@ -25,6 +25,7 @@ from server.schemas import (
     VqaRequest,
     parse,
 )
+from server.served import Picked, Served
 from server.settings import Settings
 from server.structured import Constraint, choice_grammar, compile_grammar, schema_grammar
 from server.tools import ToolUse, call_text
@@ -56,38 +57,38 @@ class Chat:
     continued: bool = False
 
 
-def read_chat(engine: Engine, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:
+def read_chat(served: Served, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:
     """A chat body to a prepared request; `header` is X-Pruning-Level. Raises a 4xx of `server.errors` for anything wrong in it."""
     request = parse(ChatRequest, body)
     chat = replace(conversation(request.messages), **turn_options(request))
-    return prepare_chat(engine, settings, request, chat, header, kind="chatcmpl-")
+    return prepare_chat(served.pick(request.model), settings, request, chat, header, kind="chatcmpl-")
 
 
 def prepare_chat(
-    engine: Engine, settings: Settings, request: StreamedRequest, chat: Chat, header: str | None, *, kind: str
+    picked: Picked, settings: Settings, request: StreamedRequest, chat: Chat, header: str | None, *, kind: str
 ) -> PreparedRequest:
     """A chat to a prepared request; `kind` begins its id."""
     level = request.pruning.level if request.pruning else None
-    detail = hinted_level(engine, chat.details)
+    detail = hinted_level(picked.engine, chat.details)
     # The menu first: what is refused for its level costs no decoding.
-    prepared = prepare(engine, settings, request, [], header=header, body=level, detail=detail, kind=kind)
+    prepared = prepare(picked, settings, request, [], header=header, body=level, detail=detail, kind=kind)
     if prepared.tools:
         chat = replace(chat, turns=told(chat.turns, prepared.tools.prompt()))
     if prepared.detail and len(chat.images) > MAX_DETAIL_IMAGES:
         message = f"pruning.detail: for at most {MAX_DETAIL_IMAGES} images, not {len(chat.images)}"
         raise InvalidRequest(message, param="pruning.detail")
-    return _with_chat(engine, settings, prepared, chat)
+    return _with_chat(settings, prepared, chat)
 
 
-def read_vqa(engine: Engine, settings: Settings, body: bytes | Mapping[str, Any], header: str | None) -> PreparedRequest:
+def read_vqa(served: Served, settings: Settings, body: bytes | Mapping[str, Any], header: str | None) -> PreparedRequest:
     """A JSON body or a form's fields to a prepared request; see `read_chat`."""
     request = parse(VqaRequest, body)
     if not request.question.strip():
         raise InvalidRequest("question: must not be empty", param="question")
     content = [*({"type": "image"} for _ in request.image), {"type": "text", "text": request.question}]
     sources = [(f"image[{i}]", _data_url(image)) for i, image in enumerate(request.image)]
-    prepared = prepare(engine, settings, request, [], header=header, body=request.level)
-    return _with_chat(engine, settings, prepared, Chat([{"role": "user", "content": content}], sources, [], "question"))
+    prepared = prepare(served.pick(request.model), settings, request, [], header=header, body=request.level)
+    return _with_chat(settings, prepared, Chat([{"role": "user", "content": content}], sources, [], "question"))
 
 
 def turn_options(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
@@ -96,9 +97,9 @@ def turn_options(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
     return {"continued": continued, "generation": request.add_generation_prompt is not False and not continued}
 
 
-def _with_chat(engine: Engine, settings: Settings, prepared: PreparedRequest, chat: Chat) -> PreparedRequest:
+def _with_chat(settings: Settings, prepared: PreparedRequest, chat: Chat) -> PreparedRequest:
     """The prompt's tokens and the images' pixels, these when the request is known to fit."""
-    start = time.perf_counter()
+    start, engine = time.perf_counter(), prepared.engine
     prompt, opened = open_chat(engine, settings, chat)
     layouts = [image.layout for image in opened]
     engine.reserve(prepared.level, len(prompt), layouts, prepared.sampling.max_tokens, chat.field)
@@ -111,16 +112,16 @@ def _with_chat(engine: Engine, settings: Settings, prepared: PreparedRequest, ch
 
 
 def prepare(
-    engine: Engine, settings: Settings, request: Generation, prompt: list[int],
+    picked: Picked, settings: Settings, request: Generation, prompt: list[int],
     *, header: str | None, body: str | None, detail: str | None = None, kind: str = "chatcmpl-",
 ) -> PreparedRequest:  # fmt: skip
     """What a request says beside its prompt: model, level, sampling, form of the reply."""
-    model, alias = split_model(engine, request.model)
-    level, reason = choose_level(engine, header=header, body=body, alias=alias, detail=detail)
+    engine = picked.engine
+    level, reason = choose_level(engine, header=header, body=body, alias=picked.level, detail=detail)
     sampling = request.sampling(settings.default_max_tokens)
     check_tokens(engine, sampling.stop_token_ids, "stop_token_ids")
     check_tokens(engine, [token for token, _ in sampling.logit_bias], "logit_bias")
-    prepared = PreparedRequest(f"{kind}{uuid4().hex}", model, prompt, [], 0.0, level, reason, sampling)
+    prepared = PreparedRequest(engine, f"{kind}{uuid4().hex}", picked.name, prompt, [], 0.0, level, reason, sampling)
     if not isinstance(request, StreamedRequest):
         return prepared
     detailed, tools = bool(request.pruning and request.pruning.detail), request.tool_use()
@@ -228,27 +229,6 @@ def check_tokens(engine: Engine, tokens: Sequence[int], param: str) -> None:
 # ---- the level
 
 
-def split_model(engine: Engine, asked: str | None) -> tuple[str, str | None]:
-    """`name@level` to the model's name as the client wrote it and the level in it; no name is the served one's."""
-    if asked is None or asked == engine.model_name:
-        return engine.model_name, None
-    base, _, level = asked.rpartition("@")
-    if base != engine.model_name:
-        raise unknown_model(engine, asked)
-    return asked, level
-
-
-def model_names(engine: Engine) -> dict[str, str]:
-    """Every name that the model answers to, and the level that it means."""
-    aliases = {f"{engine.model_name}@{level}": level for level in engine.menu}
-    return {engine.model_name: engine.default_level, **aliases}
-
-
-def unknown_model(engine: Engine, asked: str) -> UnknownModel:
-    names = ", ".join(model_names(engine))
-    return UnknownModel(f"The model {asked[:100]!r} does not exist. This server has: {names}.", param="model")
-
-
 def hinted_level(engine: Engine, details: Sequence[str]) -> str | None:
     """What `image_url.detail` asks for; with several images the fullest wins. None when all leave it to the server."""
     if all(detail == "auto" for detail in details):
@@ -261,7 +241,9 @@ def choose_level(
     engine: Engine, *, header: str | None, body: str | None, alias: str | None, detail: str | None
 ) -> tuple[str, str]:
     """The level, and where it came from: header before body before alias before detail before the key's or server's default."""
-    allowed = CALLER.get().levels or tuple(engine.menu)
+    allowed = CALLER.get().allowed(engine.menu)
+    if not allowed:
+        raise LevelNotAllowed("This key may ask for none of this model's levels.", param="model")
     asked = {"header": header, "body": body, "alias": alias, "detail": detail}
     if unknown := [level for level in asked.values() if level is not None and level not in engine.menu]:
         message = f"Unknown pruning level {unknown[0][:100]!r}. The menu: {', '.join(engine.menu)}."

@@ -6,23 +6,25 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.chat import check_length, check_tokens, conversation, open_chat, prepare, split_model, turn_options
+from server.chat import check_length, check_tokens, conversation, open_chat, prepare, turn_options
 from server.errors import InvalidRequest
 from server.replies import Chunk, chat_events
 from server.request import PreparedRequest
 from server.schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from server.served import Served
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.engine import Engine
 
 
-def read_completion(engine: Engine, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:
+def read_completion(served: Served, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:
     """A completion's body to a prepared request. Its special tokens count as such: the caller writes the whole prompt."""
     request = parse(CompletionRequest, body)
-    prompt = _prompt(engine, request)
+    picked = served.pick(request.model)
+    prompt = _prompt(picked.engine, request)
     level = request.pruning.level if request.pruning else None
-    prepared = prepare(engine, settings, request, prompt, header=header, body=level, kind="cmpl-")
+    prepared = prepare(picked, settings, request, prompt, header=header, body=level, kind="cmpl-")
     return replace(prepared, continues=True)
 
 
@@ -40,10 +42,10 @@ def _prompt(engine: Engine, request: CompletionRequest) -> list[int]:
     return tokens
 
 
-def tokenize(engine: Engine, settings: Settings, body: bytes) -> dict[str, Any]:
+def tokenize(served: Served, settings: Settings, body: bytes) -> dict[str, Any]:
     """vLLM's reply to `POST /tokenize`: the tokens of a text, or of a chat with each image as its visual tokens."""
     request = parse(TokenizeRequest, body)
-    split_model(engine, request.model)
+    engine = served.pick(request.model).engine
     if request.messages is not None:
         tokens, _ = open_chat(engine, settings, replace(conversation(request.messages), **turn_options(request)))
     else:
@@ -55,10 +57,10 @@ def tokenize(engine: Engine, settings: Settings, body: bytes) -> dict[str, Any]:
     return reply | {"token_strs": [spell([token]) for token in tokens] if request.return_token_strs else None}
 
 
-def detokenize(engine: Engine, body: bytes) -> dict[str, str]:
+def detokenize(served: Served, body: bytes) -> dict[str, str]:
     """vLLM's reply to `POST /detokenize`."""
     request = parse(DetokenizeRequest, body)
-    split_model(engine, request.model)
+    engine = served.pick(request.model).engine
     check_tokens(engine, request.tokens, "tokens")
     return {"prompt": engine.preprocessor.detokenize(request.tokens)}
 

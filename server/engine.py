@@ -7,7 +7,6 @@ and the thread goes on.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from llguidance import LLTokenizer
 from models.checkpoint import Checkpoint
 from models.families import Layout
 from models.kv_cache import KVCache
+from models.llava import Llava
 from models.vision.features import ImageFeatures
 from pruning.dynamic.planner import Planner
 from pruning.dynamic.token_policy import TokenPolicy
@@ -30,6 +30,7 @@ from server.batch import divide, lay_out, run_batch
 from server.ended import count_ended
 from server.errors import ContextTooLong, Overloaded, ShuttingDown
 from server.load import DefaultLevel, WorkRate
+from server.memory import free_bytes
 from server.metrics import Metrics
 from server.prefill import Prefill
 from server.request import Event, Failed, Finished, FinishReason, PreparedImage, Request
@@ -57,6 +58,7 @@ class Limits:
     max_waiting: int = 64
     max_prefill: int = 1024
     kv_rows: int = 0
+    promised_bytes: int = 0  # of what is free: other engines' caches may still take them
     cached_images: int = 64
 
 
@@ -139,6 +141,11 @@ class Engine:
         """For how long the pass that runs has counted as hung; 0 while all is well."""
         return max(0.0, time.monotonic() - limit) if (limit := self._pass_limit) is not None else 0.0
 
+    @property
+    def promised_bytes(self) -> int:
+        """What its caches of keys and values may still take."""
+        return (self.kv.budget + self.kv.budget // PREFIX_SHARE - self.kv.used) * _row_bytes(self.model)
+
     def give_up(self, message: str) -> None:
         """Refuse new requests and fail all that are here; for when the engine's thread cannot."""
         self.drain()
@@ -155,8 +162,9 @@ class Engine:
         """Refuse new requests from now on; what was accepted runs on. Safe in a signal handler."""
         self._draining = True
 
-    def stop(self, grace: float = 30.0) -> bool:
-        """Drain, let requests end for up to `grace` seconds, fail the rest and stop. True if nothing was cut short."""
+    def stop(self, grace: float | None = 30.0) -> bool:
+        """Drain, let requests end for up to `grace` seconds, None for as long as they take; fail the rest and stop. True if nothing
+        was cut short."""
         self.drain()
         with self._changed:
             self._changed.wait_for(lambda: self.scheduler.idle or not self.alive, grace)
@@ -398,9 +406,10 @@ def _layouts(request: Request) -> list[Layout]:
 def _rows_for_free_memory(checkpoint: Checkpoint, limits: Limits, share: float = 0.3) -> int:
     """Rows of KV cache that `share` of the free memory holds, but no more than full batches at full context can use."""
     model = checkpoint.model
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    row = 2 * max(model.kv_heads) * model.head_dim * model.dtype.itemsize  # whichever layers run, they fit
-    return max(1, min(int(free * share) // row, limits.max_running * model.context_length * model.num_layers))
+    free = max(0, free_bytes(str(model.device)) - limits.promised_bytes)
+    return max(1, min(int(free * share) // _row_bytes(model), limits.max_running * model.context_length * model.num_layers))
+
+
+def _row_bytes(model: Llava) -> int:
+    """Of the layer with the most heads: whichever layers run, they fit."""
+    return 2 * max(model.kv_heads) * model.head_dim * model.dtype.itemsize

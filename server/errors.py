@@ -6,11 +6,13 @@ EspalierError
 │   └── UnknownLevel      400  not on the menu
 ├── UnknownModel          404
 ├── UnknownPath           404  no such route; the message lists those that exist
+├── LastModel             409  a server keeps one model
 ├── SlowRequest           408  its body did not come in time
 ├── PayloadTooLarge       413  body, image bytes, pixels or number of images
 ├── UnsupportedMedia      415  not a picture of a known format, or an unknown Content-Encoding
 ├── InvalidApiKey         401  no key, or one that there is not
 ├── NotAllowed            403
+│   ├── AdminOnly         403  changing what is served takes an admin key
 │   ├── LevelNotAllowed   403  the key may not ask for this level
 │   └── OriginNotAllowed  403  a web page of another origin
 ├── HostNotAllowed        421  the Host header is not one of this server's
@@ -84,6 +86,10 @@ class NotAllowed(EspalierError):
     status, type, code = 403, "permission_error", "not_allowed"
 
 
+class AdminOnly(NotAllowed):
+    code = "admin_key_needed"
+
+
 class LevelNotAllowed(NotAllowed):
     code = "level_not_allowed"
 
@@ -102,6 +108,10 @@ class UnknownModel(EspalierError):
 
 class UnknownPath(EspalierError):
     status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class LastModel(EspalierError):
+    status, type, code = 409, "invalid_request_error", "last_model"
 
 
 class SlowRequest(EspalierError):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from server.chat import conversation, open_chat, split_model, told, turn_options
+from server.chat import conversation, open_chat, told, turn_options
 from server.errors import ContextTooLong
 from server.schemas import ChatRequest, parse
+from server.served import Served
 from server.settings import Settings
 
-if TYPE_CHECKING:
-    from server.engine import Engine
 
-
-def estimate(engine: Engine, settings: Settings, body: bytes) -> dict[str, Any]:
+def estimate(served: Served, settings: Settings, body: bytes) -> dict[str, Any]:
     """The reply to `POST /v1/pruning/estimate`. Nothing is decoded or run; raises a 4xx of `server.errors` as the chat would."""
     request = parse(ChatRequest, body)
-    split_model(engine, request.model)
+    engine = served.pick(request.model).engine
     chat = replace(conversation(request.messages), **turn_options(request))
     if tools := request.tool_use():
         chat = replace(chat, turns=told(chat.turns, tools.prompt()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,6 +13,8 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from pruning.dynamic.levels import Level
 from server.errors import rejection_reasons
@@ -36,7 +38,7 @@ OUTCOMES = ("stop", "length", "abort", "error")
 
 
 class Metrics:
-    """One registry per server, so that two servers in one process do not share numbers."""
+    """An engine's own, in a registry of its own, so that two in one process do not share numbers."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -77,7 +79,6 @@ class Metrics:
         self.generated_tokens = counter("generated_tokens_total", "Tokens made.")
         self.cache_queries = counter("cache_queries_total", "Look-ups in a cache.", "cache")
         self.cache_hits = counter("cache_hits_total", "Look-ups that found what they sought.", "cache")
-        self.rejections = counter("rejections_total", "Requests refused, by reason.", "reason")
         self.degradations = counter("degradations_total", "Requests that ran at another level than theirs.", "from", "to")
 
         self.escalations = counter(
@@ -86,8 +87,6 @@ class Metrics:
 
         served = ("version", "model", "checkpoint", "dtype", "device")
         self.build_info = gauge("build_info", "1, with what is served as labels.", *served)
-        ProcessCollector(registry=registry)
-        PlatformCollector(registry=registry)
 
     def watch_load(
         self, running: Callable[[], float], waiting: Callable[[], float], kv: Callable[[], float],
@@ -127,14 +126,9 @@ class Metrics:
                 self.degradations.labels(name, "off")
         for stage in STAGES:
             self.stage.labels(stage)
-        for reason in rejection_reasons():
-            self.rejections.labels(reason)
         for cache in ("image", "prefix"):
             self.cache_queries.labels(cache)
             self.cache_hits.labels(cache)
-
-    def rejected(self, reason: str) -> None:
-        self.rejections.labels(reason).inc()
 
     def routed(self, receipt: Receipt, prompt_tokens: int) -> None:
         """A request's route is made; one with n choices tells it once."""
@@ -156,3 +150,30 @@ class Metrics:
             self.request_seconds.labels(level).observe(seconds)
         for stage, value in timings.items():
             self.stage.labels(stage).observe(value)
+
+
+class ServerMetrics(Collector):
+    """All that `/metrics` tells: the process, refusals, and what each engine tells, with its model's name as a label."""
+
+    def __init__(self, engines: Callable[[], Mapping[str, Metrics]]) -> None:
+        self.registry = CollectorRegistry()
+        self._engines = engines
+        self._rejections = Counter(
+            "rejections_total", "Requests refused, by reason.", ["reason"], "espalier", registry=self.registry
+        )
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        for reason in rejection_reasons():
+            self._rejections.labels(reason)
+
+    def rejected(self, reason: str) -> None:
+        self._rejections.labels(reason).inc()
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self.registry.collect()
+        families: dict[str, Metric] = {}
+        for model, metrics in self._engines().items():
+            for family in metrics.registry.collect():
+                merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                merged.samples += [one._replace(labels={"model_name": model, **one.labels}) for one in family.samples]
+        yield from families.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fastapi_offline
 from fastapi import FastAPI
@@ -12,22 +12,20 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.responses import FileResponse
 
-from server.chat import model_names
 from server.page import HEADERS, PLAYGROUND, PlaygroundFiles
 from server.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ModelRequest,
     ResponsesRequest,
     TokenizeRequest,
     VqaRequest,
 )
-
-if TYPE_CHECKING:
-    from server.engine import Engine
+from server.served import Served
 
 SWAGGER = Path(fastapi_offline.__file__).parent / "static"
-BODIES = (ChatRequest, CompletionRequest, ResponsesRequest, VqaRequest, TokenizeRequest, DetokenizeRequest)
+BODIES = (ChatRequest, CompletionRequest, ResponsesRequest, VqaRequest, TokenizeRequest, DetokenizeRequest, ModelRequest)
 PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAIAAAD8GO2jAAAAKklEQVR42u3NMQEAAAQAMATRP5QwSvBtBZbTHZ8q"
     "ngkEAoFAIBAIBIIrC9KAAVhVsgYjAAAAAElFTkSuQmCC"
@@ -83,7 +81,7 @@ PLAIN_TEXT = {"responses": {"200": {"content": {"text/plain": {"schema": {"type"
 
 def takes(body: type[BaseModel], path: str, *, form: bool = False, stream: bool = False) -> dict[str, Any]:
     """For a route that reads its body itself, off the event loop: that body, and what may come back."""
-    examples = {name: {"value": value} for name, value in EXAMPLES[path].items()}
+    examples = {name: {"value": value} for name, value in EXAMPLES.get(path, {}).items()}
     content: dict[str, Any] = {
         "application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}, "examples": examples}
     }
@@ -109,16 +107,18 @@ def _bodies() -> dict[str, Any]:
     return dict(bodies["$defs"])
 
 
-def add_documentation(app: FastAPI, engine: Engine) -> None:
+def add_documentation(app: FastAPI, served: Served) -> None:
     """`/openapi.json` and `/docs`, for all routes that the app has by the time it is asked."""
     generic = app.openapi
 
     def document() -> dict[str, Any]:
+        engines = served.engines.values()
+        smallest = min(engine.preprocessor.vocab_size for engine in engines)
         schemas = generic().setdefault("components", {}).setdefault("schemas", {})
         schemas.update(_bodies())
-        schemas["Level"] = {"type": "string", "enum": list(engine.menu)}
-        schemas["Model"] = {"type": "string", "enum": list(model_names(engine))}
-        schemas["Token"] = {"type": "integer", "minimum": 0, "maximum": engine.preprocessor.vocab_size - 1}
+        schemas["Level"] = {"type": "string", "enum": [*dict.fromkeys(level for engine in engines for level in engine.menu)]}
+        schemas["Model"] = {"type": "string", "enum": list(served.names())}
+        schemas["Token"] = {"type": "integer", "minimum": 0, "maximum": smallest - 1}
         return generic()
 
     app.openapi = document  # type: ignore[method-assign]

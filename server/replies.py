@@ -21,7 +21,7 @@ from server.schemas import MAX_INT64
 from server.tools import AnswerReader
 
 if TYPE_CHECKING:
-    from server.engine import Engine
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class AnswerStream:
     `arrived` is a time.monotonic(). `receipt` and `timings` are known once the first chunk is, and final after the last.
     """
 
-    def __init__(self, engine: Engine, prepared: PreparedRequest, arrived: float) -> None:
-        self._engine = engine
+    def __init__(self, prepared: PreparedRequest, arrived: float) -> None:
+        self._engine = engine = prepared.engine
         self._prepared = prepared
         self._arrived = arrived
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -50,7 +50,7 @@ class AnswerStream:
         self._parent = ParentRequest(prepared.n, prepared.model)
         self._requests = [self._request(index) for index in range(prepared.n)]
         self._readers = [AnswerReader(prepared.tools) for _ in self._requests]
-        below, allowed = prepared.escalate_below, CALLER.get().levels or engine.menu
+        below, allowed = prepared.escalate_below, CALLER.get().allowed(engine.menu)
         fullest = max(allowed, key=lambda name: engine.menu[name].visual_ratio)
         self._fullest = fullest
         self._escalation = Escalation(below, self._again) if below is not None and prepared.level != fullest else None

@@ -12,6 +12,7 @@ from server.caller import CALLER, Caller
 from server.route_detail import RouteDetail
 
 if TYPE_CHECKING:
+    from server.engine import Engine
     from server.structured import Constraint
     from server.tools import ToolUse
 
@@ -167,9 +168,11 @@ class Request:
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """One POST, parsed, tokenised and decoded: what its `n` engine requests share. `model` is as the client wrote it; `follow_up`
-    says whether an answer stands before the question, `continues` whether the prompt ends within the answer."""
+    """One POST, parsed, tokenised and decoded: what its `n` engine requests share, and the engine that they are for. `model` is as
+    the client wrote it; `follow_up` says whether an answer stands before the question, `continues` whether the prompt ends within
+    the answer."""
 
+    engine: Engine
     id: str
     model: str
     prompt: list[int]

@@ -5,28 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 from server.chat import conversation, prepare_chat, told
 from server.replies import KEEP_AWAKE, Chunk, caught
 from server.request import PreparedRequest
 from server.schemas import ResponsesRequest, parse
+from server.served import Served
 from server.settings import Settings
-
-if TYPE_CHECKING:
-    from server.engine import Engine
 
 Event = dict[str, Any]
 ECHOED = {"instructions", "max_output_tokens", "metadata", "temperature", "text", "tool_choice", "tools", "top_logprobs", "top_p"}
 
 
-def read_response(engine: Engine, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:
+def read_response(served: Served, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:
     """A body to a prepared request; see `read_chat`."""
     request = parse(ResponsesRequest, body)
     chat = conversation([item.as_message() for item in request.input], "input")
     chat = replace(chat, turns=told(chat.turns, request.instructions or ""))
-    prepared = prepare_chat(engine, settings, request, chat, header, kind="resp_")
+    prepared = prepare_chat(served.pick(request.model), settings, request, chat, header, kind="resp_")
     echo = request.model_dump(include=ECHOED, by_alias=True, exclude_none=True)
     return replace(prepared, echo={**_defaults(prepared), **echo})
 

@@ -19,7 +19,9 @@ from server.access import read_keys, warning
 from server.app import create_app
 from server.engine import Engine, Limits
 from server.logs import configure
+from server.memory import check_room
 from server.protocol import DeadlineProtocol
+from server.served import Served
 from server.settings import Settings
 
 if TYPE_CHECKING:  # its package is an extra
@@ -34,36 +36,36 @@ FAILED = 70
 class DrainingServer(uvicorn.Server):
     """Turns `/ready` to 503 at the signal, so that traffic goes elsewhere while running answers end."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, served: Served) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._served = served
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """Tell where it serves once it does."""
         await super().startup(sockets=sockets)
         for server in self.servers if self.started else ():
             host, port, *_ = server.sockets[0].getsockname()
-            engine = self._engine
-            log.info("serving %s on http://%s:%d, levels %s", engine.model_name, host, port, ", ".join(engine.menu))
+            for name, engine in self._served.engines.items():
+                log.info("serving %s on http://%s:%d, levels %s", name, host, port, ", ".join(engine.menu))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._engine.drain()
+        self._served.drain()
         super().handle_exit(sig, frame)
 
 
 class Watchdog(threading.Thread):
-    """Ends the server when its engine's thread has ended by itself, or hangs for longer than `limit_s`."""
+    """Ends the server when an engine's thread has ended by itself, or hangs for longer than `limit_s`."""
 
-    def __init__(self, engine: Engine, server: uvicorn.Server, limit_s: float) -> None:
+    def __init__(self, served: Served, server: uvicorn.Server, limit_s: float) -> None:
         super().__init__(name="espalier-watchdog", daemon=True)
-        self._engine, self._server, self._limit_s = engine, server, limit_s
+        self._served, self._server, self._limit_s = served, server, limit_s
         self.failed = False
 
     def run(self) -> None:
         while not self._server.should_exit:
-            if not self._engine.alive:
-                return self._end("the engine's thread has ended")
-            if self._engine.hung_seconds > self._limit_s:
+            if not self._served.alive:
+                return self._end("an engine's thread has ended")
+            if self._served.hung_seconds > self._limit_s:
                 return self._end(f"a pass has hung for {self._limit_s:g} s")
             time.sleep(WATCH_EVERY_S)
         return None
@@ -71,7 +73,7 @@ class Watchdog(threading.Thread):
     def _end(self, reason: str) -> None:
         log.critical("%s: the process ends", reason)
         self.failed = True
-        self._engine.give_up("the server failed; the request can be sent again")
+        self._served.give_up("the server failed; the request can be sent again")
         self._server.should_exit = True
 
 
@@ -79,19 +81,20 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises SystemExit, not zero, when the engine has failed."""
     configure(settings.log_format)
     tracing = start_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
-    if told := warning(settings, read_keys(settings)):
+    keys = read_keys(settings)
+    if told := warning(settings, keys):
         log.warning(told)
-    engine = build_engine(settings, tracing)
-    engine.start()
-    app = create_app(engine, settings)
+    served = build_served(settings, tracing)
+    served.start()
+    app = create_app(served, settings, keys)
     grace = settings.shutdown_grace_s
     # uvloop comes with other packages: what is tested is what runs.
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, loop="asyncio", http=DeadlineProtocol, log_level="warning", log_config=None,
         timeout_graceful_shutdown=grace,
     )  # fmt: skip
-    server = DrainingServer(config, engine)
-    watchdog = Watchdog(engine, server, settings.hang_exit_s)
+    server = DrainingServer(config, served)
+    watchdog = Watchdog(served, server, settings.hang_exit_s)
     watchdog.start()
     # uvicorn raises the signal again once it has drained; the engine has yet to stop, and a clean end is exit status 0.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -99,7 +102,7 @@ def run(settings: Settings) -> None:
         with suppress(KeyboardInterrupt):
             server.run()
     finally:
-        engine.stop(grace)
+        served.stop(grace)
         if tracing:
             tracing.stop()
     if watchdog.failed:
@@ -115,17 +118,38 @@ def start_tracing(endpoint: str) -> Tracing:
     return Tracing.over_otlp(endpoint)
 
 
-def build_engine(settings: Settings, tracing: Tracing | None = None) -> Engine:
-    checkpoint = load(resolve(settings.checkpoint), settings.device, settings.dtype, settings.quantization)
+def build_served(settings: Settings, tracing: Tracing | None = None) -> Served:
+    """The engines of all checkpoints that the settings name, not yet started."""
+
+    def build(name: str | None, checkpoint: str, promised: int) -> Engine:
+        return build_engine(settings, name, checkpoint, promised, tracing)
+
+    engines: dict[str, Engine] = {}
+    for name, checkpoint in settings.checkpoints():
+        engine = build(name, checkpoint, sum(one.promised_bytes for one in engines.values()))
+        if engine.model_name in engines:
+            raise ValueError(f"two models are named {engine.model_name}; give one another name: --model NAME={checkpoint}")
+        engines[engine.model_name] = engine
+    return Served(engines.values(), build)
+
+
+def build_engine(
+    settings: Settings, name: str | None, checkpoint: str, promised: int = 0, tracing: Tracing | None = None
+) -> Engine:
+    """An engine for a checkpoint, a directory or a shipped one's name. Raises OutOfMemory, before it takes any, where `promised`
+    bytes for other engines' caches leave too little."""
+    directory = resolve(checkpoint)
+    check_room(directory, settings.device, settings.dtype, settings.kv_tokens, promised)
+    loaded = load(directory, settings.device, settings.dtype, settings.quantization)
     limits = Limits(
         max_running=settings.max_batch, max_waiting=settings.max_queue,
-        kv_rows=settings.kv_tokens * checkpoint.model.num_layers,
+        kv_rows=settings.kv_tokens * loaded.model.num_layers, promised_bytes=promised,
     )  # fmt: skip
     log.info(
-        "loaded %s (%.1f MB of weights, %s, %s)", checkpoint.directory, checkpoint.model.weight_bytes / 1e6,
-        checkpoint.quantization or checkpoint.model.dtype, checkpoint.model.device,
+        "loaded %s (%.1f MB of weights, %s, %s)", loaded.directory, loaded.model.weight_bytes / 1e6,
+        loaded.quantization or loaded.model.dtype, loaded.model.device,
     )  # fmt: skip
     return Engine(
-        checkpoint, limits, default_level=settings.default_level, degrade=settings.degrade, token_policy=settings.token_policy,
-        name=settings.served_model_name, tracing=tracing,
+        loaded, limits, default_level=settings.default_level, degrade=settings.degrade, token_policy=settings.token_policy,
+        name=name, tracing=tracing,
     )  # fmt: skip

@@ -36,6 +36,7 @@ from server.schema_parts import (
     Tool,
     may_be_null,
 )
+from server.settings import MODEL_NAME
 from server.tools import ToolUse
 
 MAX_INT64 = 2**63 - 1
@@ -436,6 +437,17 @@ class VqaRequest(Generation):
     image: Images = Field(min_length=1)
     question: str = Field(json_schema_extra={"pattern": r"\S"})
     level: LevelName | None = Field(None, description="A name from `GET /v1/pruning/levels`.")
+
+
+class ModelRequest(Body):
+    """`POST /v1/admin/models`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(
+        pattern=f"^{MODEL_NAME}$", max_length=100, description="What clients call it. A name in use goes to the new checkpoint."
+    )
+    checkpoint: str = Field(min_length=1, description="A directory on the server, or the name of a shipped checkpoint.")
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,6 +16,11 @@ from server.logs import LogFormat
 PREFIX = "ESPALIER_"
 OTHERS = ("ESPALIER_CACHE", "ESPALIER_THINGS")
 """Variables that are read elsewhere: where what is fetched and built is kept, and which drawings."""
+
+
+MODEL_NAME = r"[\w.-]+(/[\w.-]+)*"
+"""What a model may be called here; `@` stands before a level, so no name has it."""
+NamedCheckpoint = Annotated[str, Field(pattern=f"^{MODEL_NAME}=.+$")]
 
 
 class Settings(BaseSettings):
@@ -35,6 +40,9 @@ class Settings(BaseSettings):
     cors_origins: tuple[str, ...] = Field((), description="Web origins that may ask, such as https://app.example.com; its own.")
 
     checkpoint: str = Field("embedded", description="A directory that transformers loads, or the name of a shipped checkpoint.")
+    model: tuple[NamedCheckpoint, ...] = Field(
+        (), description="NAME=CHECKPOINT, one of several to serve; may repeat. CHECKPOINT is then served only if given."
+    )
     served_model_name: str | None = Field(None, min_length=1, description="The model's name; by default the checkpoint's.")
     device: str = Field("cpu", description="Where to run: cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto takes the checkpoint's.")
@@ -67,6 +75,16 @@ class Settings(BaseSettings):
         MAX_PIXELS, ge=1, le=PILLOW_MAX_PIXELS, description="Pixels one picture may have; its header is checked first."
     )
     max_request_pixels: int = Field(4 * MAX_PIXELS, ge=1, description="Pixels that a request's pictures may have together.")
+
+    def checkpoints(self) -> list[tuple[str | None, str]]:
+        """What is served: name and checkpoint, the first for requests that name none; without a name, the checkpoint's own."""
+        found: list[tuple[str | None, str]] = []
+        if not self.model or "checkpoint" in self.model_fields_set:
+            found.append((self.served_model_name, self.checkpoint))
+        for one in self.model:
+            name, _, checkpoint = one.partition("=")
+            found.append((name, checkpoint))
+        return found
 
     @model_validator(mode="before")
     @classmethod

@@ -8,8 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
+from server.access import read_keys
 from server.app import create_app
+from server.served import Served
 from server.settings import Settings
 from tests.server.fake_engine import FakeEngine, data_url, picture
 
@@ -29,8 +32,14 @@ async def client(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def connect(engine: FakeEngine, **settings: Any) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(create_app(engine, Settings(**settings)))
+def app_of(*engines: Any, **settings: Any) -> FastAPI:
+    """The app over engines, as a server with these settings has it."""
+    made = Settings(**settings)
+    return create_app(Served(engines), made, read_keys(made))
+
+
+def connect(*engines: Any, **settings: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app_of(*engines, **settings))
     return httpx.AsyncClient(transport=transport, base_url="http://espalier")
 
 

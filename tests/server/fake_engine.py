@@ -90,6 +90,7 @@ class FakeEngine:
     context_length = 2000
     fingerprint = "fp_fake"
     created = 1_700_000_000
+    promised_bytes = 0
 
     @property
     def grammar_tokenizer(self) -> LLTokenizer:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from server import chat, replies
-from server.errors import InvalidRequest, UnknownLevel, UnknownModel
+from server.errors import InvalidRequest, UnknownLevel
 from server.request import PreparedRequest, Sampling
 from server.schemas import NEUTRAL, UNSUPPORTED, ChatRequest, CompletionRequest, Generation, VqaRequest, parse
+from server.served import Served
 from server.settings import Settings
 from tests.server.fake_engine import FakeEngine
 
@@ -163,14 +164,14 @@ def test_the_template_may_go_on_with_an_answer() -> None:
         ({"add_generation_prompt": False}, {"generation": False, "continued": False}),
         ({"continue_final_message": True}, {"generation": False, "continued": True}),
     ):
-        chat.read_chat(engine, Settings(), json.dumps({"messages": messages, **fields}).encode(), None)
+        chat.read_chat(Served([engine]), Settings(), json.dumps({"messages": messages, **fields}).encode(), None)
         assert engine.preprocessor.template == template
 
 
 @pytest.mark.parametrize("fields", [{"stop_token_ids": [1000]}, {"logit_bias": {"1000": 1}}])
 def test_tokens_that_do_not_exist_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="vocabulary ends at token 999"):
-        chat.read_chat(FakeEngine(), Settings(), json.dumps({"messages": ASK, **fields}).encode(), None)
+        chat.read_chat(Served([FakeEngine()]), Settings(), json.dumps({"messages": ASK, **fields}).encode(), None)
 
 
 def test_sampling_takes_every_field() -> None:
@@ -238,34 +239,11 @@ def test_a_hint_at_a_level_off_the_menu_means_the_default() -> None:
     assert chat.hinted_level(engine, ["low"]) == "off"
 
 
-@pytest.mark.parametrize(
-    ("asked", "expected"),
-    [
-        (None, ("org/llava@v2", None)),
-        ("org/llava@v2", ("org/llava@v2", None)),
-        ("org/llava@v2@strong", ("org/llava@v2@strong", "strong")),
-        ("org/llava@v2@typo", ("org/llava@v2@typo", "typo")),
-    ],
-)
-def test_a_model_may_carry_a_level(asked: str | None, expected: tuple[str, str | None]) -> None:
-    engine = FakeEngine()
-    engine.model_name = "org/llava@v2"
-    assert chat.split_model(engine, asked) == expected
-
-
-@pytest.mark.parametrize("asked", ["", "gpt-4o", "org/llava", "org/llava@v2@", "@strong", "gpt-4o@strong"])
-def test_another_model_is_unknown(asked: str) -> None:
-    engine = FakeEngine()
-    engine.model_name = "org/llava@v3"
-    with pytest.raises(UnknownModel, match="org/llava@v3@strong"):
-        chat.split_model(engine, asked)
-
-
 @pytest.mark.parametrize(("messages", "follow_up"), [(ASK, False), ([{"role": "system", "content": "Be brief."}, *ASK], False),
                                                 ([*ASK, {"role": "assistant", "content": "hi"}, *ASK], True)])  # fmt: skip
 def test_a_question_behind_an_answer_is_a_follow_up(messages: list[dict[str, Any]], follow_up: bool) -> None:
     body = json.dumps({"messages": messages}).encode()
-    assert chat.read_chat(FakeEngine(), Settings(), body, None).follow_up == follow_up
+    assert chat.read_chat(Served([FakeEngine()]), Settings(), body, None).follow_up == follow_up
 
 
 # ---- limits before work
@@ -275,7 +253,7 @@ def test_a_text_that_can_never_fit_is_not_tokenised() -> None:
     engine = FakeEngine()
     body = json.dumps({"messages": [{"role": "user", "content": "a" * 64 * engine.context_length + "b"}]}).encode()
     with pytest.raises(InvalidRequest, match="maximum context length is 2000 tokens"):
-        chat.read_chat(engine, Settings(), body, None)
+        chat.read_chat(Served([engine]), Settings(), body, None)
     assert not engine.preprocessor.turns
 
 
@@ -293,7 +271,7 @@ def piece(index: int, content: str, finish: str | None = None) -> dict[str, Any]
 
 
 def prepared(**fields: Any) -> PreparedRequest:
-    return PreparedRequest("x", "fake-llava", [], [], 0.0, "off", "default", Sampling(), **fields)
+    return PreparedRequest(FakeEngine(), "x", "fake-llava", [], [], 0.0, "off", "default", Sampling(), **fields)
 
 
 @pytest.mark.anyio

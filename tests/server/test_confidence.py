@@ -14,14 +14,12 @@ from torch import Tensor
 
 from models.forward import decode_input, forward, prefill_input
 from server import confidence
-from server.app import create_app
 from server.confidence import ChoiceScorer, YesNo
 from server.engine import Engine
 from server.errors import Overloaded
 from server.request import Failed
-from server.settings import Settings
 from server.structured import choice_grammar, compile_grammar
-from tests.server.client import ask, body, events, image_part
+from tests.server.client import app_of, ask, body, events, image_part
 from tests.server.client import client as client  # fixtures
 from tests.server.client import engine as engine
 from tests.server.fake_engine import FakeEngine
@@ -177,7 +175,7 @@ async def test_a_failed_first_answer_is_a_failure(client: httpx.AsyncClient, eng
 async def test_over_http_a_choice_tells_its_probabilities(real: Engine) -> None:
     real.start()
     try:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(real, Settings())), base_url="http://x") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app_of(real)), base_url="http://x") as client:
             fields = {"guided_choice": ["yes", "no"], "pruning": {"level": "strong", "escalate_below": 1}, "model": None}
             reply = (await ask(client, body(image_part(), **fields))).json()
     finally:

@@ -360,7 +360,7 @@ def test_an_engine_from_settings_holds_what_they_say(tmp_path):
     settings = Settings(
         checkpoint=str(directory), kv_tokens=400, max_batch=3, max_queue=5, default_level="strong", token_policy="merging"
     )
-    engine = build_engine(settings)
+    engine = build_engine(settings, None, settings.checkpoint)
     assert engine.kv.budget == 400 * 16
     assert (engine.scheduler.max_running, engine.scheduler.max_waiting) == (3, 5)
     assert (engine.default_level, engine.token_policy, engine.model_name) == ("strong", "merging", "tiny-sixteen")

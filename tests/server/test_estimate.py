@@ -11,11 +11,9 @@ import pytest
 
 from checkpoints.world import draw
 from models.checkpoint import load
-from server.app import create_app
 from server.engine import Engine
-from server.settings import Settings
 from tests.pruning.dynamic.tiny_router import POINTS, plain_checkpoint, routed_checkpoint  # noqa: F401
-from tests.server.client import body, check_error, image_part
+from tests.server.client import app_of, body, check_error, image_part
 from tests.server.fake_engine import data_url
 from tests.server.tiny import LEVELS, VISUAL, new_engine
 from tests.server.tiny import tiny_checkpoint as tiny_checkpoint
@@ -32,7 +30,7 @@ def started_engine(tiny: Any) -> Iterator[Engine]:
 
 
 def connect(engine: Engine) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(create_app(engine, Settings())), base_url="http://espalier")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app_of(engine)), base_url="http://espalier")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from anyio import to_thread
 
 from server import replies
 from server.chat import read_chat
+from server.served import Served
 from server.settings import Settings
 from tests.server.client import MENU, PICTURE, QUESTION, ask, body, check_error, connect, events, image_part
 from tests.server.client import client as client  # fixtures
@@ -109,8 +110,8 @@ async def test_the_usage_comes_last_when_asked_for(client: httpx.AsyncClient) ->
 async def test_silence_in_a_stream_is_filled(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replies, "KEEP_ALIVE_S", 0.01)
     engine.hold_after = 1
-    prepared = read_chat(engine, Settings(), json.dumps(body(image_part(), stream=True)).encode(), None)
-    stream = replies.chat_events(replies.AnswerStream(engine, prepared, 0.0).chunks(), prepared)
+    prepared = read_chat(Served([engine]), Settings(), json.dumps(body(image_part(), stream=True)).encode(), None)
+    stream = replies.chat_events(replies.AnswerStream(prepared, 0.0).chunks(), prepared)
     assert '"role":"assistant"' in await anext(stream)
     assert await anext(stream) == replies.KEEP_AWAKE
     engine.release.set()

@@ -18,12 +18,10 @@ from PIL import Image
 
 from checkpoints.shipped import resolve
 from models.checkpoint import load
-from server.app import create_app
 from server.engine import Engine, Limits
 from server.page import PLAYGROUND
 from server.schemas import MAX_DETAIL_IMAGES
-from server.settings import Settings
-from tests.server.client import body, check_error, connect, events, image_part
+from tests.server.client import app_of, body, check_error, connect, events, image_part
 from tests.server.fake_engine import FakeEngine, data_url
 
 SAMPLES = Path(__file__).parents[2] / "docs/samples"
@@ -177,7 +175,7 @@ async def test_the_detail_is_capped(client: httpx.AsyncClient) -> None:
 
 @pytest.fixture
 def address(engine: Engine) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, Settings()), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app_of(engine), log_level="warning"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

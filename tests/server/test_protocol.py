@@ -12,8 +12,7 @@ import pytest
 import uvicorn
 
 from server import protocol
-from server.app import create_app
-from server.settings import Settings
+from tests.server.client import app_of
 from tests.server.fake_engine import FakeEngine
 
 HEAD = b"POST /v1/vqa HTTP/1.1\r\nHost: x\r\n"
@@ -23,7 +22,7 @@ GET = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     monkeypatch.setattr(protocol, "TIMEOUT_S", 0.5)
-    app = create_app(FakeEngine(), Settings(body_timeout_s=1))
+    app = app_of(FakeEngine(), body_timeout_s=1)
     server = uvicorn.Server(uvicorn.Config(app, http=protocol.DeadlineProtocol, log_level="warning"))
     with socket.create_server(("127.0.0.1", 0), backlog=256) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))

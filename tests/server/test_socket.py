@@ -13,11 +13,9 @@ import openai
 import pytest
 import uvicorn
 
-from server.app import create_app
 from server.errors import Overloaded
 from server.request import Failed
-from server.settings import Settings
-from tests.server.client import QUESTION, body, image_part
+from tests.server.client import QUESTION, app_of, body, image_part
 from tests.server.client import client as client  # fixtures
 from tests.server.client import engine as engine
 from tests.server.fake_engine import FakeEngine, picture
@@ -31,7 +29,7 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def address(engine: FakeEngine) -> Iterator[tuple[str, int]]:
     """A real server for the engine."""
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, Settings()), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app_of(engine), log_level="warning"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

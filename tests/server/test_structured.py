@@ -15,13 +15,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from server.app import create_app
 from server.engine import Engine
 from server.schema_parts import Function
-from server.settings import Settings
 from server.structured import choice_grammar, closed, compile_grammar
 from server.tools import AnswerReader, ToolUse
-from tests.server.client import body, check_error, events, image_part
+from tests.server.client import app_of, body, check_error, events, image_part
 from tests.server.tiny import LEVELS, new_engine
 from tests.server.tiny import tiny_checkpoint as tiny_checkpoint  # a fixture
 
@@ -55,7 +53,7 @@ def running(tiny: Any) -> Any:
 
 @pytest.fixture
 async def client(running: Engine) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(create_app(running, Settings()))
+    transport = httpx.ASGITransport(app_of(running))
     async with httpx.AsyncClient(transport=transport, base_url="http://espalier") as client:
         yield client
 

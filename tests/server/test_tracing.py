@@ -21,12 +21,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from checkpoints.world import draw
 from models.checkpoint import Checkpoint
 from server import run
-from server.app import create_app
 from server.engine import Engine, Limits
 from server.logs import JsonFormatter
-from server.settings import Settings
 from server.tracing import Tracing
-from tests.server.client import image_part
+from tests.server.client import app_of, image_part
 from tests.server.fake_engine import data_url
 from tests.server.tiny import tiny_checkpoint as tiny_checkpoint
 
@@ -92,7 +90,7 @@ async def ask(engine: Engine, path: str = "/v1/chat/completions", *, headers: An
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 4, "ignore_eos": True, **fields}
     if path == "/v1/completions":
         body = {"prompt": SECRET, "max_tokens": 4, **fields}
-    transport = httpx.ASGITransport(create_app(engine, Settings()))
+    transport = httpx.ASGITransport(app_of(engine))
     async with httpx.AsyncClient(transport=transport, base_url="http://espalier") as client:
         return await client.post(path, json=body, headers=headers)
 

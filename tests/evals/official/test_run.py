@@ -28,13 +28,12 @@ from evals.official.run import compare, reopen, run
 from evals.official.task import DataError, check_pictures
 from evals.official.tasks import TASKS
 from evals.statistics import clustered_error, difference_interval, interval, wilson
-from server.app import create_app
 from server.engine import Engine
 from server.errors import Overloaded
 from server.request import Failed
-from server.settings import Settings
 from tests.evals.official.data import CASES, picture, put
 from tests.evals.official.test_formats import measure, says
+from tests.server.client import app_of
 from tests.server.fake_engine import FakeEngine
 from tests.server.tiny import tiny_checkpoint as tiny_checkpoint  # fixture
 from tests.server.tiny import write
@@ -232,7 +231,7 @@ def test_the_likelihood_of_an_answer_is_what_transformers_says(checkpoint, tmp_p
 @pytest.fixture(name="served")
 def served_engine() -> Iterator[tuple[str, FakeEngine]]:
     engine = FakeEngine()
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, Settings()), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app_of(engine), log_level="warning"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
