@@ -284,7 +284,7 @@ def inspect(
 
 @bench.command("engine")
 def bench_engine(
-    geometry: Annotated[str, typer.Option(help="tinyllava-1.1b, llava-1.5-7b or llava-1.5-13b.")] = "tinyllava-1.1b",
+    geometry: Annotated[str, typer.Option(help="smol-135m, tinyllava-1.1b, llava-1.5-7b or llava-1.5-13b.")] = "tinyllava-1.1b",
     route: Annotated[list[str] | None, typer.Option(help="Visual tokens x layers, such as 128x22; may repeat.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once, 1 by default; may repeat.")] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens each request makes.")] = 32,

@@ -5,13 +5,14 @@ They are loaded through ctypes, so neither torch nor Python's headers take part,
 
 from setuptools import Extension, setup
 
-NAMES = ("gemv_avx512", "gemm_avx512", "gemm_amx_small", "gemm_amx", "decode_attention", "elementwise")
+NAMES = ("gemv_avx512", "gemm_avx512", "gemm_amx_small", "gemm_amx", "elementwise", "decode", "decode_avx512", "decode_portable")
+HEADERS = ("floats", "weights", "tiles", "amx", "gemv_avx512", "decode", "decode_kernels")
 native = Extension(
     "models.kernels.native",
     [f"models/kernels/{name}.cpp" for name in NAMES],
-    depends=[f"models/kernels/{name}.h" for name in ("floats", "weights", "tiles", "amx")],
+    depends=[f"models/kernels/{name}.h" for name in HEADERS],
     language="c++",
-    extra_compile_args=["-O3", "-std=c++17", "-fopenmp"],
+    extra_compile_args=["-O3", "-std=c++20", "-fopenmp"],
     extra_link_args=["-fopenmp"],
     optional=True,
 )

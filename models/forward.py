@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models import kernels
 from models.attention import attend
 from models.kv_cache import RequestCache
 from models.llava import DecoderLayer, Llava
@@ -40,6 +39,11 @@ class SequenceInput:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def is_one_token(self) -> bool:
+        """Whether this is one row that attends and changes in each layer that runs."""
+        return len(self) == self.logits_to_keep == 1 and self.text_rows is None
 
     def query_rows(self, layer: int) -> Tensor | None:
         """The rows that attend and change in a layer, all the others being read only; None for all rows."""
@@ -99,6 +103,9 @@ def forward(
 
     `layer_hook(layer, hidden)` is called with the rows [rows, width] before each layer.
     """
+    decode = None if layer_hook else model.decode_plan
+    if decode and all(sequence.is_one_token for sequence in batch) and decode.takes(batch):
+        return decode.step(batch)
     hidden = torch.cat([sequence.hidden for sequence in batch])
     cos, sin = model.rope(torch.cat([sequence.positions for sequence in batch]))
     for index, layer in enumerate(model.decoder_layers):
@@ -148,9 +155,6 @@ def _attention(
     new = zip(batch, key.split(lengths), value.split(lengths), strict=True)
     cached = [sequence.cache.append(index, k, v) for sequence, k, v in new]
     biases = [sequence.cache.bias(index) for sequence in batch]
-    decoding = max(lengths) == 1 and all(rows is None for rows in queries)
-    if decoding and kernels.can_decode_attention(query) and (native := kernels.library()):
-        return kernels.decode_attention(native, query, cached, biases, scale).view(-1, heads * dim)
     mixed = []
     for q, (keys, values), bias, rows in zip(query.split(lengths), cached, biases, queries, strict=True):
         before = keys.shape[1] - len(q)

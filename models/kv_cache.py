@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from torch import Tensor
 class RequestCache:
     """One request's keys and values in one allocation: a slab [2, kv_heads, rows, head_dim] for each layer that runs.
 
-    `rows` and `kv_heads` are given by layer. Allocated once, at admission.
+    `rows` and `kv_heads` are given by layer. Allocated once, at admission. `slab_pointers` and `slab_rows` say by layer where its
+    slab lies, null where it does not run, and for how many rows, for `models.decode`.
     """
 
     def __init__(
@@ -29,6 +31,8 @@ class RequestCache:
         ]
         self.nbytes = flat.numel() * flat.element_size()
         self._bias: Tensor | None = None
+        self.slab_pointers = (ctypes.c_void_p * len(rows))(*(slab.data_ptr() if slab is not None else None for slab in self._slabs))
+        self.slab_rows = (ctypes.c_int64 * len(rows))(*rows)
 
     def keys(self, layer: int) -> Tensor:
         """A layer's keys so far: [kv_heads, length, head_dim]; a layer that does not run has none."""
@@ -62,11 +66,30 @@ class RequestCache:
         slab = self._slabs[layer]
         start, stop = self.lengths[layer], self.lengths[layer] + len(keys)
         if slab is None or stop > self.capacity[layer]:
-            raise RuntimeError(f"layer {layer} has room for {self.capacity[layer]} rows, not {stop}")
+            raise _no_room(layer, self.capacity[layer], stop)
         slab[0, :, start:stop] = keys.transpose(0, 1)
         slab[1, :, start:stop] = values.transpose(0, 1)
         self.lengths[layer] = stop
         return slab[0, :, :stop], slab[1, :, :stop]
+
+
+    def append_row(self) -> ctypes.Array[ctypes.c_int64]:
+        """Count a row of each layer that runs, which the caller writes; returns the rows before it, by layer."""
+        before = (ctypes.c_int64 * len(self.lengths))(*self.lengths)
+        for layer, (length, capacity) in enumerate(zip(self.lengths, self.capacity, strict=True)):
+            if length >= capacity > 0:
+                raise _no_room(layer, capacity, length + 1)
+        self.lengths[:] = [length + (capacity > 0) for length, capacity in zip(self.lengths, self.capacity, strict=True)]
+        return before
+
+    @property
+    def bias_pointer(self) -> int | None:
+        """Where the bias of all rows lies."""
+        return None if self._bias is None else self._bias.data_ptr()
+
+
+def _no_room(layer: int, capacity: int, rows: int) -> RuntimeError:
+    return RuntimeError(f"layer {layer} has room for {capacity} rows, not {rows}")
 
 
 class KVCache:

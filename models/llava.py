@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from models.decode import DecodePlan
 from models.families import Layout, arrange, check_tiles, family_of, layout_of
 from models.kv_cache import RequestCache
 from models.layer_shapes import head_dim, layer_shapes, query_heads
@@ -85,6 +86,13 @@ class Llava:
     @cached_property
     def eps(self) -> float:
         return float(self.config.text_config.rms_norm_eps)
+
+    @cached_property
+    def decode_plan(self) -> DecodePlan | None:
+        """For decoding in one native call; None where it runs layer by layer."""
+        return DecodePlan.of(
+            self.decoder_layers, self.norm, self.head, self.inv_freq, self.rope_scaling, self.head_dim, self.eps
+        )
 
     def new_cache(self, rows: Sequence[int]) -> RequestCache:
         """An empty cache for one request, `rows` by layer."""

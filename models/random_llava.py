@@ -21,11 +21,12 @@ from transformers import (
 from models.families import family_of
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
+    "smol-135m": {"layers": 30, "width": 576, "ffn": 1536, "heads": 9, "kv_heads": 3, "vocab": 49152},
     "tinyllava-1.1b": {"layers": 22, "width": 2048, "ffn": 5632, "heads": 32, "kv_heads": 4, "vocab": 32064},
     "llava-1.5-7b": {"layers": 32, "width": 4096, "ffn": 11008, "heads": 32, "kv_heads": 32, "vocab": 32064},
     "llava-1.5-13b": {"layers": 40, "width": 5120, "ffn": 13824, "heads": 40, "kv_heads": 40, "vocab": 32064},
 }
-"""Language models at real size; all stand behind CLIP-L/336 with 576 visual tokens."""
+"""Language models at real size. All see 576 visual tokens, by CLIP-L/336; `smol-135m` has a smaller tower."""
 IMAGE_TOKEN = 32000
 
 
@@ -47,9 +48,10 @@ def geometry_config(name: str) -> LlavaConfig:
         return tiny_config()
     if name not in GEOMETRIES:
         raise ValueError(f"geometry {name!r} is not one of {', '.join(GEOMETRIES)}, tiny")
+    width, layers = (384, 12) if name == "smol-135m" else (1024, 24)
     vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-        patch_size=14, projection_dim=768,
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        image_size=336, patch_size=14, projection_dim=768,
     )  # fmt: skip
     return LlavaConfig(
         vision_config=vision, text_config=text_config(**GEOMETRIES[name]), image_token_index=IMAGE_TOKEN,

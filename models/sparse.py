@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar
@@ -174,6 +175,10 @@ class PackedLinear:
         first, last, _ = rows.indices(len(self.masks))
         out = torch.empty(last - first, self.inputs, dtype=torch.bfloat16)
         return kernels.decompress(native, self._parts, first, out)
+
+    def native_table(self) -> ctypes.Array[ctypes.c_int64]:
+        """Where the parts lie, as the kernels take it; it does not keep them alive."""
+        return kernels.packed_table(self._parts)
 
     @property
     def _parts(self) -> tuple[Tensor, ...]:

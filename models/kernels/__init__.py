@@ -1,12 +1,12 @@
-"""C++ kernels for the CPU, in bfloat16.
+"""C++ kernels for the CPU, in bfloat16 unless said otherwise.
 
 - gemv_avx512.cpp, gemm_avx512.cpp, gemm_amx_small.cpp and gemm_amx.cpp: products with a dense or a packed weight; `thresholds` says
   which runs when.
-- decode_attention.cpp: attention of the new rows of a decoding step, one call a layer.
+- decode*.cpp: a whole decoding step in one call (`models.decode`), in bfloat16 or float32, on AVX-512 and on any other processor.
 - elementwise.cpp: RMS norm, swish and RoPE, one pass each.
 
-The library is built at install where a C++ compiler is present. It needs AVX-512 BF16, VBMI and VBMI2. Callers ask `library()`
-first and run through torch where it is None. No kernel is differentiable.
+The library is built at install where a C++ compiler is present. All but decoding needs AVX-512 BF16, VBMI and VBMI2. Callers ask
+`library()` first, or for decoding `decoding_library()`, and run through torch where it is None. No kernel is differentiable.
 """
 
 from __future__ import annotations
@@ -32,32 +32,45 @@ SIGNATURES = {
     "dense_gemm_avx512": PRODUCT,
     "packed_gemm_avx512": PRODUCT,
     "decompress": [POINTER] * 2 + [COUNT] * 3 + [INT],
-    "decode_attention": [POINTER, COUNT, POINTER, POINTER] + [COUNT] * 4 + [FLOAT, INT],
     "rms_norm": [POINTER] * 3 + [COUNT] * 2 + [FLOAT, INT],
     "swish": [POINTER] * 3 + [COUNT] * 3 + [FLOAT, INT],
     "apply_rope": [POINTER] * 4 + [COUNT] * 4 + [INT],
 }
 AMX_SIGNATURES = {f"{weight}_{gemm}": PRODUCT for weight in ("dense", "packed") for gemm in ("gemm_amx", "gemm_amx_small")}
-HEAD_DIM_MULTIPLE = 32
-"""`decode_attention` takes heads whose width is a multiple of this: the values that a register holds."""
+
+
+@cache
+def _built() -> ctypes.CDLL | None:
+    spec = find_spec("models.kernels.native")
+    if spec is None or spec.origin is None:
+        log.info("native CPU kernels were not built (no C++ compiler at install): the CPU runs through torch alone")
+        return None
+    return ctypes.CDLL(spec.origin)  # after torch, whose OpenMP and so whose threads it then shares
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they were not built or this processor cannot run them. The log says which, once."""
-    spec = find_spec("models.kernels.native")
-    if spec is None or spec.origin is None:
-        log.info("native CPU kernels were not built (no C++ compiler at install): small batches run through torch")
+    if (found := _built()) is None:
         return None
-    found = ctypes.CDLL(spec.origin)  # after torch, whose OpenMP and so whose threads it then shares
     if not found.avx512_supported():
-        log.info("this processor lacks AVX-512 BF16, VBMI or VBMI2: small batches run through torch")
+        log.info("this processor lacks AVX-512 BF16, VBMI or VBMI2: products run through torch")
         return None
     amx = bool(found.amx_supported())
     for name, types in (SIGNATURES | (AMX_SIGNATURES if amx else {})).items():
         function = getattr(found, name)
         function.argtypes, function.restype = types, None
     log.info("native CPU kernels in use%s", ", with AMX" if amx else "")
+    return found
+
+
+@cache
+def decoding_library() -> ctypes.CDLL | None:
+    """The same with `decode_step` alone, which runs on any processor but x86-64 without AVX2."""
+    found = _built()
+    if found is None or not found.portable_supported():
+        return None
+    found.decode_step.argtypes, found.decode_step.restype = [POINTER, POINTER, COUNT, POINTER, INT], None
     return found
 
 
@@ -80,7 +93,7 @@ def dense_linear(native: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | 
 
 def packed_linear(native: ctypes.CDLL, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """The same product with a packed weight, given as the tensors of `models.sparse.PackedLinear`."""
-    x, weight, n = x.contiguous(), _packed(parts), len(parts[-1]) - 1
+    x, weight, n = x.contiguous(), packed_table(parts), len(parts[-1]) - 1
     y = x.new_empty(len(x), n)
     product = _product(native, "packed", len(x))
     product(x.data_ptr(), weight, _pointer(bias), y.data_ptr(), len(x), x.shape[1], n, torch.get_num_threads())
@@ -89,33 +102,7 @@ def packed_linear(native: ctypes.CDLL, x: Tensor, parts: Sequence[Tensor], bias:
 
 def decompress(native: ctypes.CDLL, parts: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
     """Write the dense rows from `first` on to `out` [rows, in], contiguous bfloat16."""
-    native.decompress(_packed(parts), out.data_ptr(), out.shape[1], first, first + len(out), torch.get_num_threads())
-    return out
-
-
-def can_decode_attention(query: Tensor) -> bool:
-    """Whether `decode_attention` takes rows like these [..., dim]."""
-    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[-1] % HEAD_DIM_MULTIPLE == 0
-
-
-def decode_attention(
-    native: ctypes.CDLL, query: Tensor, cached: Sequence[tuple[Tensor, Tensor]], biases: Sequence[Tensor | None], scale: float
-) -> Tensor:
-    """Attention of one row of each request over its own keys and values: [requests, heads, dim], as query.
-
-    `cached` are keys and values of each request, [kv_heads, length, dim], without gaps between a head's rows; `biases` [length] are
-    added to the scores. All bfloat16 on the CPU; dim a multiple of HEAD_DIM_MULTIPLE.
-    """
-    requests, heads, dim = query.shape
-    words: list[int | None] = []
-    for (keys, values), bias in zip(cached, biases, strict=True):
-        words += (keys.data_ptr(), values.data_ptr(), _pointer(bias), keys.shape[1], keys.stride(0), values.stride(0))
-    out = query.new_empty(requests, heads, dim)
-    table = (COUNT * len(words))(*(word or 0 for word in words))
-    native.decode_attention(
-        query.data_ptr(), query.stride(0), table, out.data_ptr(), requests, heads, len(cached[0][0]), dim, scale,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    native.decompress(packed_table(parts), out.data_ptr(), out.shape[1], first, first + len(out), torch.get_num_threads())
     return out
 
 
@@ -157,7 +144,7 @@ def _product(native: ctypes.CDLL, weight_format: thresholds.Format, rows: int) -
     return found
 
 
-def _packed(parts: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
+def packed_table(parts: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
     """weights.h's `Packed`: where the parts lie, and how many words of masks a row has."""
     *_, masks, _ = parts
     return (COUNT * (len(parts) + 1))(*(part.data_ptr() for part in parts), masks.shape[1])

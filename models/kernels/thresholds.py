@@ -29,6 +29,8 @@ GFLOP/s of one core: gemv_avx512 84 and 66 at 24 rows, 80 and 67 at 32; gemm_avx
 at 616. torch reaches 70 to 80 in bfloat16 and 160 in float32."""
 PACKED = {"amx": 640, "bfloat16": 48}
 """Rows up to which our kernels multiply a packed weight; more are faster through dense parts."""
+DECODE_ROWS = {"amx": 8, "float32": FLOAT32_FROM - 1, "bfloat16": 32}
+"""Requests that decode in one native call; more run layer by layer. With AMX, whose tiles that call does not use: not measured."""
 BITMASK_GPU = 16
 """Rows that a GPU multiplies from a bitmask weight. Not measured yet."""
 

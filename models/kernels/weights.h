@@ -13,12 +13,14 @@ constexpr int64_t PAIR_LANES = 2 * BF16_LANES;   // in the two registers that ar
 constexpr int64_t MIN_PARALLEL_WORK = 64 << 10;  // weights below which more threads cost more than they save
 
 // y = x W^T + bias.
-struct Product {
+template <class Y>
+struct ProductTo {
   const bf16* x;     // [rows, k]
   const bf16* bias;  // [n], or null
-  bf16* y;           // [rows, n]
+  Y* y;              // [rows, n]
   int64_t rows, k, n;
 };
+using Product = ProductTo<bf16>;
 
 // 64 consecutive values of a row of W.
 struct Pair {

@@ -1,0 +1,150 @@
+"""A decoding step on the CPU in one native call: one new row of each request through all layers and the head."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models import kernels
+from models.kernels.thresholds import decode_rows
+from models.kv_cache import RequestCache
+from models.linear import Linear
+from models.sparse import AnyLinear, PackedLinear
+
+POINTER, COUNT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class Row(Protocol):
+    """One request's new row: hidden [1, width], its position [1] in the whole prompt and answer, and its cache."""
+
+    @property
+    def hidden(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def cache(self) -> RequestCache: ...
+
+
+class LayerWeights(Protocol):
+    """As `models.llava.DecoderLayer`."""
+
+    heads: int
+    kv_heads: int
+    input_norm: Tensor
+    post_norm: Tensor
+
+    def linears(self) -> dict[str, AnyLinear]: ...
+
+
+class _Matrix(ctypes.Structure):
+    """`Matrix` of kernels/decode.h; the structures below have their names there too."""
+
+    _fields_ = [("weight", POINTER), ("bias", POINTER), ("inputs", COUNT), ("outputs", COUNT), ("packed", COUNT)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("input_norm", POINTER), ("post_norm", POINTER), ("qkv", _Matrix), ("out", _Matrix), ("gate_up", _Matrix),
+        ("down", _Matrix), ("heads", COUNT), ("kv_heads", COUNT),
+    ]  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        ("layers", POINTER), ("norm", POINTER), ("inv_freq", POINTER), ("head", _Matrix), ("num_layers", COUNT), ("width", COUNT),
+        ("head_dim", COUNT), ("avx512", COUNT), ("bf16", COUNT), ("eps", FLOAT), ("rope_scaling", FLOAT),
+    ]  # fmt: skip
+
+
+class _Request(ctypes.Structure):
+    _fields_ = [
+        ("hidden", POINTER), ("bias", POINTER), ("slabs", POINTER), ("capacity", POINTER), ("lengths", POINTER),
+        ("position", COUNT),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Where the weights of a model lie, for `kernels/decode.cpp`. `instructions` say what multiplies them, for people."""
+
+    native: ctypes.CDLL
+    model: _Model
+    dtype: torch.dtype
+    instructions: str
+    held: tuple[object, ...]  # what the pointers point into
+
+    @classmethod
+    def of(
+        cls, layers: Sequence[LayerWeights], norm: Tensor, head: Linear, inv_freq: Tensor, rope_scaling: float, head_dim: int,
+        eps: float,
+    ) -> DecodePlan | None:  # fmt: skip
+        """None for weights on another device, of other types or in other formats than the native step takes, and where it is not
+        built: the caller then runs layer by layer."""
+        native, avx512 = kernels.decoding_library(), kernels.library() is not None
+        matrices = [matrix for layer in layers for matrix in layer.linears().values()] + [head]
+        norms = [norm, *(weight for layer in layers for weight in (layer.input_norm, layer.post_norm))]
+        if native is None or norm.dtype not in (torch.float32, torch.bfloat16) or head_dim % 2:
+            return None
+        if not all(_takes(matrix, norm.dtype, avx512) for matrix in matrices) or not all(_plain(w, norm.dtype) for w in norms):
+            return None
+        held: list[object] = [*matrices, *norms, inv_freq]
+
+        def point(matrix: AnyLinear) -> _Matrix:
+            packed = isinstance(matrix, PackedLinear)
+            if isinstance(matrix, PackedLinear):
+                held.append(table := matrix.native_table())
+                weight, (outputs, inputs) = ctypes.addressof(table), (len(matrix.masks), matrix.inputs)
+            else:
+                assert isinstance(matrix, Linear)
+                weight, (outputs, inputs) = matrix.weight.data_ptr(), matrix.weight.shape
+            return _Matrix(weight, None if matrix.bias is None else matrix.bias.data_ptr(), inputs, outputs, packed)
+
+        table = (_Layer * len(layers))(*(
+            _Layer(
+                layer.input_norm.data_ptr(), layer.post_norm.data_ptr(), *map(point, layer.linears().values()), layer.heads,
+                layer.kv_heads,
+            )
+            for layer in layers
+        ))  # fmt: skip
+        model = _Model(
+            ctypes.addressof(table), norm.data_ptr(), inv_freq.data_ptr(), point(head), len(layers), len(norm), head_dim, avx512,
+            norm.dtype == torch.bfloat16, eps, rope_scaling,
+        )  # fmt: skip
+        return cls(native, model, norm.dtype, "AVX-512" if avx512 else "portable", (table, *held))
+
+    def takes(self, rows: Sequence[Row]) -> bool:
+        """Whether this is faster than layer by layer."""
+        return len(rows) <= decode_rows(kernels.has_amx()) and all(row.hidden.dtype == self.dtype for row in rows)
+
+    def step(self, rows: Sequence[Row]) -> Tensor:
+        """float32 logits [rows, vocab]. Keys and values are appended to each request's cache.
+
+        Raises RuntimeError for a cache without room. Each row's result is the same bit for bit whatever stands beside it.
+        """
+        hidden = [row.hidden.contiguous() for row in rows]
+        lengths = [row.cache.append_row() for row in rows]
+        requests = (_Request * len(rows))(*(
+            _Request(
+                x.data_ptr(), row.cache.bias_pointer, *map(ctypes.addressof, (row.cache.slab_pointers, row.cache.slab_rows, before)),
+                int(row.positions),
+            )
+            for row, x, before in zip(rows, hidden, lengths, strict=True)
+        ))  # fmt: skip
+        logits = torch.empty(len(rows), self.model.head.outputs)
+        self.native.decode_step(ctypes.byref(self.model), requests, len(rows), logits.data_ptr(), torch.get_num_threads())
+        return logits
+
+
+def _takes(matrix: AnyLinear, dtype: torch.dtype, avx512: bool) -> bool:
+    if isinstance(matrix, PackedLinear):
+        return avx512 and dtype == torch.bfloat16
+    return isinstance(matrix, Linear) and _plain(matrix.weight, dtype) and (matrix.bias is None or _plain(matrix.bias, dtype))
+
+
+def _plain(weight: Tensor, dtype: torch.dtype) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == dtype and weight.is_contiguous()
