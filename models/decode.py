@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models import kernels
-from models.kernels.thresholds import decode_rows
+from models.kernels import thresholds
 from models.kv_cache import RequestCache
 from models.linear import Linear
 from models.sparse import AnyLinear, PackedLinear
@@ -119,7 +119,7 @@ class DecodePlan:
 
     def takes(self, rows: Sequence[Row]) -> bool:
         """Whether this is faster than layer by layer."""
-        return len(rows) <= decode_rows(kernels.has_amx()) and all(row.hidden.dtype == self.dtype for row in rows)
+        return len(rows) <= thresholds.decode_rows(kernels.has_amx()) and all(row.hidden.dtype == self.dtype for row in rows)
 
     def step(self, rows: Sequence[Row]) -> Tensor:
         """float32 logits [rows, vocab]. Keys and values are appended to each request's cache.

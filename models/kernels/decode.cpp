@@ -30,7 +30,7 @@ namespace {
 
 constexpr int64_t CHUNK_BYTES = 64 << 10;  // of weights: about five microseconds
 constexpr int64_t CHUNKS_PER_THREAD = 4;   // at least, of small matrices
-constexpr int64_t CHUNK_MULTIPLE = 12;     // outputs: kernels compute three or four at a time
+constexpr int64_t CHUNK_MULTIPLE = 24;     // outputs: kernels compute three, four or eight at a time
 constexpr int64_t LINE = 64;               // bytes that two cores must not write side by side
 constexpr double PATIENCE = 2;             // times that chunks of this product took, before an unfinished one is computed once more
 constexpr auto LEAST_PATIENCE = std::chrono::microseconds(10);

@@ -59,7 +59,11 @@ AVX512_INLINE V negative_abs(V x) { return sub(set(0.0f), _mm512_abs_ps(x)); }
 AVX512_INLINE V where_negative(V x, V then, V otherwise) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, set(0.0f), _CMP_LT_OQ), otherwise, then);
 }
-AVX512_INLINE float sum(V x) { return _mm512_reduce_add_ps(x); }
+AVX512_INLINE float sum(V x) { return sum_of_lanes(x); }
+template <int N>
+AVX512_INLINE void sums(const V (&x)[N], float* to) {
+  sums_of_lanes(x, to);
+}
 AVX512_INLINE float largest_of(V x) { return _mm512_reduce_max_ps(x); }
 AVX512_INLINE float first(V x) { return _mm512_cvtss_f32(x); }
 
@@ -86,16 +90,7 @@ AVX512_INLINE void dots(const T* query, const T* const (&keys)[KEYS], int64_t di
   int64_t i = 0;
   for (; i + BF16_LANES <= dim; i += BF16_LANES) add_dots(query, keys, i, ~0u, s);
   if (i < dim) add_dots(query, keys, i, lane_mask(dim - i), s);
-#pragma GCC unroll 4
-  for (int j = 0; j < KEYS; j += 2) s[j] = add(_mm512_unpacklo_ps(s[j], s[j + 1]), _mm512_unpackhi_ps(s[j], s[j + 1]));
-#pragma GCC unroll 2
-  for (int j = 0; j < KEYS; j += 4) {
-    const __m512d even = _mm512_castps_pd(s[j]), odd = _mm512_castps_pd(s[j + 2]);
-    s[j] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
-  }
-  const V half = add(_mm512_shuffle_f32x4(s[0], s[4], 0x88), _mm512_shuffle_f32x4(s[0], s[4], 0xdd));
-  const __m256 low = _mm512_castps512_ps256(half), high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(half), 1));
-  _mm256_storeu_ps(found, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+  _mm256_storeu_ps(found, sums_of_lanes(s));
 }
 
 }  // namespace

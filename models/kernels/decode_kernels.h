@@ -167,11 +167,9 @@ TARGET void attend(const Head& head, void* to) {
 // R rows of x times O rows of a dense W from `first` on.
 template <int R, int O, class T>
 TARGET_INLINE void block(const T* weights, const T* bias, int64_t k, const float* x, int64_t first, float* y, int64_t stride) {
-  V sums[O][R];
-#pragma GCC unroll 8
-  for (int o = 0; o < O; ++o)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[o][r] = set(0.0f);
+  V all[O * R];
+#pragma GCC unroll 32
+  for (int i = 0; i < O * R; ++i) all[i] = set(0.0f);
   const T* const w = weights + first * k;
   const int64_t ahead = std::max<int64_t>(O * k, PREFETCH_BYTES / sizeof(T));
   for_each_register(k, [&](int64_t i, auto lanes) TARGET_LAMBDA {
@@ -185,14 +183,16 @@ TARGET_INLINE void block(const T* weights, const T* bias, int64_t k, const float
     for (int r = 0; r < R; ++r) {
       const V input = load(x + r * k + i, lanes);
 #pragma GCC unroll 8
-      for (int o = 0; o < O; ++o) sums[o][r] = fma(input, loaded[o], sums[o][r]);
+      for (int o = 0; o < O; ++o) all[o * R + r] = fma(input, loaded[o], all[o * R + r]);
     }
   });
+  float totals[O * R];
+  sums(all, totals);
 #pragma GCC unroll 8
   for (int o = 0; o < O; ++o) {
     const float added = bias ? value(bias[first + o]) : 0.0f;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) y[r * stride + o] = sum(sums[o][r]) + added;
+    for (int r = 0; r < R; ++r) y[r * stride + o] = totals[o * R + r] + added;
   }
 }
 

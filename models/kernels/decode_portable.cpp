@@ -82,6 +82,10 @@ TARGET_INLINE V negative_abs(V x) { return (V)((Bits)x | 0x80000000u); }
 TARGET_INLINE V where_negative(V x, V then, V otherwise) { return x < V{} ? then : otherwise; }
 TARGET_INLINE float first(V x) { return x[0]; }
 TARGET_INLINE float sum(V x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+template <int N>
+TARGET_INLINE void sums(const V (&x)[N], float* to) {
+  for (int i = 0; i < N; ++i) to[i] = sum(x[i]);
+}
 TARGET_INLINE float largest_of(V x) {
   float found = x[0];
   for (int i = 1; i < LANES; ++i) found = found < x[i] ? x[i] : found;

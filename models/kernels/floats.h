@@ -37,3 +37,41 @@ AVX512_INLINE __m512 exp_nonpositive(__m512 x) {
   for (const float next : {1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(next));
   return _mm512_scalef_ps(sum, whole);
 }
+
+// Sums of the lanes of eight registers, which share their last additions.
+AVX512_INLINE __m256 sums_of_lanes(const __m512 (&x)[8]) {
+  __m512 s[8];
+#pragma GCC unroll 4
+  for (int j = 0; j < 8; j += 2) s[j] = _mm512_add_ps(_mm512_unpacklo_ps(x[j], x[j + 1]), _mm512_unpackhi_ps(x[j], x[j + 1]));
+#pragma GCC unroll 2
+  for (int j = 0; j < 8; j += 4) {
+    const __m512d even = _mm512_castps_pd(s[j]), odd = _mm512_castps_pd(s[j + 2]);
+    s[j] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+  }
+  const __m512 half = _mm512_add_ps(_mm512_shuffle_f32x4(s[0], s[4], 0x88), _mm512_shuffle_f32x4(s[0], s[4], 0xdd));
+  const __m256 low = _mm512_castps512_ps256(half), high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(half), 1));
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
+
+// The same for one, bit for bit.
+AVX512_INLINE float sum_of_lanes(__m512 x) {
+  x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
+  x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xb1));
+  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+  return _mm512_cvtss_f32(_mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e)));
+}
+
+// Sums of the lanes of N registers.
+template <int N>
+AVX512_INLINE void sums_of_lanes(const __m512 (&x)[N], float* to) {
+  int i = 0;
+#pragma GCC unroll 4
+  for (; i + 4 < N; i += 8) {
+    __m512 some[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) some[j] = i + j < N ? x[i + j] : _mm512_setzero_ps();
+    _mm256_mask_storeu_ps(to + i, N - i < 8 ? (1 << (N - i)) - 1 : 0xff, sums_of_lanes(some));
+  }
+#pragma GCC unroll 4
+  for (; i < N; ++i) to[i] = sum_of_lanes(x[i]);
+}

@@ -52,7 +52,7 @@ struct Dense {
   };
 
   // Rows of W that a block takes together for so many rows of x. Their sums must fit the registers.
-  static constexpr int rows_at_once(int rows) { return rows <= 3 ? 1 : rows == 4 ? 4 : 3; }
+  static constexpr int rows_at_once(int rows) { return rows <= 2 ? 8 : rows <= 4 ? 4 : 3; }
   RowReader reader(int64_t o) const { return {weights + o * k}; }
   Prefetcher prefetcher(int64_t, int64_t, int64_t) const { return {}; }
   int64_t start(int64_t) const { return 0; }

@@ -1,0 +1,161 @@
+"""The native decoding step against the same layers run one by one, with AVX-512 and with what any processor has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import kernels
+from models.forward import forward
+from models.kernels import thresholds
+from models.linear import Linear
+from models.llava import Llava, from_transformers
+from models.random_llava import random_model, text_config, tiny_config
+from models.route import Route
+from models.sparse import PackedLinear, SparseLinear
+from tests.models.test_forward import routes
+from tests.models.tiny_llava import VISUAL, Session, pixels, prompt
+
+pytestmark = pytest.mark.skipif(kernels.decoding_library() is None, reason="needs the native step")
+avx512 = pytest.mark.skipif(kernels.library() is None, reason="needs AVX-512 BF16")
+TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 0.05, "atol": 0.05}}
+
+
+@pytest.fixture(params=[pytest.param("AVX-512", marks=avx512), "portable"])
+def instructions(request, monkeypatch):
+    if request.param == "portable":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    return request.param
+
+
+def build(dtype=torch.float32, kind="llama", bias=False, **sizes: int) -> Llava:
+    config = tiny_config(kind, bias=bias)
+    common = {"layers": 3, "width": 48, "ffn": 100, "heads": 4, "kv_heads": 2, "vocab": 131, "bias": bias}
+    config.text_config = text_config(kind, **(common | sizes))
+    return from_transformers(random_model(config, seed=1, dtype=dtype))
+
+
+def sessions(model: Llava) -> list[Session]:
+    """A prompt for every kind of route, all of another length, run; each is about to decode."""
+    made = [Session(model, prompt(1, 3 + 5 * i, seed=i), pixels(1, seed=i).to(model.dtype), r) for i, r in enumerate(routes().values())]
+    made.append(Session(model, prompt(0, 1, seed=9), None))
+    forward(model, [session.input for session in made])
+    for i, session in enumerate(made):
+        session.push(3 + i)
+    return made
+
+
+def layer_by_layer(model: Llava) -> Llava:
+    other = replace(model)
+    other.__dict__["decode_plan"] = None
+    return other
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("llama", {}),
+        ("llama", {"bias": True, "heads": 9, "kv_heads": 3, "width": 576, "ffn": 200, "layers": 3}),
+        ("llama", {"heads": 4, "kv_heads": 4, "width": 64 * 4 + 40}),  # heads of 74
+        ("qwen2", {"heads": 14, "kv_heads": 2, "width": 14 * 32}),
+        ("mistral", {"heads": 8, "kv_heads": 1, "width": 8 * 160}),
+    ],
+)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
+def test_equals_layer_by_layer_at_every_route(dtype, kind, sizes, instructions):
+    model = build(dtype, kind, **sizes)
+    assert model.decode_plan and model.decode_plan.instructions == instructions
+    theirs, ours = sessions(model), sessions(model)
+    for step in range(3):
+        wanted = forward(layer_by_layer(model), [session.input for session in theirs])
+        found = forward(model, [session.input for session in ours])
+        torch.testing.assert_close(found, wanted, **TOLERANCE[dtype])
+        for one, other in zip(theirs, ours, strict=True):
+            assert one.cache.lengths == other.cache.lengths
+            for session in (one, other):
+                session.push(20 + step)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
+def test_a_row_is_the_same_bit_for_bit_in_any_batch(dtype, instructions):
+    model = build(dtype, heads=9, kv_heads=3, width=576)
+    alone = [forward(model, [session.input])[0] for session in sessions(model)]
+    for count in (2, 3, 5, len(alone)):
+        together = forward(model, [session.input for session in sessions(model)[-count:]])
+        assert torch.equal(together, torch.stack(alone[-count:]))
+
+
+def test_more_threads_than_cores_change_nothing(instructions):
+    """Threads that are taken off their cores hold chunks; others compute them once more."""
+    model, before = build(torch.bfloat16, heads=9, kv_heads=3, width=576, layers=6), torch.get_num_threads()
+    wanted = forward(model, [session.input for session in some(model)])
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            for _ in range(20):
+                assert torch.equal(forward(model, [session.input for session in some(model)]), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+def some(model: Llava) -> list[Session]:
+    """Sessions on caches that hold ones, which need no prompt to be run."""
+    made = [Session(model, [1, 5, 6], None) for _ in range(3)]
+    for session in made:
+        for layer in range(model.num_layers):
+            ones = torch.ones(9, model.kv_heads[layer], model.head_dim, dtype=model.dtype)
+            session.cache.append(layer, ones, ones)
+        session.push(7)
+    return made
+
+
+@avx512
+def test_packed_weights_decode_as_the_dense_ones_do():
+    model = build(torch.bfloat16, heads=9, kv_heads=3, width=576, ffn=200)
+    for layer in model.decoder_layers:
+        for matrix in layer.linears().values():
+            matrix.weight *= torch.rand_like(matrix.weight) < 0.5
+    packed = [replace(layer, **{name: PackedLinear.of(m) for name, m in layer.linears().items()}) for layer in model.decoder_layers]
+    both = [forward(one, [s.input for s in some(one)]) for one in (model, replace(model, decoder_layers=packed))]
+    assert torch.equal(*both)
+
+
+def test_a_skipped_layer_is_not_read(instructions):
+    model = build()
+    route = Route(VISUAL, tuple(range(VISUAL)), (True, False, True))
+    session = Session(model, prompt(1, 4, 1), pixels(1, 1), route)
+    forward(model, [session.input])
+    session.push(9)
+    model.decoder_layers[1].qkv.weight.fill_(torch.nan)
+    assert torch.isfinite(forward(model, [session.input])).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
+def test_nan_is_not_hidden_and_harms_no_other_request(dtype, instructions):
+    model = build(dtype)
+    _, second, third = made = some(model)
+    second.cache.keys(1)[:, 3] = torch.nan
+    third.input.hidden[0, 5] = torch.nan
+    found = forward(model, [session.input for session in made])
+    assert torch.isfinite(found[0]).all()
+    assert found[1:].isnan().all()
+
+
+def test_a_full_cache_is_an_error_and_not_overrun(instructions):
+    model = build()
+    (session, *_) = some(model)
+    session.cache.lengths[:] = session.cache.capacity
+    with pytest.raises(RuntimeError, match="layer 0 has room for 35 rows, not 36"):
+        forward(model, [session.input])
+
+
+def test_what_the_native_step_does_not_take_runs_layer_by_layer(monkeypatch):
+    model = build(torch.bfloat16)
+    sparse = [replace(layer, qkv=SparseLinear.of(layer.qkv)) for layer in model.decoder_layers]
+    assert replace(model, decoder_layers=sparse).decode_plan is None
+    assert replace(model, norm=model.norm.half()).decode_plan is None
+    assert replace(model, head=Linear(model.head.weight.float())).decode_plan is None
+    monkeypatch.setattr(thresholds, "decode_rows", lambda amx: 2)
+    assert [model.decode_plan.takes([session.input for session in some(model)[:n]]) for n in (2, 3)] == [True, False]
