@@ -119,7 +119,7 @@ class DecodePlan:
 
     def takes(self, rows: Sequence[Row]) -> bool:
         """Whether this is faster than layer by layer."""
-        return len(rows) <= thresholds.decode_rows(kernels.has_amx()) and all(row.hidden.dtype == self.dtype for row in rows)
+        return len(rows) <= thresholds.DECODE_ROWS[kernels.many_rows()] and all(row.hidden.dtype == self.dtype for row in rows)
 
     def step(self, rows: Sequence[Row]) -> Tensor:
         """float32 logits [rows, vocab]. Keys and values are appended to each request's cache.
@@ -130,10 +130,12 @@ class DecodePlan:
         lengths = [row.cache.append_row() for row in rows]
         requests = (_Request * len(rows))(*(
             _Request(
-                x.data_ptr(), row.cache.bias_pointer, *map(ctypes.addressof, (row.cache.slab_pointers, row.cache.slab_rows, before)),
-                int(row.positions),
+                x.data_ptr(), cache.bias_pointer, ctypes.addressof(cache.slab_pointers), ctypes.addressof(cache.slab_rows),
+                ctypes.addressof(before), position,
             )
-            for row, x, before in zip(rows, hidden, lengths, strict=True)
+            for x, cache, before, position in zip(
+                hidden, (row.cache for row in rows), lengths, torch.cat([row.positions for row in rows]).tolist(), strict=True
+            )
         ))  # fmt: skip
         logits = torch.empty(len(rows), self.model.head.outputs)
         self.native.decode_step(ctypes.byref(self.model), requests, len(rows), logits.data_ptr(), torch.get_num_threads())

@@ -39,7 +39,10 @@ def build(dtype=torch.float32, kind="llama", bias=False, **sizes: int) -> Llava:
 
 def sessions(model: Llava) -> list[Session]:
     """A prompt for every kind of route, all of another length, run; each is about to decode."""
-    made = [Session(model, prompt(1, 3 + 5 * i, seed=i), pixels(1, seed=i).to(model.dtype), r) for i, r in enumerate(routes().values())]
+    made = [
+        Session(model, prompt(1, 3 + 5 * i, seed=i), pixels(1, seed=i).to(model.dtype), route)
+        for i, route in enumerate(routes().values())
+    ]
     made.append(Session(model, prompt(0, 1, seed=9), None))
     forward(model, [session.input for session in made])
     for i, session in enumerate(made):
@@ -157,5 +160,5 @@ def test_what_the_native_step_does_not_take_runs_layer_by_layer(monkeypatch):
     assert replace(model, decoder_layers=sparse).decode_plan is None
     assert replace(model, norm=model.norm.half()).decode_plan is None
     assert replace(model, head=Linear(model.head.weight.float())).decode_plan is None
-    monkeypatch.setattr(thresholds, "decode_rows", lambda amx: 2)
+    monkeypatch.setitem(thresholds.DECODE_ROWS, kernels.many_rows(), 2)
     assert [model.decode_plan.takes([session.input for session in some(model)[:n]]) for n in (2, 3)] == [True, False]
