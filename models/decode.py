@@ -80,7 +80,7 @@ class DecodePlan:
 
     @classmethod
     def of(
-        cls, layers: Sequence[LayerWeights], norm: Tensor, head: Linear, inv_freq: Tensor, rope_scaling: float, head_dim: int,
+        cls, layers: Sequence[LayerWeights], norm: Tensor, head: AnyLinear, inv_freq: Tensor, rope_scaling: float, head_dim: int,
         eps: float,
     ) -> DecodePlan | None:  # fmt: skip
         """None for weights on another device, of other types or in other formats than the native step takes, and where it is not
