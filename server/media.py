@@ -62,8 +62,12 @@ class OpenedImage:
 def open_all(sources: Sequence[ImageSource], preprocessor: Preprocessor, settings: Settings) -> list[OpenedImage]:
     """Read the headers of data URLs and files. Raises a 4xx of `server.errors` that names the place."""
     opened, pixels, alone = [], 0, len(sources) == 1
+    left = settings.max_body_bytes  # for what is fetched: no more than a body could have brought
     for place, source in sources:
         with _at(place):
+            if isinstance(source, str) and settings.allow_image_hosts and _is_web(source):
+                source = _fetch(source, min(left, settings.max_image_bytes), settings)
+                left -= len(source)
             file = _open(source, preprocessor.image_side, settings)
             if (pixels := pixels + file.pixels) > settings.max_request_pixels:
                 raise PayloadTooLarge(f"A request's pictures may have at most {settings.max_request_pixels:,} pixels together.")
@@ -80,6 +84,17 @@ def decode_all(opened: Sequence[OpenedImage], preprocessor: Preprocessor) -> lis
             image = one.file.decode()
             images.append(PreparedImage(preprocessor.picture(image, alone=len(opened) == 1), digest(image)))
     return images
+
+
+def _is_web(url: str) -> bool:
+    return url[:8].lower().startswith(("http://", "https://"))
+
+
+def _fetch(url: str, max_bytes: int, settings: Settings) -> bytes:
+    from server.fetch import fetch, policy_for  # its packages are an extra
+
+    check_wanted()
+    return fetch(url, policy_for(settings.allow_image_hosts), max_bytes)
 
 
 def _open(source: str | bytes, side: int, settings: Settings) -> ImageFile:
@@ -117,7 +132,7 @@ def read_data_url(url: str, max_bytes: int) -> bytes:
     head, comma, payload = url.partition(",")
     head = "".join(head.lower().split())
     if not head.startswith("data:"):
-        raise InvalidRequest("Image URLs are not fetched; send the picture as a data URL, data:image/png;base64,...")
+        raise InvalidRequest("Such URLs are not fetched; send the picture as a data URL, data:image/png;base64,...")
     if not comma or not head.endswith(";base64"):
         raise InvalidRequest("A data URL must be base64: data:image/png;base64,...")
     payload = "".join(payload.split()).rstrip("=").replace("-", "+").replace("_", "/")

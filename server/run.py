@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from socket import socket
 from types import FrameType
@@ -81,6 +82,8 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises SystemExit, not zero, when the engine has failed."""
     configure(settings.log_format)
     tracing = start_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
+    if settings.allow_image_hosts:
+        check_fetching(settings.allow_image_hosts)
     keys = read_keys(settings)
     if told := warning(settings, keys):
         log.warning(told)
@@ -116,6 +119,15 @@ def start_tracing(endpoint: str) -> Tracing:
     except ImportError as error:
         raise ValueError("otlp_endpoint needs OpenTelemetry: pip install 'espalier[otel]'") from error
     return Tracing.over_otlp(endpoint)
+
+
+def check_fetching(hosts: Collection[str]) -> None:
+    """Raises ValueError without the extra urls, and for what is no host's name."""
+    try:
+        from server.fetch import policy_for
+    except ImportError as error:
+        raise ValueError("allow_image_hosts needs httpx and ssrfguard: pip install 'espalier[urls]'") from error
+    policy_for(hosts)
 
 
 def build_served(settings: Settings, tracing: Tracing | None = None) -> Served:

@@ -32,7 +32,8 @@ TokenId = Annotated[int, Field(ge=0), WithJsonSchema({"$ref": "#/components/sche
 PictureUrl = Annotated[
     str,
     Field(
-        description="A base64 data URL of a JPEG, PNG, WebP, GIF or AVIF picture. Other URLs are not fetched.",
+        description="A base64 data URL of a JPEG, PNG, WebP, GIF or AVIF picture. Other URLs are fetched only from hosts that the "
+        "operator named.",
         json_schema_extra={"format": "data-url"},
     ),
 ]

@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     api_key_file: Path | None = Field(None, description="API keys by their hashes, with levels and limits: docs/operations.md.")
     open_metrics: bool = Field(False, description="Let /metrics be read without a key.")
     allowed_hosts: tuple[str, ...] = Field((), description="Host names that this server answers to, such as *.example.com; all.")
+    allow_image_hosts: tuple[str, ...] = Field(
+        (), description="Fetch pictures by URL from these hosts, such as images.example.com; needs the extra urls. By default none."
+    )
     cors_origins: tuple[str, ...] = Field((), description="Web origins that may ask, such as https://app.example.com; its own.")
 
     checkpoint: str = Field("embedded", description="A directory that transformers loads, or the name of a shipped checkpoint.")
