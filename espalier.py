@@ -304,6 +304,23 @@ def bench_engine(
         run(geometry, route, batch or [1], new_tokens, repeats, device, dtype, json, sparsity, pattern, router, quantization)
 
 
+@bench.command("peers")
+def bench_peers(
+    geometry: Annotated[str, typer.Option(help="tinyllava-1.1b, llava-1.5-7b or llava-1.5-13b.")] = "tinyllava-1.1b",
+    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens of an answer.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians and ranges are reported.")] = 5,
+    batch: Annotated[bool, typer.Option(help="Also 8 requests of 16 tokens at once.")] = True,
+    vllm_python: Annotated[str | None, typer.Option(help="An interpreter that imports vllm.")] = None,
+    openvino_python: Annotated[str | None, typer.Option(help="One that imports openvino_genai and optimum.intel.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
+) -> None:
+    """The same random weights on the CPU through us, transformers, vLLM and OpenVINO, as far as they are there."""
+    from benchmarks.peers import run
+
+    with _plain_errors():
+        run(geometry, new_tokens, repeats, batch, {"vllm": vllm_python, "openvino": openvino_python}, json)
+
+
 @bench.command("http")
 def bench_http(
     url: Annotated[str, typer.Option(help="A running server.")] = "http://127.0.0.1:8000",

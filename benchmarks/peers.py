@@ -1,0 +1,149 @@
+"""Are we faster than the others? transformers, vLLM and OpenVINO on the same random weights and questions, in turn."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+from benchmarks.report import finish
+from models.random_llava import geometry_config, random_model
+
+WORKER = Path(__file__).with_name("peer_worker.py")
+BATCH, BATCH_TOKENS = 8, 16
+SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}USER: {% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endif %} ASSISTANT:{% endfor %}"
+)
+
+
+class Peer:
+    """A running worker, see `peer_worker`. Raises RuntimeError with the end of its log if it fails."""
+
+    def __init__(self, system: str, python: str, directory: Path) -> None:
+        self.system, self.log = system, directory / f"{system}.log"
+        with self.log.open("w") as log:
+            command = [python, "-P", str(WORKER), system, str(directory)]  # -P: or our http.py would hide Python's
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            self._read("ready")
+        except RuntimeError:
+            self.close()
+            raise
+
+    def seconds(self, requests: int, new_tokens: int) -> float:
+        """Of so many requests at once, from pictures and text to the last token."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{requests} {new_tokens}\n")
+        self.process.stdin.flush()
+        return float(self._read("seconds"))
+
+    def _read(self, word: str) -> str:
+        """What stands behind a word on the next line that begins with it: peers print lines of their own."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word).strip()
+        raise RuntimeError(f"{self.system} ended: {' '.join(self.log.read_text().split()[-40:])}")
+
+    def close(self) -> None:
+        with self.process:  # which closes its pipes
+            self.process.kill()
+
+
+def run(
+    geometry: str, new_tokens: int, repeats: int, batch: bool, pythons: Mapping[str, str | None], quiet: bool
+) -> dict[str, Any]:
+    """Measure and print; the last line is one JSON document, which is returned.
+
+    `pythons` are the interpreters of `vllm` and `openvino`; what has none is left out, and so is what does not run. All systems
+    stay loaded, so that there must be memory for a copy of the weights each. Times include the preparation of pictures. That of a
+    first token is what an answer of two takes, less the time per token.
+    """
+    console = Console(stderr=True, quiet=quiet)
+    systems = {"espalier": sys.executable, "transformers": sys.executable, **pythons}
+    skipped = {name: "no interpreter was given" for name, python in systems.items() if not python}
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(TemporaryDirectory(prefix="peers-")))
+        write(geometry, directory)
+        peers: dict[str, Peer] = {}
+        for name, python in systems.items():
+            if not python:
+                continue
+            console.print(f"loading {name}")
+            try:
+                peers[name] = Peer(name, python, directory)
+                stack.callback(peers[name].close)
+            except (OSError, RuntimeError) as error:
+                skipped[name] = str(error)
+        times: dict[str, dict[str, list[float]]] = {name: {"ttft_s": [], "tpot_s": [], "batch_s": []} for name in peers}
+        for _ in track(range(repeats), "measuring", console=console):
+            for name, peer in peers.items():
+                first = peer.seconds(1, 2)
+                times[name]["tpot_s"].append((peer.seconds(1, new_tokens) - first) / (new_tokens - 2))
+                times[name]["ttft_s"].append(first - times[name]["tpot_s"][-1])
+                if batch:
+                    times[name]["batch_s"].append(peer.seconds(BATCH, BATCH_TOKENS))
+    document = {
+        "geometry": geometry,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "systems": {name: {what: summary(taken) for what, taken in own.items() if taken} for name, own in times.items()},
+        "skipped": skipped,
+    }
+    show(document, console)
+    return finish(document)
+
+
+def write(geometry: str, directory: Path) -> None:
+    """A checkpoint of random bfloat16 weights with tokenizer and processor, as transformers saves it."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate((*SPECIALS, *letters))}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    unknown, start, end, padding, image = SPECIALS
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unknown, bos_token=start, eos_token=end, pad_token=padding,
+        extra_special_tokens={"image_token": image}, padding_side="left", chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+    config = geometry_config(geometry)
+    config.image_token_id = fast.convert_tokens_to_ids(image)
+    config.text_config.vocab_size = max(config.text_config.vocab_size, len(fast))
+    size, patch = config.vision_config.image_size, config.vision_config.patch_size
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    LlavaProcessor(
+        pictures, fast, patch_size=patch, vision_feature_select_strategy="default", image_token=image,
+        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(directory)  # fmt: skip
+    model = random_model(config, dtype=torch.bfloat16)
+    model.lm_head.weight.data[: len(SPECIALS)] = 0  # never the likeliest, so that no system stops early
+    model.save_pretrained(directory)
+
+
+def summary(taken: list[float]) -> dict[str, float]:
+    return {"median": median(taken), "least": min(taken), "most": max(taken)}
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    columns = {"ttft_s": "first token s", "tpot_s": "per token s", "batch_s": f"{BATCH} × {BATCH_TOKENS} tokens s"}
+    table = Table("system", *columns.values(), title=document["geometry"])
+    for name, row in document["systems"].items():
+        cells = [f"{row[c]['median']:.3g} ({row[c]['least']:.3g}-{row[c]['most']:.3g})" if c in row else "-" for c in columns]
+        table.add_row(name, *cells)
+    console.print(table)
+    for name, reason in document["skipped"].items():
+        console.print(f"{name} was left out: {reason}", markup=False)

@@ -1,0 +1,31 @@
+"""The comparison with other systems, on tiny weights with what is installed here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import peers
+
+
+@pytest.mark.slow  # four processes that import torch
+def test_peers_answer_in_turn_and_what_is_missing_is_named(capsys, tmp_path):
+    document = peers.run("tiny", 3, 2, True, {"vllm": None, "openvino": str(tmp_path / "python")}, quiet=False)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1]) == document
+    assert list(document["systems"]) == ["espalier", "transformers"]
+    for row in document["systems"].values():
+        assert list(row) == ["ttft_s", "tpot_s", "batch_s"]
+        assert all(times["least"] <= times["median"] <= times["most"] for times in row.values())
+    assert document["skipped"]["vllm"] == "no interpreter was given"
+    assert "No such file" in document["skipped"]["openvino"]
+    assert "vllm was left out" in printed.err
+
+
+def test_a_worker_that_fails_says_why(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho a line of its own; echo no config.json >&2")
+    python.chmod(0o755)
+    with pytest.raises(RuntimeError, match=r"vllm ended: no config\.json"):
+        peers.Peer("vllm", str(python), tmp_path)
