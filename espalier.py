@@ -21,6 +21,7 @@ from rich.text import Text
 from pruning.dynamic.training.config import TrainingConfig
 from pruning.static.recipe import Recipe
 from server.settings import Settings, read_settings
+from server.threads import limit_threads
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 bench = typer.Typer(help="Measure: the model alone, or a running server.", no_args_is_help=True)
@@ -98,6 +99,7 @@ def serve(
     """Serve a checkpoint over an OpenAI-compatible API. Every option is also an environment variable, ESPALIER_PORT and so on."""
     with _plain_errors():
         settings = read_settings(given | ({} if checkpoint is None else {"checkpoint": checkpoint}))
+        limit_threads(settings.threads)
         from server.run import run  # torch comes with it, once the settings are known to be good
 
         run(settings)
@@ -375,6 +377,7 @@ def _interruption() -> Iterator[list[int]]:
 
 
 def main() -> None:
+    limit_threads()
     app()
 
 

@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     quantization: Literal["int8", "nf4"] | None = Field(
         None, description="Hold the weights in 8 or 4 bits, by bitsandbytes; by default as the checkpoint does."
     )
+    threads: int = Field(0, ge=0, description="Threads that compute on a CPU; 0: as many as quota and affinity allow.")
 
     default_level: str = Field("off", description="Pruning level of requests that name none.")
     degrade: bool = Field(False, description="Under load, requests that name no level get a cheaper one than the default.")
