@@ -341,6 +341,22 @@ def bench_http(
             raise ValueError(f"nothing was answered: {'; '.join(document['reasons'].values()) or document['errors']}")
 
 
+@bench.command("long-prompt")
+def bench_long_prompt(
+    url: Annotated[str, typer.Option(help="A running server.")] = "http://127.0.0.1:8000",
+    answers: Annotated[int, typer.Option(min=1, help="Answers that are under way.")] = 4,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt that arrives.")] = 2000,
+    repeats: Annotated[int, typer.Option(min=1, help="Long prompts, one after another.")] = 3,
+    level: Annotated[str, typer.Option(help="Pruning level of all requests.")] = "off",
+    json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
+) -> None:
+    """What a long prompt does to the answers that a running server is giving: time between their tokens."""
+    with _plain_errors():
+        from benchmarks.long_prompt import run
+
+        run(url, answers, prompt_tokens, repeats, level, quiet=json)
+
+
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """Errors that a user can act on are one line, not a traceback; Ctrl-C ends a command with 130 whatever it met."""

@@ -25,6 +25,7 @@ from server.access import Access, ApiKey, check_levels
 from server.admin import add_admin
 from server.chat import read_chat, read_vqa
 from server.completions import completion_events, completion_reply, detokenize, read_completion, tokenize
+from server.deadline import in_time, read_deadline
 from server.envelope import Envelope
 from server.errors import EspalierError, NotReady, ShuttingDown, UnknownPath
 from server.estimate import estimate
@@ -93,17 +94,18 @@ def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
         pictures: bool = True,
     ) -> Response:  # fmt: skip
         arrived = time.monotonic()
+        deadline = read_deadline(request.headers, arrived)
 
         async def work() -> Response:
             prepared = await reading.run(read, pictures=pictures)
             try:
-                answer = AnswerStream(prepared, arrived)
+                answer = AnswerStream(in_time(prepared, deadline), arrived)
             except ShuttingDown:
                 if served.serves(prepared.engine):
                     raise
                 # Its name has gone to another checkpoint since it was read, and with it tokens and pictures.
                 prepared = await reading.run(read, pictures=pictures)
-                answer = AnswerStream(prepared, arrived)
+                answer = AnswerStream(in_time(prepared, deadline), arrived)
             return await reply(answer, prepared, whole, stream)
 
         return await unless_gone(request, work())

@@ -34,13 +34,12 @@ class Part:
         return 0 if self.one.answering else len(self.input) * sum(self.input.route.layers)
 
 
-def divide(running: Sequence[Running], budget: int) -> list[Part]:
-    """The next pass: a token of each answer, and beside them `budget` rows of the prompts."""
+def divide(running: Sequence[Running], budget: int) -> tuple[list[Part], list[Part]]:
+    """The next pass: a token of each answer, and `budget` rows of the prompts; apart, for decoding has kernels of its own."""
     prompts = [one for one in running if not one.answering]
     shares = zip(prompts, share([len(one.input) for one in prompts], budget), strict=True)
-    return [
-        *(Part(one, one.input) for one in running if one.answering),
-        *(Part(one, one.input.first(rows)) for one, rows in shares if rows),
+    return [Part(one, one.input) for one in running if one.answering], [
+        Part(one, one.input.first(rows)) for one, rows in shares if rows
     ]
 
 

@@ -130,6 +130,7 @@ def prepare(
         prepared, stream=bool(request.stream), detail=detailed, constraint=constraint, tools=tools,
         choices=next((form.choices for form in request.forms()), ()),
         escalate_below=request.pruning.escalate_below if request.pruning else None,
+        meet_deadline=bool(request.pruning and request.pruning.meet_deadline),
     )  # fmt: skip
     if not isinstance(request, OpenAIRequest):
         return prepared

@@ -28,7 +28,7 @@ from pruning.dynamic.token_policy import TokenPolicy
 from server.answering import Answering
 from server.batch import divide, lay_out, run_batch
 from server.ended import count_ended
-from server.errors import ContextTooLong, Overloaded, ShuttingDown
+from server.errors import ContextTooLong, DeadlineMissed, Overloaded, ShuttingDown
 from server.load import DefaultLevel, WorkRate
 from server.memory import free_bytes
 from server.metrics import Metrics
@@ -78,7 +78,8 @@ class Engine:
         if default_level not in self.menu:
             raise ValueError(f"default level {default_level!r} is not one of {', '.join(self.menu)}")
         self.default_level = default_level
-        self._default = DefaultLevel(self._cheaper(default_level) if degrade else [default_level], time.monotonic())
+        levels = [default_level, *(self.cheaper(default_level) if degrade else ())]
+        self._default = DefaultLevel(levels, time.monotonic())
         self.model_name = name or checkpoint.name
         self.context_length, self.fingerprint = self.model.context_length, checkpoint.fingerprint
         self.created = int(time.time())
@@ -118,10 +119,10 @@ class Engine:
         """The level that a request gets now if it names none."""
         return self._default.choose(self._saturation(), time.monotonic())
 
-    def _cheaper(self, default: str) -> list[str]:
-        """A level and those that keep fewer visual tokens, the fullest first."""
+    def cheaper(self, level: str) -> list[str]:
+        """The levels that keep fewer visual tokens, the fullest first."""
         ratio = {name: level.visual_ratio for name, level in self.menu.items()}
-        return [default, *sorted((name for name in ratio if ratio[name] < ratio[default]), key=ratio.__getitem__, reverse=True)]
+        return sorted((name for name in ratio if ratio[name] < ratio[level]), key=ratio.__getitem__, reverse=True)
 
     @property
     def alive(self) -> bool:
@@ -243,19 +244,22 @@ class Engine:
         """One pass: admit, plan, run, sample, hand out."""
         started = time.monotonic()
         self._drop_aborted()
+        self._refuse_late()
         self._admit()
-        self._pass_limit = started + (HUNG_S + HUNG_TIMES * expected if (expected := self._expected_seconds()) else HUNG_FIRST_S)
+        expected = self._started_seconds() + self._work.decode_pass  # of the next pass at most
+        self._pass_limit = started + (HUNG_S + HUNG_TIMES * expected if expected else HUNG_FIRST_S)
         self._prepare()
         self._run_batch()
         self._pass_limit = None
         self.metrics.busy.inc(time.monotonic() - started)
 
-    def _expected_seconds(self) -> float:
-        """At most what the next pass takes; 0 if nothing is known."""
-        requests = [self._requests[one] for one in self._encoding]
-        prompts = [one.input for one in self._running.values() if not one.answering]
+    def _started_seconds(self) -> float:
+        """What is left of the prompts of those admitted."""
+        with self._changed:
+            requests = [self._requests[one] for one in list(self._encoding)]
+            prompts = [one.input for one in list(self._running.values()) if not one.answering]
         rows = sum(len(prompt) * sum(prompt.route.layers) for prompt in prompts)
-        return sum(map(self._prompt_seconds, requests)) + self._work.prompt_seconds(rows, 0) + self._work.decode_pass
+        return sum(map(self._prompt_seconds, requests)) + self._work.prompt_seconds(rows, 0)
 
     def _saturation(self) -> float:
         with self._changed:
@@ -265,6 +269,19 @@ class Engine:
         """Engine time of such a request, by the pace of those before it; None before the first."""
         rows, visual = self.planner.expected_rows(level, prompt_tokens, images), sum(image.visual_tokens for image in images)
         return round(self._work.prompt_seconds(rows, visual) + self._work.answer_seconds(max_tokens), 4) or None
+
+    def predict_times(
+        self, level: str, prompt_tokens: int, images: Sequence[Layout], max_tokens: int
+    ) -> tuple[float, float]:
+        """Seconds from now to the first token of such a request, and to its last, behind all that runs and waits."""
+        rows, visual = self.planner.expected_rows(level, prompt_tokens, images), sum(image.visual_tokens for image in images)
+        with self._changed:
+            full = len(self.scheduler.running) >= self.scheduler.max_running
+            running = list(self._running.values()) if full else []
+        work = self._work
+        left = min((max(0.0, min(work.answer_tokens, one.max_new_tokens) - len(one.output_ids)) for one in running), default=0.0)
+        first = work.decode_pass * left + self.backlog_seconds() + self._started_seconds() + work.prompt_seconds(rows, visual)
+        return first, first + work.decode_pass * min(work.answer_tokens, max_tokens)
 
     def backlog_seconds(self) -> float:
         """Engine time that the queue will take, each request at the level that it asks for."""
@@ -283,6 +300,17 @@ class Engine:
         for request_id in aborted:
             if request := self._requests.get(request_id):
                 self._end(request, "abort")
+
+    def _refuse_late(self) -> None:
+        """End those whose deadline has passed while they waited."""
+        now = time.monotonic()
+        with self._changed:
+            waiting = [self._requests[scheduled.id] for scheduled in self.scheduler.waiting]
+        for request in waiting:
+            if request.deadline and request.deadline.late_by(now) > 0:
+                self._end(request, None)
+                message = "the request's deadline passed while it waited"
+                self._emit(request, Failed(message, DeadlineMissed(message, max(0.1, self.backlog_seconds()))))
 
     def _admit(self) -> None:
         now = time.monotonic()
@@ -339,17 +367,17 @@ class Engine:
         """A token for each answer, and a part of the prompts beside them."""
         started, running = time.monotonic(), list(self._running.values())
         tokens = self._work.pass_tokens(self.model.num_layers, self._max_prefill, answering=self._answering)
-        batch = divide(running, tokens)
-        rows, decoding = sum(part.prefill_rows for part in batch), sum(part.one.answering for part in batch)
-        results = run_batch(self.model, batch)
+        answers, prompts = divide(running, tokens)
+        rows = sum(part.prefill_rows for part in prompts)
+        results = [*run_batch(self.model, answers), *run_batch(self.model, prompts)]
         seconds = time.monotonic() - started
         for one in running:
             if not one.answering:
                 one.request.timings["prefill"] = one.request.timings.get("prefill", 0.0) + seconds
-        for part, logits in zip(batch, results, strict=True):
+        for part, logits in zip([*answers, *prompts], results, strict=True):
             if logits is not None:
                 self._guard(part.one.request, self._take, part.one, logits)
-        self._work.observe_pass(time.monotonic() - started, rows, decoding)
+        self._work.observe_pass(time.monotonic() - started, rows, len(answers))
 
     def _take(self, request: Request, one: Running, logits: torch.Tensor | Exception) -> None:
         """The answer's next token; it ends the request, or is its next row."""
@@ -371,8 +399,8 @@ class Engine:
             request, Finished(reason, len(request.prompt), len(one.output_ids), receipt, dict(request.timings), one.cached_rows)
         )  # fmt: skip
 
-    def _end(self, request: Request, outcome: str) -> None:
-        """Give back everything a request holds."""
+    def _end(self, request: Request, outcome: str | None) -> None:
+        """Give back everything a request holds; without an outcome it was refused, and is not counted as ended."""
         with self._changed:
             known = self._requests.pop(request.id, None)
             self._aborted.discard(request.id)
@@ -381,7 +409,7 @@ class Engine:
             running = self._running.pop(request.id, None)
             self.kv.free(request.id)
             self._changed.notify_all()
-        if known:
+        if known and outcome:
             self._count_ended(request, outcome, running)
 
     def _count_ended(self, request: Request, outcome: str, running: Running | None) -> None:

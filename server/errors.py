@@ -17,7 +17,8 @@ EspalierError
 │   └── OriginNotAllowed  403  a web page of another origin
 ├── HostNotAllowed        421  the Host header is not one of this server's
 ├── Overloaded            429  not now: the queue is full; carries retry_after seconds
-│   └── RateLimited       429  the key has asked too often
+│   ├── RateLimited       429  the key has asked too often
+│   └── DeadlineMissed    429  it would be too late for the deadline that its headers set, or is
 ├── ShuttingDown          503  the server is draining
 ├── NotReady              503  a probe's answer: the weights are loading, or the engine is gone
 └── EngineFailure         500  this request failed; others go on
@@ -136,6 +137,10 @@ class Overloaded(EspalierError):
 
 class RateLimited(Overloaded):
     code = "rate_limit_exceeded"
+
+
+class DeadlineMissed(Overloaded):
+    code = "deadline_missed"
 
 
 class ShuttingDown(EspalierError):

@@ -81,6 +81,9 @@ class Metrics:
         self.cache_hits = counter("cache_hits_total", "Look-ups that found what they sought.", "cache")
         self.degradations = counter("degradations_total", "Requests that ran at another level than theirs.", "from", "to")
 
+        self.deadline_levels = counter(
+            "deadline_levels_total", "Requests that ran at this level, cheaper than theirs, to make their deadline.", "level"
+        )
         self.escalations = counter(
             "escalations_total", "Answers made again because they were not sure enough; each counts at both levels.", "from", "to"
         )
@@ -113,6 +116,7 @@ class Metrics:
         for name, level in menu.items():
             if name != fullest:
                 self.escalations.labels(name, fullest)
+            self.deadline_levels.labels(name)
             for outcome in OUTCOMES:
                 self.requests.labels(name, outcome)
             for histogram in (self.request_seconds, self.first_token, self.inter_token, self.flops):

@@ -53,6 +53,8 @@ class Prefill:
             request.level = plan.level
         elif request.reason == "load" and not request.parent.routed:
             self._metrics.degradations.labels(self._default_level, request.level).inc()
+        elif request.reason == "deadline" and not request.parent.routed:
+            self._metrics.deadline_levels.labels(request.level).inc()
         return plan
 
     def begin(

@@ -95,7 +95,7 @@ class AnswerStream:
                 continue
             match event:
                 case Failed():
-                    raise EngineFailure(event.message)
+                    raise event.refusal or EngineFailure(event.message)
                 case Started():
                     self.receipt, self.timings = event.receipt, event.timings
                     yield self._piece(index, {"role": "assistant", "content": None if self._prepared.tools else ""})
@@ -153,6 +153,7 @@ class AnswerStream:
             sampling=replace(prepared.sampling, seed=None if seed is None else (seed + index) & MAX_INT64),
             emit=emit,
             reason=prepared.reason,
+            deadline=prepared.deadline,
             follow_up=prepared.follow_up,
             continues=prepared.continues,
             detail=prepared.detail,

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from models.preprocess import Picture
 from server.caller import CALLER, Caller
+from server.errors import EspalierError
 from server.route_detail import RouteDetail
 
 if TYPE_CHECKING:
+    from server.deadline import Deadline
     from server.engine import Engine
     from server.structured import Constraint
     from server.tools import ToolUse
@@ -119,9 +121,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The last event of a request that the engine could not answer; other requests go on."""
+    """The last event of a request that the engine could not answer; other requests go on. `refusal` where that was no failure."""
 
     message: str
+    refusal: EspalierError | None = None
 
 
 Event = Started | Delta | Finished | Failed
@@ -154,13 +157,14 @@ class Request:
     level: str
     sampling: Sampling
     emit: Callable[[Event], None]
-    reason: str = "default"  # where the level came from: header, body, alias, detail, default or load
+    reason: str = "default"  # where the level came from: header, body, alias, detail, default, load or deadline
     follow_up: bool = False  # the question follows an answer in its chat
     continues: bool = False  # the answer goes on with a text, as in a completion: its leading blanks are its own
     detail: bool = False  # the receipt tells the route in full
     constraint: Constraint | None = None  # what the answer must be
     choices: tuple[str, ...] = ()  # of which the answer is one: their probabilities are told
     confidence: bool = False  # of any answer, tell how sure it is
+    deadline: Deadline | None = None
     timings: dict[str, float] = field(default_factory=dict)
     created: float = field(default_factory=time.monotonic)
     parent: ParentRequest = field(default_factory=ParentRequest)
@@ -191,4 +195,6 @@ class PreparedRequest:
     tools: ToolUse | None = None
     choices: tuple[str, ...] = ()
     escalate_below: float | None = None
+    deadline: Deadline | None = None
+    meet_deadline: bool = False  # at a cheaper level, if need be
     echo: Mapping[str, Any] = field(default_factory=dict)  # what the reply repeats of the body

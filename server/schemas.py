@@ -85,6 +85,11 @@ class PruningOptions(Body):
         description="Make an answer that is less sure than this again at the fullest level; the receipt then has `escalated`. How "
         "sure it is: the probability of its choice, of yes against no, or of its tokens together.",
     )  # fmt: skip
+    meet_deadline: bool | None = Field(
+        None,
+        description="Where the level asked for would miss the deadline that the request's headers set, run at the fullest one that "
+        "makes it; the receipt's `reason` is then `deadline`.",
+    )
     detail: bool | None = Field(
         None,
         description="Tell the route in full, as `pruning.detail` of the reply or of the stream's last chunk with a choice, for up "
