@@ -36,6 +36,7 @@ from server.prefill import Prefill
 from server.request import Event, Failed, Finished, FinishReason, PreparedImage, Request
 from server.running import Running
 from server.scheduler import QueueFull, ScheduledRequest, Scheduler
+from server.shadow import Shadow
 from server.version import version
 
 if TYPE_CHECKING:  # its package is an extra
@@ -68,7 +69,7 @@ class Engine:
     def __init__(
         self, checkpoint: Checkpoint, limits: Limits | None = None, *, default_level: str = "off",
         token_policy: TokenPolicy | None = None, name: str | None = None, metrics: Metrics | None = None,
-        tracing: Tracing | None = None, degrade: bool = False,
+        tracing: Tracing | None = None, degrade: bool = False, shadow: float = 0.0,
     ) -> None:  # fmt: skip
         limits = limits or Limits()
         self.checkpoint, self.model, self.preprocessor = checkpoint, checkpoint.model, checkpoint.preprocessor
@@ -91,6 +92,7 @@ class Engine:
             checkpoint, self.planner, self.metrics, default_level=default_level, cached_images=limits.cached_images,
             prefix_rows=rows // PREFIX_SHARE,
         )  # fmt: skip
+        self._shadow = Shadow(checkpoint, self.planner, self._prefill, self.kv, self.metrics, shadow)
         self._answers = Answering(checkpoint, self.metrics, self._emit)
         self._requests: dict[str, Request] = {}
         self._aborted: set[str] = set()
@@ -227,7 +229,7 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """False once the engine shall stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._aborted or not self.scheduler.idle)
+            self._changed.wait_for(lambda: self._stopped or self._aborted or not (self.scheduler.idle and self._shadow.idle))
             return not self._stopped
 
     def _cut_short(self) -> None:
@@ -241,9 +243,13 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One pass: admit, plan, run, sample, hand out."""
+        """One pass: admit, plan, run, sample, hand out. While there is nobody, an answer is checked."""
         started = time.monotonic()
         self._drop_aborted()
+        if self.scheduler.idle:
+            self._check_answer()
+            return
+        self._shadow.give_way()
         self._refuse_late()
         self._admit()
         expected = self._started_seconds() + self._work.decode_pass  # of the next pass at most
@@ -252,6 +258,12 @@ class Engine:
         self._run_batch()
         self._pass_limit = None
         self.metrics.busy.inc(time.monotonic() - started)
+
+    def _check_answer(self) -> None:
+        if not self._shadow.idle:
+            self._pass_limit = time.monotonic() + HUNG_FIRST_S
+            self._shadow.step()
+            self._pass_limit = None
 
     def _started_seconds(self) -> float:
         """What is left of the prompts of those admitted."""
@@ -394,6 +406,7 @@ class Engine:
         request = one.request
         request.timings["decode"] = one.decode_seconds
         self._end(request, reason)
+        self._shadow.note(one)
         receipt = one.confidence.told(one.receipt)
         self._emit(
             request, Finished(reason, len(request.prompt), len(one.output_ids), receipt, dict(request.timings), one.cached_rows)

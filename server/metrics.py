@@ -84,6 +84,8 @@ class Metrics:
         self.deadline_levels = counter(
             "deadline_levels_total", "Requests that ran at this level, cheaper than theirs, to make their deadline.", "level"
         )
+        self.shadow_compared = counter("shadow_compared_total", "Answers that were checked against level off.", "level")
+        self.shadow_equal = counter("shadow_equal_total", "Those of them that are the same at level off.", "level")
         self.escalations = counter(
             "escalations_total", "Answers made again because they were not sure enough; each counts at both levels.", "from", "to"
         )
@@ -117,6 +119,9 @@ class Metrics:
             if name != fullest:
                 self.escalations.labels(name, fullest)
             self.deadline_levels.labels(name)
+            if name != "off":
+                self.shadow_compared.labels(name)
+                self.shadow_equal.labels(name)
             for outcome in OUTCOMES:
                 self.requests.labels(name, outcome)
             for histogram in (self.request_seconds, self.first_token, self.inter_token, self.flops):

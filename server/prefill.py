@@ -97,6 +97,10 @@ class Prefill:
             self._features.popitem(last=False)
         return features
 
+    def known(self, digest: str, layout: Layout) -> ImageFeatures | None:
+        """The features of an image that has not been forgotten."""
+        return self._features.get((digest, layout))
+
     def _find_prefix(self, request: Request, plan: Plan) -> Prefix | None:
         """What an earlier request left of the same beginning at the same route."""
         if plan.visual is None:

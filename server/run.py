@@ -163,5 +163,5 @@ def build_engine(
     )  # fmt: skip
     return Engine(
         loaded, limits, default_level=settings.default_level, degrade=settings.degrade, token_policy=settings.token_policy,
-        name=name, tracing=tracing,
+        name=name, tracing=tracing, shadow=settings.shadow,
     )  # fmt: skip

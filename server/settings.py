@@ -56,6 +56,9 @@ class Settings(BaseSettings):
 
     default_level: str = Field("off", description="Pruning level of requests that name none.")
     degrade: bool = Field(False, description="Under load, requests that name no level get a cheaper one than the default.")
+    shadow: float = Field(
+        0.0, ge=0, le=1, description="Share of the greedy answers that are checked against level off while nobody asks anything."
+    )
     token_policy: TokenPolicy | None = Field(
         None, description="How levels choose the visual tokens to keep: by the checkpoint's router, or by merging if it has none."
     )
