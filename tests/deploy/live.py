@@ -64,12 +64,16 @@ def server(*arguments: str, **options: Any) -> Iterator[str]:
 
 
 def questions(url: str, until: threading.Event) -> None:
-    """Ask at every level, several choices and streams among them, the same few pictures again and again, and wrongly too."""
+    """Ask at every level, several choices and streams among them, the same few pictures again and again, and wrongly too.
+
+    All who ask rest at the same time, one second in four: then answers are checked.
+    """
     pictures = [f"data:;base64,{base64.b64encode(path.read_bytes()).decode()}" for path in (ROOT / "docs/samples").glob("*.png")]
     with httpx.Client(base_url=url, timeout=60) as client:
         for number in range(10_000):
             if until.is_set():
                 return
+            time.sleep(max(0.0, 1 - time.monotonic() % 4))
             content = [{"type": "image_url", "image_url": {"url": pictures[number % len(pictures)]}},
                        {"type": "text", "text": "How many objects are there?"}]  # fmt: skip
             level = "none" if number % 11 == 2 else LEVELS[number % len(LEVELS)]
@@ -122,14 +126,15 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     if not shutil.which("prometheus"):
         pytest.skip("needs prometheus")
     done = threading.Event()
-    with server() as url, prometheus(url, tmp_path_factory.mktemp("prometheus")) as queries:
+    with server("--shadow", "1") as url, prometheus(url, tmp_path_factory.mktemp("prometheus")) as queries:
         askers = [threading.Thread(target=questions, args=(url, done)) for _ in range(3)]
         try:
             for asker in askers:
                 asker.start()
             scraped = 'count(count_over_time(espalier_build_info{job="espalier"}[1m]) >= 8)'
             everything = "sum(espalier_rejections_total) >= 4 and count(sum by (level) (espalier_requests_total) > 1) >= 5"
-            wait_for(lambda: queries.query(f"{scraped} and on () ({everything})"))
+            checked = "sum(espalier_shadow_compared_total) > 2"
+            wait_for(lambda: queries.query(f"{scraped} and on () ({everything}) and on () ({checked})"))
             yield queries
         finally:
             done.set()
