@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models import kernels
 from models.kernels import thresholds
+from models.mapped import give_back
 
 
 @dataclass
@@ -51,6 +52,7 @@ def fuse(*modules: nn.Linear) -> Linear:
         bias = biases[0].detach() if biases[0] is not None else None
     else:
         weight = torch.cat([m.weight.detach() for m in modules])
+        give_back([m.weight for m in modules])
         bias = None
         if any(b is not None for b in biases):
             zeros = [weight.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in modules]
