@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 
 import torch
 
 from models.checkpoint import footprint
+from models.llava import return_freed_memory
 
 CGROUPS = Path("/sys/fs/cgroup")
-MEMBERSHIP, HOST = Path("/proc/self/cgroup"), Path("/proc/meminfo")
+MEMBERSHIP, HOST, OWN = Path("/proc/self/cgroup"), Path("/proc/meminfo"), Path("/proc/self/statm")
+GROWN, EVERY_S = 16 * 2**20, 5.0
+"""Bytes that the process must have grown by before freed memory is looked for, and the time from one look to the next."""
 
 
 class OutOfMemory(ValueError):
@@ -29,6 +34,24 @@ def check_room(directory: Path, device: str, dtype: str, kv_tokens: int, promise
             f"the checkpoint needs {need.weight_bytes / 1e9:.2f} GB for weights{cache}, and {free / 1e9:.2f} GB are free and not "
             "promised to other models; unload one, or set a smaller kv_tokens"
         )
+
+
+class FreedMemory:
+    """Gives freed memory back to the system once a burst is over: glibc keeps what threads have freed, in an arena for each."""
+
+    def __init__(self) -> None:
+        self._least, self._last = resident_bytes(), -EVERY_S
+
+    def give_back(self) -> None:
+        """If the process is larger than it has been, and not too often: what is in use now may be free next time."""
+        if resident_bytes() > self._least + GROWN and monotonic() - self._last >= EVERY_S:
+            return_freed_memory()
+            self._least, self._last = min(self._least, resident_bytes()), monotonic()
+
+
+def resident_bytes() -> int:
+    """What of this process is in memory; 0 where that is not known."""
+    return int(OWN.read_text().split()[1]) * resource.getpagesize() if OWN.exists() else 0
 
 
 def free_bytes(device: str) -> int:

@@ -20,7 +20,7 @@ from server.access import read_keys, warning
 from server.app import create_app
 from server.engine import Engine, Limits
 from server.logs import configure
-from server.memory import check_room
+from server.memory import FreedMemory, check_room
 from server.protocol import DeadlineProtocol
 from server.served import Served
 from server.settings import Settings
@@ -55,7 +55,8 @@ class DrainingServer(uvicorn.Server):
 
 
 class Watchdog(threading.Thread):
-    """Ends the server when an engine's thread has ended by itself, or hangs for longer than `limit_s`."""
+    """Ends the server when an engine's thread has ended by itself, or hangs for longer than `limit_s`; and gives memory back
+    while nothing runs."""
 
     def __init__(self, served: Served, server: uvicorn.Server, limit_s: float) -> None:
         super().__init__(name="espalier-watchdog", daemon=True)
@@ -63,12 +64,15 @@ class Watchdog(threading.Thread):
         self.failed = False
 
     def run(self) -> None:
+        freed = FreedMemory()
         while not self._server.should_exit:
             if not self._served.alive:
                 return self._end("an engine's thread has ended")
             if self._served.hung_seconds > self._limit_s:
                 return self._end(f"a pass has hung for {self._limit_s:g} s")
             time.sleep(WATCH_EVERY_S)
+            if self._served.idle:
+                freed.give_back()
         return None
 
     def _end(self, reason: str) -> None:

@@ -139,6 +139,11 @@ class Served:
         return all(engine.ready for engine in self.engines.values())
 
     @property
+    def idle(self) -> bool:
+        """Whether no request runs or waits."""
+        return all(engine.scheduler.idle for engine in self._all())
+
+    @property
     def hung_seconds(self) -> float:
         """The longest of any pass that counts as hung, of engines that end their answers too."""
         return max(engine.hung_seconds for engine in self._all())
