@@ -22,6 +22,8 @@ from benchmarks.report import finish
 from models.random_llava import geometry_config, random_model
 
 WORKER = Path(__file__).with_name("peer_worker.py")
+SHORT = 2
+"""Tokens of the shortest answer that every system times."""
 BATCH, BATCH_TOKENS = 8, 16
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 CHAT_TEMPLATE = (
@@ -71,8 +73,8 @@ def run(
     """Measure and print; the last line is one JSON document, which is returned.
 
     `pythons` are the interpreters of `vllm` and `openvino`; what has none is left out, and so is what does not run. All systems
-    stay loaded, so that there must be memory for a copy of the weights each. Times include the preparation of pictures. That of a
-    first token is what an answer of two takes, less the time per token.
+    stay loaded, so that there must be memory for a copy of the weights each. Times include the preparation of pictures. Answers of
+    SHORT and of `new_tokens` tokens are timed; a further token is the difference of their medians over the tokens between.
     """
     console = Console(stderr=True, quiet=quiet)
     systems = {"espalier": sys.executable, "transformers": sys.executable, **pythons}
@@ -90,12 +92,11 @@ def run(
                 stack.callback(peers[name].close)
             except (OSError, RuntimeError) as error:
                 skipped[name] = str(error)
-        times: dict[str, dict[str, list[float]]] = {name: {"ttft_s": [], "tpot_s": [], "batch_s": []} for name in peers}
+        times: dict[str, dict[str, list[float]]] = {name: {"short_s": [], "answer_s": [], "batch_s": []} for name in peers}
         for _ in track(range(repeats), "measuring", console=console):
             for name, peer in peers.items():
-                first = peer.seconds(1, 2)
-                times[name]["tpot_s"].append((peer.seconds(1, new_tokens) - first) / (new_tokens - 2))
-                times[name]["ttft_s"].append(first - times[name]["tpot_s"][-1])
+                times[name]["short_s"].append(peer.seconds(1, SHORT))
+                times[name]["answer_s"].append(peer.seconds(1, new_tokens))
                 if batch:
                     times[name]["batch_s"].append(peer.seconds(BATCH, BATCH_TOKENS))
     document = {
@@ -103,7 +104,7 @@ def run(
         "new_tokens": new_tokens,
         "repeats": repeats,
         "threads": torch.get_num_threads(),
-        "systems": {name: {what: summary(taken) for what, taken in own.items() if taken} for name, own in times.items()},
+        "systems": {name: summary(own, new_tokens) for name, own in times.items()},
         "skipped": skipped,
     }
     show(document, console)
@@ -134,16 +135,24 @@ def write(geometry: str, directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def summary(taken: list[float]) -> dict[str, float]:
-    return {"median": median(taken), "least": min(taken), "most": max(taken)}
+def summary(times: Mapping[str, list[float]], new_tokens: int) -> dict[str, Any]:
+    """Median and range of what was measured, and the times of a first and of each further token."""
+    short = median(times["short_s"])
+    each = (median(times["answer_s"]) - short) / (new_tokens - SHORT)
+    ranges = {what: {"median": median(t), "least": min(t), "most": max(t)} for what, t in times.items() if t}
+    return {"ttft_s": short - (SHORT - 1) * each, "tpot_s": each, **ranges}
 
 
 def show(document: dict[str, Any], console: Console) -> None:
-    columns = {"ttft_s": "first token s", "tpot_s": "per token s", "batch_s": f"{BATCH} × {BATCH_TOKENS} tokens s"}
-    table = Table("system", *columns.values(), title=document["geometry"])
+    columns = {
+        "short_s": f"{SHORT} tokens s",
+        "answer_s": f"{document['new_tokens']} tokens s",
+        "batch_s": f"{BATCH} × {BATCH_TOKENS} tokens s",
+    }
+    table = Table("system", "first token s", "per token s", *columns.values(), title=document["geometry"])
     for name, row in document["systems"].items():
         cells = [f"{row[c]['median']:.3g} ({row[c]['least']:.3g}-{row[c]['most']:.3g})" if c in row else "-" for c in columns]
-        table.add_row(name, *cells)
+        table.add_row(name, f"{row['ttft_s']:.3g}", f"{row['tpot_s']:.3g}", *cells)
     console.print(table)
     for name, reason in document["skipped"].items():
         console.print(f"{name} was left out: {reason}", markup=False)
