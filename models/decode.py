@@ -137,7 +137,8 @@ class DecodePlan:
                 hidden, (row.cache for row in rows), lengths, torch.cat([row.positions for row in rows]).tolist(), strict=True
             )
         ))  # fmt: skip
-        logits = torch.empty(len(rows), self.model.head.outputs)
+        # Its type is said: loading another checkpoint changes the default one for all threads meanwhile.
+        logits = torch.empty(len(rows), self.model.head.outputs, dtype=torch.float32)
         self.native.decode_step(ctypes.byref(self.model), requests, len(rows), logits.data_ptr(), torch.get_num_threads())
         return logits
 
