@@ -357,6 +357,21 @@ def bench_long_prompt(
         run(url, answers, prompt_tokens, repeats, level, quiet=json)
 
 
+@bench.command("soak")
+def bench_soak(
+    checkpoint: CHECKPOINT = "embedded",
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long.")] = 30,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the mix of requests.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
+) -> None:
+    """Serve a checkpoint and use it for long, well and badly; then tell what became of the requests, and of its memory."""
+    with _plain_errors():
+        from benchmarks.soak import run
+
+        run(checkpoint, minutes, concurrency, seed, quiet=json)
+
+
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """Errors that a user can act on are one line, not a traceback; Ctrl-C ends a command with 130 whatever it met."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from server.chat import conversation, open_chat, told, turn_options
+from server.chat import conversation, open_chat, prepare, told, turn_options
 from server.errors import ContextTooLong
 from server.schemas import ChatRequest, parse
 from server.served import Served
@@ -15,13 +15,15 @@ from server.settings import Settings
 def estimate(served: Served, settings: Settings, body: bytes) -> dict[str, Any]:
     """The reply to `POST /v1/pruning/estimate`. Nothing is decoded or run; raises a 4xx of `server.errors` as the chat would."""
     request = parse(ChatRequest, body)
-    engine = served.pick(request.model).engine
+    picked = served.pick(request.model)
+    engine, level = picked.engine, request.pruning.level if request.pruning else None
+    prepared = prepare(picked, settings, request, [], header=None, body=level)
     chat = replace(conversation(request.messages), **turn_options(request))
-    if tools := request.tool_use():
-        chat = replace(chat, turns=told(chat.turns, tools.prompt()))
+    if prepared.tools:
+        chat = replace(chat, turns=told(chat.turns, prepared.tools.prompt()))
     prompt, opened = open_chat(engine, settings, chat)
     layouts = [image.layout for image in opened]
-    max_tokens = request.sampling(settings.default_max_tokens).max_tokens
+    max_tokens = prepared.sampling.max_tokens
     levels = []
     for name in engine.menu:
         typical, *others = engine.planner.estimate(name, len(prompt), layouts)

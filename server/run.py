@@ -65,10 +65,12 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         freed = FreedMemory()
+        seen = 0.0  # seconds watched: a process that was stopped, and this thread with it, has not hung
         while not self._server.should_exit:
             if not self._served.alive:
                 return self._end("an engine's thread has ended")
-            if self._served.hung_seconds > self._limit_s:
+            seen = seen + WATCH_EVERY_S if self._served.hung_seconds else 0.0
+            if seen > self._limit_s:
                 return self._end(f"a pass has hung for {self._limit_s:g} s")
             time.sleep(WATCH_EVERY_S)
             if self._served.idle:

@@ -74,3 +74,8 @@ async def test_a_routed_level_tells_its_most(routed: Any) -> None:
         data = {one["level"]: one for one in (await client.post("/v1/pruning/estimate", json=chat())).json()["data"]}
     assert data["balanced"]["at_most"]["flops_ratio"] >= data["balanced"]["flops_ratio"]
     assert "at_most" not in data["off"]
+
+
+async def test_an_unknown_level_is_refused_as_the_chat_would(client: httpx.AsyncClient) -> None:
+    reply = await client.post("/v1/pruning/estimate", json=chat() | {"pruning": {"level": "nonsense"}})
+    assert reply.status_code == 400 and reply.json()["error"]["code"] == "unknown_pruning_level"

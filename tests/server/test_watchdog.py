@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from server.run import Watchdog
 from tests.server.client import body, image_part
 from tests.server.tiny import write
 
@@ -89,3 +91,23 @@ def test_an_engine_that_dies_ends_the_process(server: tuple[subprocess.Popen[str
     assert ask(url, 4).status_code == 200
     assert ask(url, 400).status_code in (500, 503)
     assert process.wait(60) == 70
+
+
+def test_a_process_that_was_stopped_has_not_hung() -> None:
+    """After a pause the clock says an hour, and the pass goes on."""
+    hung = iter([0.0, 3600.0, 0.0, 0.0])
+    server = SimpleNamespace(should_exit=False)
+
+    class Served:
+        alive, idle = True, False
+
+        @property
+        def hung_seconds(self) -> float:
+            for seconds in hung:
+                return seconds
+            server.should_exit = True
+            return 0.0
+
+    watchdog = Watchdog(Served(), server, limit_s=1)  # type: ignore[arg-type]
+    watchdog.run()
+    assert not watchdog.failed
