@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from random import Random
 
-import httpx
 import pytest
 
 from benchmarks.soak import WRONG, Soak, ask, has_ended, summarise, waiting_and_running
-from server.app import create_app
 from server.errors import Overloaded
-from server.settings import Settings
+from tests.server.client import connect
 from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
@@ -37,8 +35,7 @@ async def test_requests_of_all_kinds_are_noted() -> None:
     engine, soak = FakeEngine(), Soak()
     engine.menu["auto"] = engine.menu["off"]
     engine.refusals = [Overloaded("full", 1.0)]
-    transport = httpx.ASGITransport(create_app(engine, Settings()))
-    async with httpx.AsyncClient(transport=transport, base_url="http://espalier") as client:
+    async with connect(engine) as client:
         random = Random(0)
         for index in range(60):
             await ask(client, random, index, soak)
@@ -50,8 +47,7 @@ async def test_requests_of_all_kinds_are_noted() -> None:
 
 @pytest.mark.parametrize("wrong", WRONG)
 async def test_wrong_requests_are_wrong(wrong: dict[str, object]) -> None:
-    transport = httpx.ASGITransport(create_app(FakeEngine(), Settings()))
-    async with httpx.AsyncClient(transport=transport, base_url="http://espalier") as client:
+    async with connect(FakeEngine()) as client:
         body = {"messages": [{"role": "user", "content": "What is red?"}], **wrong}
         reply = await client.post("/v1/chat/completions", content=json.dumps(body))
     assert 400 <= reply.status_code < 500
