@@ -38,6 +38,7 @@ tables: .venv/.installed-dev ## make the pages of results in docs/ from the stor
 	@$(BIN)/python -m evals.pruning_report
 	@$(BIN)/python -m evals.routing_report
 	@$(BIN)/python -m evals.smol_report
+	@$(BIN)/python -m evals.pruning_report --runs docs/runs/smol_pruning.jsonl --out docs/smol_pruning_results.md
 
 smol-results: .venv/.installed-data ## run what docs/smol_results.md lacks, on a GPU if ARGS says so; stopped, it goes on
 	@$(BIN)/python -m evals.smol_sweep $(ARGS)

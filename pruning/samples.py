@@ -71,12 +71,11 @@ def read(data: str, count: int, seed: int, *, answered: bool = True, families: S
 
 def read_rest(data: str, count: int, used: int, seed: int, families: Sequence[str] = ()) -> list[Sample]:
     """Up to `count` samples, without answers, that are not among the `used` ones that `read` gives: fewer, or none, where a file
-    ends. Raises DataError for a line that cannot be read."""
+    ends. Raises DataError as `read` does."""
     if data in FAMILIES:
         return list(_drawn(data, count, seed * 1_000_000 + used, tuple(families)))
-    lines = _lines(Path(data))
-    taken = {number for number, _ in Random(seed).sample(lines, used)}
-    rest = [line for line in lines if line[0] not in taken]
+    taken = {number for number, _ in _chosen(Path(data), used, seed)}
+    rest = [line for line in _lines(Path(data)) if line[0] not in taken]
     return list(_read_lines(Path(data), Random(seed).sample(rest, min(count, len(rest))), answered=False))
 
 
@@ -96,10 +95,14 @@ def of_scene(scene: world.Scene | things.Scene) -> Sample:
 
 
 def _read_file(path: Path, count: int, seed: int, answered: bool) -> Iterator[Sample]:
+    yield from _read_lines(path, _chosen(path, count, seed), answered)
+
+
+def _chosen(path: Path, count: int, seed: int) -> list[tuple[int, str]]:
     lines = _lines(path)
     if len(lines) < count:
         raise DataError(f"{path} has {len(lines)} samples and {count} are asked for; add some, or ask for fewer")
-    yield from _read_lines(path, Random(seed).sample(lines, count), answered)
+    return Random(seed).sample(lines, count)
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

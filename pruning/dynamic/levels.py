@@ -60,13 +60,13 @@ class Level:
     def choose(self, expected_agreement: Sequence[float], *, follow_up: bool = False) -> tuple[OperatingPoint, float]:
         """The operating point of one request, and the probability that its answer stays there."""
         weight = self.follow_up_cost_weight if follow_up else self.cost_weight
-        place = int(choose(torch.tensor(expected_agreement), costs_of(self.operating_points), weight))
+        place = int(choose(torch.tensor(expected_agreement, dtype=torch.float32), costs_of(self.operating_points), weight))
         return self.operating_points[place], expected_agreement[place]
 
 
 def costs_of(points: Sequence[OperatingPoint]) -> Tensor:
     """Their FLOPs ratios, float32 [points]."""
-    return torch.tensor([point.cost for point in points])
+    return torch.tensor([point.cost for point in points], dtype=torch.float32)
 
 
 def choose(expected_agreement: Tensor, costs: Tensor, cost_weight: float) -> Tensor:

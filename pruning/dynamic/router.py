@@ -206,7 +206,7 @@ class Router(nn.Module):
         text = text * present[..., None]
         mean = text.sum(1) / present.sum(1, keepdim=True).clamp_min(1)
         largest = F.pad(text, (0, 0, 0, 1)).amax(1)  # of none it is zero
-        spread = scores.quantile(torch.tensor(QUANTILES, device=scores.device), dim=1).T
+        spread = scores.quantile(scores.new_tensor(QUANTILES), dim=1).T
         return torch.cat([mean, largest, visual.mean(1), visual.amax(1), output.layer_scores, spread], -1)
 
     def serving(self, dtype: torch.dtype) -> Router:
@@ -228,7 +228,7 @@ def _normalized(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
     """Sines and cosines of `positions` [n] (Vaswani et al. 2017, arXiv 1706.03762): float32 [n, width]."""
-    rate = MAX_PERIOD ** -(torch.arange(width // 2) / (width // 2))
+    rate = MAX_PERIOD ** -(torch.arange(width // 2, dtype=torch.float32) / (width // 2))
     angles = positions[:, None] * rate
     return torch.cat([angles.sin(), angles.cos()], -1)
 

@@ -86,6 +86,19 @@ def test_a_follow_up_question_chooses_anew_from_all_tokens(routed):
     assert value(engine, "cache_hits_total", cache="image") == 1
 
 
+def test_no_choice_depends_on_torchs_default_dtype(routed):
+    """transformers changes it, for all threads, while another checkpoint loads."""
+    engine = new_engine(load(routed))
+    alone = answer(engine, 0, level="balanced")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        beside = answer(new_engine(load(routed)), 0, level="balanced")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert beside.text == alone.text
+    assert beside.finished.receipt == alone.finished.receipt
+
+
 @pytest.mark.parametrize("follow_up", [False, True])
 def test_auto_is_a_level_with_two_cost_weights(routed, follow_up):
     engine = new_engine(load(routed))
