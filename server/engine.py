@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import TYPE_CHECKING
 
 import llguidance.hf
@@ -332,13 +333,16 @@ class Engine:
             request.timings["queue"] = now - request.created - request.timings.get("image", 0.0)
             self._encoding[request.id] = []
 
-    @property
-    def _answering(self) -> bool:
-        return any(one.answering for one in self._running.values())
+    def _prompts_per_answer(self) -> float:
+        """How many wait for their first token, for each answer that goes on; without end where none does."""
+        answering = sum(one.answering for one in self._running.values())
+        asking = len(self._running) - answering + len(self._encoding) + len(self.scheduler.waiting)
+        return asking / answering if answering else inf
 
     def _prepare(self) -> None:
-        """Encode the pictures of those admitted and plan their routes: all of them, or one picture a pass while answers go on."""
-        pictures = 1 if self._answering else None
+        """Encode the pictures of those admitted and plan their routes: a picture a pass for each answer's prompts, at least one."""
+        each = self._prompts_per_answer()
+        pictures = None if each == inf else max(1, int(each))
         for request_id, features in list(self._encoding.items()):
             request = self._requests[request_id]
             images = request.images[len(features) :][:pictures]
@@ -378,7 +382,7 @@ class Engine:
     def _run_batch(self) -> None:
         """A token for each answer, and a part of the prompts beside them."""
         started, running = time.monotonic(), list(self._running.values())
-        tokens = self._work.pass_tokens(self.model.num_layers, self._max_prefill, answering=self._answering)
+        tokens = self._work.pass_tokens(self.model.num_layers, self._max_prefill, self._prompts_per_answer())
         answers, prompts = divide(running, tokens)
         rows = sum(part.prefill_rows for part in prompts)
         results = [*run_batch(self.model, answers), *run_batch(self.model, prompts)]

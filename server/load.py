@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 PRESSURE, CALM, WINDOW_S = 1.0, 0.5, 2.0
 """Saturation above which the default level goes down, and below which it comes back; one step in a window at most."""
 SMOOTHING = 0.1
 """Weight of the newest measurement."""
 STRETCH = 1.5
-"""How much longer prompts may make a pass, over one in which all only answer."""
+"""How much longer prompts may make a pass, over one in which all only answer; so many times more if more wait than are answered."""
 LEAST_TOKENS = 16
 """Tokens of prompts that a pass runs beside answers however long it takes."""
 
@@ -59,12 +60,15 @@ class WorkRate:
     def observe_answer(self, tokens: int) -> None:
         self.answer_tokens = _smooth(self.answer_tokens, tokens)
 
-    def pass_tokens(self, layers: int, most: int, *, answering: bool) -> int:
-        """Tokens of prompts that the next pass may run: `most`, or fewer beside answers, which then go on at their own pace."""
-        if not answering:
+    def pass_tokens(self, layers: int, most: int, prompts_per_answer: float) -> int:
+        """Tokens of prompts that the next pass may run: `most`, or fewer beside answers, which then go on at nearly their own pace.
+
+        Where several wait for each that is answered, answers give way to as many: small parts of prompts cost more than their share.
+        """
+        if prompts_per_answer == inf:
             return most
-        seconds = self.prefill_row.value * layers
-        return min(most, max(LEAST_TOKENS, int(STRETCH * self.decode_pass / seconds))) if seconds else LEAST_TOKENS
+        seconds, stretch = self.prefill_row.value * layers, STRETCH * max(1.0, prompts_per_answer)
+        return min(most, max(LEAST_TOKENS, int(stretch * self.decode_pass / seconds))) if seconds else LEAST_TOKENS
 
     def prompt_seconds(self, prefill_rows: float, visual_tokens: int) -> float:
         """Estimated engine time before a request's first token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 from hypothesis import given
@@ -232,8 +233,10 @@ def test_the_shortest_prompt_comes_next() -> None:
 
 def test_prompts_leave_answers_their_pace() -> None:
     work = WorkRate()
-    assert work.pass_tokens(10, 1000, answering=True) == LEAST_TOKENS
+    assert work.pass_tokens(10, 1000, 1.0) == LEAST_TOKENS
     work.observe_pass(0.1, prefill_rows=0, new_tokens=4)
     work.observe_pass(2.0, prefill_rows=10 * 1000, new_tokens=0)
-    assert work.pass_tokens(10, 1000, answering=False) == 1000
-    assert work.pass_tokens(10, 1000, answering=True) == int(STRETCH * 0.1 / 0.002)
+    assert work.pass_tokens(10, 1000, inf) == 1000
+    for prompts_per_answer in (0.25, 1.0):
+        assert work.pass_tokens(10, 1000, prompts_per_answer) == int(STRETCH * 0.1 / 0.002)
+    assert work.pass_tokens(10, 1000, 3.0) == int(3 * STRETCH * 0.1 / 0.002), "three wait for each that is answered"
