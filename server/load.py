@@ -63,7 +63,7 @@ class WorkRate:
     def pass_tokens(self, layers: int, most: int, prompts_per_answer: float) -> int:
         """Tokens of prompts that the next pass may run: `most`, or fewer beside answers, which then go on at nearly their own pace.
 
-        Where several wait for each that is answered, answers give way to as many: small parts of prompts cost more than their share.
+        Where several wait for each that is answered, answers give way to as many: small parts of prompts cost more than large ones.
         """
         if prompts_per_answer == inf:
             return most
