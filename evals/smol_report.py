@@ -34,8 +34,8 @@ SERVED = """
 ## Over HTTP
 
 From `docs/runs/smol_http.jsonl`: `espalier bench http` against `espalier serve smol` on two cores of an Intel Xeon without AMX,
-beside one other busy process. Answers of at most 8 tokens, new pictures each time, levels by merging; medians of runs in turn. Compare
-within the table. The vision tower costs every request the same, whatever its level.
+beside one other busy process. Answers of at most 8 tokens, new pictures each time, levels by merging; medians of runs in turn.
+Compare within the table. The vision tower costs every request the same, whatever its level.
 
 | clients | level | runs | requests/s | first token s | whole answer s |
 |---|---|---|---|---|---|
