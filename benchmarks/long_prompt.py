@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from dataclasses import dataclass, field
 from statistics import median
@@ -91,7 +90,7 @@ async def _stream(client: httpx.AsyncClient, number: int, answer: Answer) -> Non
 async def _ask_long(client: httpx.AsyncClient, number: int, tokens: int) -> int:
     """Ask a question of so many tokens for one token; returns how many its prompt had."""
     body = _chat(f"{number} " + "stone " * tokens) | {"max_tokens": 1}
-    response = await client.post("/v1/chat/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    response = await client.post("/v1/chat/completions", json=body)
     response.raise_for_status()
     return int(response.json()["usage"]["prompt_tokens"])
 

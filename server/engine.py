@@ -298,9 +298,11 @@ class Engine:
 
     def backlog_seconds(self) -> float:
         """Engine time that the queue will take, each request at the level that it asks for."""
+        return sum(self._prompt_seconds(one) + self._work.answer_seconds(self._max_new_tokens(one)) for one in self._waiting())
+
+    def _waiting(self) -> list[Request]:
         with self._changed:
-            waiting = [self._requests[scheduled.id] for scheduled in self.scheduler.waiting]
-        return sum(self._prompt_seconds(one) + self._work.answer_seconds(self._max_new_tokens(one)) for one in waiting)
+            return [self._requests[scheduled.id] for scheduled in self.scheduler.waiting]
 
     def _prompt_seconds(self, request: Request) -> float:
         layouts = _layouts(request)
@@ -317,9 +319,7 @@ class Engine:
     def _refuse_late(self) -> None:
         """End those whose deadline has passed while they waited."""
         now = time.monotonic()
-        with self._changed:
-            waiting = [self._requests[scheduled.id] for scheduled in self.scheduler.waiting]
-        for request in waiting:
+        for request in self._waiting():
             if request.deadline and request.deadline.late_by(now) > 0:
                 self._end(request, None)
                 message = "the request's deadline passed while it waited"
