@@ -24,8 +24,8 @@ help: ## list the targets
 serve: .venv/.installed ## serve MODEL on PORT
 	@$(BIN)/espalier serve $(MODEL) --port $(PORT) $(ARGS)
 
-test: .venv/.installed-dev ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: .venv/.installed-dev ## run the tests, two files at a time
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 clients: .venv/.installed ## OpenAI's clients and those built on it, in .venv-clients, against a server of .venv
 	$(PYTHON) -m venv .venv-clients

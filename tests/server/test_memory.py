@@ -65,6 +65,7 @@ def test_a_burst_leaves_nothing_behind(server: tuple[subprocess.Popen[bytes], st
         light = list(pool.map(send, [body(small, model=None, max_tokens=4)] * 100))
     assert set(heavy) <= {200, 429} and set(light) <= {200, 429} and 200 in light
     end = time.monotonic() + 30
-    while resident() - quiet > 100 and time.monotonic() < end:
+    # What stays, however many bursts there are: kept features and prompts, and the buffers of the threads that ran.
+    while resident() - quiet > 200 and time.monotonic() < end:
         time.sleep(1)
-    assert resident() - quiet < 100, f"{quiet:.0f} MB quiet, {resident():.0f} MB after"
+    assert resident() - quiet < 200, f"{quiet:.0f} MB quiet, {resident():.0f} MB after"
