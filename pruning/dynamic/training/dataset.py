@@ -23,7 +23,9 @@ from pruning.samples import Sample, read
 CHUNK = 8
 """Pictures between two saves."""
 COSTS_EVERY = 3
-"""Of one in so many pictures the cost of freezing each layer is measured: it takes a forward pass a layer."""
+"""Of one in so many pictures the cost of freezing layers is measured."""
+COSTLY_LAYERS = 6
+"""Layers of which it is measured, drawn for each picture; each takes a pass. The first and the last always run."""
 FOLLOW_UP_EVERY = 4
 """One in so many questions that are learned from follows another one in its chat."""
 ALTERNATIVES = 32
@@ -103,7 +105,7 @@ def _collect(config: TrainingConfig, source: Checkpoint, samples: Iterable[Sampl
         held_out = first + number >= config.training_pictures
         openings, follow_ups = _split([question for question, _ in turns], held_out=held_out)
         prompts, answers = _chats(config, source, visual[-1], openings, follow_ups)
-        measured = _measure(source, prompts, answers, costs=(first + number) % COSTS_EVERY == 0)
+        measured = _measure(source, prompts, answers, _costly_layers(config, first + number, source.model.num_layers))
         for place, one in enumerate(measured):
             found.append({"picture": torch.tensor(number), "follow_up": torch.tensor(place >= len(openings)), **one})
     return {"visual": torch.stack(visual), **{name: _stack([one[name] for one in found]) for name in found[0]}}
@@ -134,11 +136,18 @@ def _chats(
     return first + second, answers + generate(model, second, source.eos, config.answer_tokens)
 
 
-def _measure(source: Checkpoint, prompts: list[Prompt], answers: list[list[int]], *, costs: bool) -> list[dict[str, Tensor]]:
+def _costly_layers(config: TrainingConfig, number: int, layers: int) -> list[int]:
+    """Those whose freezing is measured on a picture."""
+    inner = range(1, layers - 1)
+    if number % COSTS_EVERY:
+        return []
+    return Random(f"layers {config.seed}/{number}").sample(inner, min(COSTLY_LAYERS, len(inner)))
+
+
+def _measure(source: Checkpoint, prompts: list[Prompt], answers: list[list[int]], layers: list[int]) -> list[dict[str, Tensor]]:
     model, image = source.model, source.model.config.image_token_id
     dense, attention = observe(model, prompts, answers)
-    unknown = torch.full((len(prompts), model.num_layers), torch.nan)
-    freezing = freezing_costs(model, prompts, answers, dense) if costs else unknown
+    freezing = freezing_costs(model, prompts, answers, dense, layers)
     found = []
     for number, (prompt, answer, own) in enumerate(zip(prompts, answers, dense, strict=True)):
         likely, top = own.topk(min(ALTERNATIVES, own.shape[-1] - 1))

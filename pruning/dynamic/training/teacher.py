@@ -5,7 +5,7 @@ This is what the router learns to predict. The signals are the model's own, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -68,13 +68,14 @@ def _attention(model: Llava, entering: Sequence[Tensor], is_visual: Tensor, cach
     return most
 
 
-def freezing_costs(model: Llava, batch: Sequence[Prompt], answers: Sequence[Sequence[int]], dense: Sequence[Tensor]) -> Tensor:
-    """KL(un-pruned || visual rows frozen in one layer), summed over the answer: float32 [questions, layers].
-
-    `dense` are the un-pruned log-probabilities. NaN for the first and the last layer, where they never are.
+def freezing_costs(
+    model: Llava, batch: Sequence[Prompt], answers: Sequence[Sequence[int]], dense: Sequence[Tensor], layers: Iterable[int]
+) -> Tensor:
+    """KL(un-pruned || visual rows frozen in one layer), summed over the answer: float32 [questions, layers], one pass for each of
+    `layers`, NaN for the others. `dense` are the un-pruned log-probabilities.
     """
     costs = torch.full((len(batch), model.num_layers), torch.nan)
-    for layer in range(1, model.num_layers - 1):
+    for layer in layers:
         routes = [replace(Route.full(len(one.visual), model.num_layers), frozen_layers=frozenset({layer})) for one in batch]
         frozen = log_probabilities(model, batch, answers, routes)
         for question, (found, wanted) in enumerate(zip(frozen, dense, strict=True)):

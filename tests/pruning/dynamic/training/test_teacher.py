@@ -43,7 +43,7 @@ def test_freezing_a_layer_costs_the_divergence_of_that_route(plain):
     checkpoint = load(plain)
     prompts, own = [prompt_of(checkpoint)], [[40, 41, 42]]
     dense, _ = observe(checkpoint.model, prompts, own)
-    costs = freezing_costs(checkpoint.model, prompts, own, dense)
+    costs = freezing_costs(checkpoint.model, prompts, own, dense, [1])
     assert costs.isnan().tolist() == [[True, False, True]]
     route = Route(VISUAL, tuple(range(VISUAL)), (True,) * 3, frozen_layers=frozenset({1}))
     (frozen,) = log_probabilities(checkpoint.model, prompts, own, [route])
