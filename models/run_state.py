@@ -34,7 +34,7 @@ class RunState:
             raise RunStateError(
                 f"{self.directory} holds an unfinished run of another recipe or checkpoint; remove it, or name another --out"
             )
-        self.directory.mkdir(exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         self.write("recipe", wanted)
 
     @property

@@ -37,7 +37,7 @@ def derive(
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir()
+        part.mkdir(parents=True)
         for path in source.iterdir():
             if path.is_file() and path.suffix not in WEIGHTS and path.name != MANIFEST:
                 shutil.copy2(path, part / path.name)

@@ -46,17 +46,18 @@ def test_the_manifest_says_what_was_measured(routed):
      (train, "derive", 1, 1)],
 )  # fmt: skip
 def test_a_killed_run_ends_as_one_that_never_stopped(plain, routed, tmp_path, monkeypatch, owner, name, call, left):
+    out = tmp_path / "new" / "out"
     monkeypatch.setattr(loop, "SAVE_EVERY", 10)
     with monkeypatch.context() as patch:
         die_at(patch, owner, name, call)
         with pytest.raises(Killed):
-            run(TrainingConfig(**QUICK), plain, tmp_path / "out", quiet=True)
-    assert not (tmp_path / "out").exists()
+            run(TrainingConfig(**QUICK), plain, out, quiet=True)
+    assert not out.exists()
     again = die_at(monkeypatch, owner, name, -1)
-    run(TrainingConfig(**QUICK), plain, tmp_path / "out", quiet=True)
+    run(TrainingConfig(**QUICK), plain, out, quiet=True)
     assert again[0] == left
-    assert read_manifest(tmp_path / "out").files == read_manifest(routed).files
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert read_manifest(out).files == read_manifest(routed).files
+    assert {path.name for path in out.parent.iterdir()} == {"out"}
 
 
 def test_another_config_does_not_go_on_with_a_killed_run(plain, tmp_path, monkeypatch):
