@@ -3,6 +3,7 @@
 - gemv_avx512.cpp, gemm_avx512.cpp, gemm_amx_small.cpp and gemm_amx.cpp: products with a dense or a packed weight; `thresholds` says
   which runs when.
 - decode*.cpp: a whole decoding step in one call (`models.decode`), in bfloat16 or float32, on AVX-512 and on any other processor.
+- convolution.cpp: an inverted bottleneck of EfficientNet in one pass, in float32 (`models.vision.convolution`).
 - elementwise.cpp: RMS norm, swish and RoPE, one pass each.
 
 The library is built at install where a C++ compiler is present. All but decoding needs AVX-512 BF16, VBMI and VBMI2. Callers ask
@@ -74,6 +75,19 @@ def decoding_library() -> ctypes.CDLL | None:
     if found is None or not found.portable_supported():
         return None
     found.decode_step.argtypes, found.decode_step.restype = [POINTER, POINTER, COUNT, POINTER, INT], None
+    return found
+
+
+@cache
+def convolution_library() -> ctypes.CDLL | None:
+    """The same with `inverted_bottleneck`, which needs AVX-512."""
+    found = library()
+    if found is None:
+        return None
+    if not hasattr(found, "inverted_bottleneck"):
+        log.warning("native CPU kernels were built from older sources, and convolutions are slower: install again")
+        return None
+    found.inverted_bottleneck.argtypes, found.inverted_bottleneck.restype = [POINTER, POINTER, COUNT, INT], None
     return found
 
 

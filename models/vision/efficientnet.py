@@ -23,7 +23,9 @@ from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditional
 from transformers.modeling_outputs import BaseModelOutput
 
 from models.linear import Linear
+from models.mapped import give_back
 from models.sparse import AnyLinear
+from models.vision.convolution import NativeEfficientNet
 from models.vision.features import ImageFeatures
 
 LITE0 = (
@@ -210,10 +212,13 @@ class EfficientNetLiteTower(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def small(self, pixel_values: Tensor) -> Tensor:
+        """The whole picture made small, in float32."""
+        return F.interpolate(pixel_values.float(), size=(self.config.wide_size,) * 2, mode="bilinear", antialias=True)
+
     def maps(self, pixel_values: Tensor) -> Maps:
         fine, coarse = self.net(pixel_values.contiguous(memory_format=torch.channels_last))
-        small = F.interpolate(pixel_values.float(), size=(self.config.wide_size,) * 2, mode="bilinear", antialias=True)
-        _, wide = self.net(small.to(pixel_values.dtype).contiguous(memory_format=torch.channels_last))
+        _, wide = self.net(self.small(pixel_values).to(pixel_values.dtype).contiguous(memory_format=torch.channels_last))
         return Maps(F.pixel_unshuffle(fine, 2).permute(0, 2, 3, 1), coarse.permute(0, 2, 3, 1), wide.permute(0, 2, 3, 1))
 
     def tokens(self, maps: Maps) -> Tensor:
@@ -230,13 +235,25 @@ AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteTower)
 
 @dataclass
 class EfficientNetTower:
-    """The tower as our forward calls it. There is no class token, so `attention` is empty: [images, 0]."""
+    """The tower as our forward calls it. There is no class token, so `attention` is empty: [images, 0].
+
+    Where `native` runs the network, its convolutions are gone from the module.
+    """
 
     module: EfficientNetLiteTower
+    native: NativeEfficientNet | None = None
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> ImageFeatures:
-        return ImageFeatures(self.module.tokens(self.module.maps(pixels)), pixels.new_zeros(len(pixels), 0))
+        maps = self.module.maps(pixels) if self.native is None else self._maps(self.native, pixels)
+        return ImageFeatures(self.module.tokens(maps), pixels.new_zeros(len(pixels), 0))
+
+    def _maps(self, native: NativeEfficientNet, pixels: Tensor) -> Maps:
+        """As the module's."""
+        seen = native([*pixels, *self.module.small(pixels)])
+        fine, coarse = (torch.stack(maps).to(pixels.dtype) for maps in zip(*seen[: len(pixels)], strict=True))
+        wide = torch.stack([coarse for _, coarse in seen[len(pixels) :]]).to(pixels.dtype)
+        return Maps(F.pixel_unshuffle(fine.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1), coarse, wide)
 
     def linears(self) -> dict[str, AnyLinear]:
         """None that pruning may touch: nearly all of the network is convolutions."""
@@ -258,7 +275,12 @@ def check_supported(config: LlavaConfig) -> None:
 
 def from_transformers(model: LlavaForConditionalGeneration, hold: Callable[[Linear], AnyLinear]) -> EfficientNetTower:
     """Take the tower out of a transformers model. It has no matrices to `hold`."""
-    return EfficientNetTower(model.model.vision_tower.eval().to(memory_format=torch.channels_last))
+    tower = model.model.vision_tower.eval()
+    if native := NativeEfficientNet.of(tower.net):
+        give_back([*tower.net.stem.parameters(), *tower.net.blocks.parameters()])
+        tower.net.stem = tower.net.blocks = None
+        return EfficientNetTower(tower, native)
+    return EfficientNetTower(tower.to(memory_format=torch.channels_last))
 
 
 def fold(weights: dict[str, Tensor], eps: float = 1e-3) -> dict[str, Tensor]:
