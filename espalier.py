@@ -56,7 +56,7 @@ def options_from(settings: type[BaseModel]) -> Callable[[Callable[..., None]], C
 
     def option(name: str, field: FieldInfo) -> Parameter:
         repeats = get_origin(field.annotation) is tuple
-        shown = typer.Option(help=field.description, show_default="all" if repeats else str(field.default))
+        shown = typer.Option(help=field.description, show_default="all" if repeats else str(field.default) or False)
         kind: Any = list[str] if repeats else field.annotation
         return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, shown])
 

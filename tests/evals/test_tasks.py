@@ -209,7 +209,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 def test_every_task_can_be_asked_for_by_name():
     assert set(get_args(OwnTask)) == {*SOURCES, "perplexity"}
-    shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["eval", "--help"]).output
+    shown = CliRunner().invoke(app, ["eval", "--help"]).output
     assert all(task in shown for task in (*get_args(OwnTask), *get_args(OfficialTask)))
 
 
@@ -226,7 +226,7 @@ def test_every_task_can_be_asked_for_by_name():
     ],
 )
 def test_what_a_task_does_not_have_is_said(given, message):
-    result = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["eval", "embedded-dense", "--limit", "1", *given])
+    result = CliRunner().invoke(app, ["eval", "embedded-dense", "--limit", "1", *given])
     assert result.exit_code != 0
     assert message in result.output and "Traceback" not in result.output
 

@@ -175,9 +175,9 @@ def test_a_tensor_of_another_shape_is_named(broken):
 def test_sizes_that_do_not_fit_the_files_are_refused_at_once(broken, section, key, value, words):
     edit(broken / "config.json", put(section, key, value=value))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
+    started = time.process_time()
     fails(broken, str(broken), words)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
 
 

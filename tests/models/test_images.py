@@ -182,9 +182,9 @@ PNGS = {
 
 @pytest.mark.parametrize("name", PNGS)
 def test_no_chunk_without_pixels_spoils_a_png(name: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     assert decode(with_chunks(PNGS[name])).getpixel((7, 7)) == (255, 0, 0)
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
 
 
 BROKEN_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x05" + b"\xff" * 60
@@ -208,9 +208,9 @@ def test_no_segment_spoils_a_jpeg(marker: int) -> None:
 def test_a_gif_of_endless_comments_is_read_at_once() -> None:
     data, block = picture("GIF", (8, 8)), b"\xff" + b"c" * 255
     at = data.index(b"\x2c", 13 + 6)
-    started = time.perf_counter()
+    started = time.thread_time()
     assert decode(data[:at] + b"\x21\xfe" + block * 40_000 + b"\0" + data[at:]).getpixel((7, 7)) == (255, 0, 0)
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
 
 
 # ---- no more than is needed

@@ -135,7 +135,7 @@ def test_a_slow_host_is_left_in_time(host: Any) -> None:
     started = time.monotonic()
     with pytest.raises(EspalierError, match=r"within 0\.5 seconds"):
         get(host, "/slow", seconds=0.5)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 6
 
 
 @pytest.mark.parametrize(

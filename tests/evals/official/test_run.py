@@ -39,7 +39,6 @@ from tests.server.tiny import tiny_checkpoint as tiny_checkpoint  # fixture
 from tests.server.tiny import write
 
 QUIET = Console(quiet=True)
-WIDE = CliRunner(env={"COLUMNS": "300"})
 
 
 @pytest.fixture(name="checkpoint", scope="session")
@@ -49,13 +48,13 @@ def checkpoint_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(*options: object) -> tuple[dict[str, Any], str]:
     """The command's last line, and all that it said."""
-    result = WIDE.invoke(app, ["eval", *map(str, options)])
+    result = CliRunner().invoke(app, ["eval", *map(str, options)])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout.splitlines()[-1]), result.output
 
 
 def refused(*options: object) -> str:
-    result = WIDE.invoke(app, ["eval", *map(str, options)])
+    result = CliRunner().invoke(app, ["eval", *map(str, options)])
     assert result.exit_code == 1 and "Traceback" not in result.output, result.output
     return result.output
 
