@@ -8,7 +8,7 @@ import sys
 from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
-os.environ["COLUMNS"] = "300"  # a message is one line, however long the paths in it are
+os.environ["TERMINAL_WIDTH"] = "300"  # of typer: a message is one line, however long the paths in it are
 # Tools of the extra dev lie beside Python: hadolint, kubectl.
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
