@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from models import kernels
 from models.linear import Linear
 from models.mapped import give_back
 from models.sparse import AnyLinear
@@ -246,13 +247,13 @@ class EfficientNetTower:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> ImageFeatures:
         maps = self.module.maps(pixels) if self.native is None else self._maps(self.native, pixels)
-        return ImageFeatures(self.module.tokens(maps), pixels.new_zeros(len(pixels), 0))
+        return ImageFeatures(self.module.tokens(maps).to(pixels.dtype), pixels.new_zeros(len(pixels), 0))
 
     def _maps(self, native: NativeEfficientNet, pixels: Tensor) -> Maps:
         """As the module's."""
         seen = native([*pixels, *self.module.small(pixels)])
-        fine, coarse = (torch.stack(maps).to(pixels.dtype) for maps in zip(*seen[: len(pixels)], strict=True))
-        wide = torch.stack([coarse for _, coarse in seen[len(pixels) :]]).to(pixels.dtype)
+        fine, coarse = (torch.stack(maps).to(self.module.dtype) for maps in zip(*seen[: len(pixels)], strict=True))
+        wide = torch.stack([coarse for _, coarse in seen[len(pixels) :]]).to(self.module.dtype)
         return Maps(F.pixel_unshuffle(fine.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1), coarse, wide)
 
     def linears(self) -> dict[str, AnyLinear]:
@@ -279,6 +280,8 @@ def from_transformers(model: LlavaForConditionalGeneration, hold: Callable[[Line
     if native := NativeEfficientNet.of(tower.net):
         give_back([*tower.net.stem.parameters(), *tower.net.blocks.parameters()])
         tower.net.stem = tower.net.blocks = None
+        if kernels.many_rows() == "float32":
+            tower.float()  # the neck too: 289 rows are multiplied faster
         return EfficientNetTower(tower, native)
     return EfficientNetTower(tower.to(memory_format=torch.channels_last))
 

@@ -59,7 +59,9 @@ class VisionEncoder:
             return ImageFeatures(torch.cat([part.tokens for part in parts]), torch.cat(attention) if attention else None)
         features = self.tower(pixels)
         first, second = self.projector
-        return ImageFeatures(second(activate(first(features.tokens), self.activation)), features.attention)
+        rows = features.tokens.flatten(0, 1)  # which the CPU kernels take
+        tokens = second(activate(first(rows), self.activation)).unflatten(0, features.tokens.shape[:2])
+        return ImageFeatures(tokens, features.attention)
 
 
 def activate(x: Tensor, name: str) -> Tensor:
