@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tokenizers import decoders
@@ -44,6 +45,16 @@ def _check_tiles(image_processor: Any, config: PreTrainedConfig) -> None:
         raise ValueError("image_grid_pinpoints of preprocessor_config.json and of config.json differ; a picture must fit both")
 
 
+def _only_resizes(image_processor: Any) -> bool:
+    """Whether a picture is made one size by Pillow, whatever its shape, and its values are rescaled and normalised; no more."""
+    size = image_processor.size
+    return (
+        type(image_processor).__name__ in ("CLIPImageProcessorPil", "SiglipImageProcessorPil")
+        and image_processor.do_resize and image_processor.do_rescale and image_processor.do_normalize
+        and not getattr(image_processor, "do_center_crop", False) and bool(size.height and size.width)
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Picture:
     """A picture as the vision tower takes it, `pixels` [tiles, 3, height, width] float32, and how its visual tokens will lie."""
@@ -61,6 +72,7 @@ class Preprocessor:
         self.center_crop = bool(getattr(processor.image_processor, "do_center_crop", False)) and not self.tiled
         self._processor, self._config = processor, config
         _check_tiles(processor.image_processor, config)
+        self._only_resizes = not self.tiled and _only_resizes(processor.image_processor)
         self._image_id = int(config.image_token_index)
         # Those that the tokenizer names (beginning, end), and those that it merely turns into one id wherever they stand.
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
@@ -74,11 +86,21 @@ class Preprocessor:
         """An RGB picture, resized, cut into tiles if that is the family's way, and normalised. `alone` in its prompt or not: some
         families have no tiles of a picture that is one of several."""
         layout = self.layout(image.height, image.width, alone=alone)
+        if self._only_resizes:
+            return Picture(self._resized(image)[None], layout)
         whole = self.tiled and layout.tiles == 1
         # A processor that is given several pictures of one prompt makes no tiles of them.
         batch = self._processor.image_processor([[image, image]] if whole else image, return_tensors="pt")
         pixels = batch["pixel_values"][0].float()
         return Picture(pixels if pixels.dim() == 4 else pixels[None], layout)
+
+    def _resized(self, image: Image.Image) -> torch.Tensor:
+        """What the processor makes, bit for bit, without its copies of the picture: half the time."""
+        made = self._processor.image_processor
+        small = image.resize((made.size.width, made.size.height), made.resample)
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous().float()
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (made.image_mean, made.image_std))
+        return pixels.div_(1 / made.rescale_factor).sub_(mean).div_(std)
 
     def layout(self, height: int, width: int, *, alone: bool = True) -> Layout:
         """How the visual tokens of a picture will lie."""

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
 from checkpoints.world import draw
 from models.preprocess import Preprocessor
@@ -181,3 +181,13 @@ def test_pixels_equal_transformers():
     image = draw("validation", 3).image
     expected = processor()(text="<image>", images=[image], return_tensors="pt").pixel_values[0]
     assert torch.equal(PREPROCESSOR.picture(image).pixels[0], expected)
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessorPil, SiglipImageProcessorPil])
+@pytest.mark.parametrize("size", [(96, 96), (40, 170), (301, 97)])
+def test_pixels_equal_transformers_bit_for_bit(kind: Any, size: tuple[int, int]) -> None:
+    made = processor()
+    made.image_processor = kind(size={"height": 96, "width": 96}, do_center_crop=False, resample=3)
+    image = Image.effect_noise(size, 90).convert("RGB")
+    expected = made.image_processor(image, return_tensors="pt").pixel_values
+    assert torch.equal(Preprocessor(made, config()).picture(image).pixels, expected)
