@@ -1,9 +1,9 @@
 // An inverted bottleneck (Tan & Le 2019, arXiv 1905.11946) in float32 on AVX-512: 1 x 1 expansion, depthwise convolution and 1 x 1
 // projection in one pass, so that the expanded map, six times as wide as the others, never leaves the cache.
 //
-// A map is laid out [channels / 16, height, width, 16], with zeros for channels that are not there. A task is a band of rows and some
-// expanded channels, 64 at a time: row after row they are expanded into a ring of as many rows as the depthwise kernel covers, and
-// what comes out of it is added to the projection. Bands of a small map would expand too many rows twice, so there the channels are
+// A map is laid out [channels / 16, height, width, 16], with zeros for channels that are not there. A task is a band of rows and
+// some expanded channels, 64 at a time: row after row they are expanded into a ring of as many rows as the depthwise kernel covers,
+// and what comes out of it is added to the projection. Bands of a small map would expand too many rows twice, so there the channels are
 // shared out instead, and the shares are added up.
 //
 // Tasks do not depend on the number of threads, so neither do results.
@@ -126,8 +126,7 @@ AVX512 void multiply(const float* x, int64_t x_plane, const float* w, int64_t w_
   }
 }
 
-// X outputs side by side of a depthwise convolution of 16 channels; rows[i] + offset is the first input of the
-// first one.
+// X outputs side by side of a depthwise convolution of 16 channels; rows[i] + offset is the first one's first input.
 template <int K, int S, int X>
 AVX512 void depthwise(const float* const* rows, int64_t offset, const float* w, const float* bias, float* to) {
   __m512 s[X];
@@ -219,8 +218,8 @@ struct Group {
 
   Group(const Bottleneck& b, const Task& t, int64_t first, int64_t last, bool starts, Scratch& scratch)
       : b(b), t(t), s(t.shape), first(first), vectors(last - first), starts(starts),
-        step(std::max<int64_t>(1, STEP_PIXELS / s.out_width)), rows_in_ring((step - 1) * b.stride + b.kernel), line(s.across * LANES),
-        ring_plane(rows_in_ring * line), ring(reserve(scratch.ring, vectors * ring_plane)),
+        step(std::max<int64_t>(1, STEP_PIXELS / s.out_width)), rows_in_ring((step - 1) * b.stride + b.kernel),
+        line(s.across * LANES), ring_plane(rows_in_ring * line), ring(reserve(scratch.ring, vectors * ring_plane)),
         stem(reserve(scratch.stem, 2 * s.width * LANES)), middle(reserve(scratch.middle, vectors * step * s.out_width * LANES)) {
     std::memset(ring, 0, vectors * ring_plane * sizeof(float));
   }

@@ -46,6 +46,7 @@ class NativeEfficientNet:
     held: Sequence[Tensor]  # what the pointers point into
 
     @classmethod
+    @torch.no_grad()
     def of(cls, net: EfficientNetLite) -> NativeEfficientNet | None:
         """None where the native code is not built, for another device, and for blocks that it does not know."""
         native, blocks = kernels.convolution_library(), cast("list[InvertedBottleneck]", [*net.blocks])
