@@ -372,6 +372,22 @@ def bench_soak(
         run(checkpoint, minutes, concurrency, seed, quiet=json)
 
 
+@bench.command("overload")
+def bench_overload(
+    checkpoint: CHECKPOINT = "embedded",
+    times: Annotated[float, typer.Option(min=1, help="Questions that come, over what a saturating client gets answered.")] = 3,
+    seconds: Annotated[float, typer.Option(min=1, help="How long they come; a saturating client asks as long before.")] = 20,
+    level: Annotated[list[str] | None, typer.Option(help="Default level; may repeat. off, light, balanced, strong.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the moments at which questions come.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Only the JSON document on the last line.")] = False,
+) -> None:
+    """Serve a checkpoint and ask more than it can answer, through OpenAI's client: at fixed levels, then with --degrade."""
+    with _plain_errors():
+        from benchmarks.overload import run
+
+        run(checkpoint, times, seconds, level or ["off", "light", "balanced", "strong"], seed, quiet=json)
+
+
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """Errors that a user can act on are one line, not a traceback; Ctrl-C ends a command with 130 whatever it met."""

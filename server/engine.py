@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
@@ -186,12 +187,15 @@ class Engine:
                 raise ShuttingDown("the server is shutting down")
             if request.id in self._requests:
                 raise ValueError(f"request id {request.id} is in use")
-            try:
+            with _told_as_overload():
                 self.scheduler.submit(ScheduledRequest(request.id, rows, prefill))
-            except QueueFull as error:
-                raise Overloaded(str(error), error.retry_after) from error
             self._requests[request.id] = request
             self._changed.notify_all()
+
+    def check_room(self) -> None:
+        """Raises Overloaded where `submit` would anyway, so that what is refused has cost little."""
+        with self._changed, _told_as_overload():
+            self.scheduler.check_room()
 
     def reserve(
         self, level: str, prompt_tokens: int, images: Sequence[Layout], max_tokens: int, param: str = "messages"
@@ -442,6 +446,14 @@ class Engine:
         except Exception:  # the reader is gone (its event loop is closed); the answer has nowhere to go
             log.warning("request %s has no reader any more", request.id)
             self.abort(request.id)
+
+
+@contextmanager
+def _told_as_overload() -> Iterator[None]:
+    try:
+        yield
+    except QueueFull as error:
+        raise Overloaded(str(error), error.retry_after) from error
 
 
 def _layouts(request: Request) -> list[Layout]:

@@ -63,10 +63,18 @@ class Scheduler:
         if request.cache_rows > self.budget:
             raise NeverFits(f"it needs {request.cache_rows} rows of KV cache and the server has {self.budget}")
         if len(self.waiting) >= self.max_waiting and not self._has_place(request):
-            raise QueueFull(max(1.0, math.ceil(self._pace * len(self.waiting) / 2)))
+            raise self._queue_full()
         if self.idle:
             self._last_finish = time.monotonic()  # idle time is no pace
         self.waiting.append(request)
+
+    def check_room(self) -> None:
+        """Raises QueueFull where any request would be refused now: all places are taken, in the queue too."""
+        if len(self.waiting) >= self.max_waiting and len(self.running) + len(self.waiting) >= self.max_running:
+            raise self._queue_full()
+
+    def _queue_full(self) -> QueueFull:
+        return QueueFull(max(1.0, math.ceil(self._pace * len(self.waiting) / 2)))
 
     def _has_place(self, request: ScheduledRequest) -> bool:
         """Whether all who wait and this one may run now, so that it will not really wait."""

@@ -210,7 +210,7 @@ class Router(nn.Module):
         return torch.cat([mean, largest, visual.mean(1), visual.amax(1), output.layer_scores, spread], -1)
 
     def serving(self, dtype: torch.dtype) -> Router:
-        """A copy as it serves: in the model's dtype, which is faster. The agreement head stays in float32: thresholds are fine."""
+        """A copy as it serves, in `dtype`. The agreement head stays in float32: thresholds are fine."""
         copy = deepcopy(self).requires_grad_(False).eval().to(dtype)
         copy.agreement.float()
         return copy

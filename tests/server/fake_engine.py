@@ -81,8 +81,8 @@ class FakePreprocessor:
 
 
 class FakeEngine:
-    """What a test may set: `refusals` of the next submits (None lets one pass), `hold_after` how many events a request
-    waits for `release`, and `failure` of a reply's first choice after `fail_after` events.
+    """What a test may set: `refusals` of the next submits (None lets one pass), `full` to refuse all before they are read,
+    `hold_after` how many events a request waits for `release`, and `failure` of a reply's first choice after `fail_after` events.
     """
 
     model_name = "fake-llava"
@@ -106,6 +106,7 @@ class FakeEngine:
         self.failure: Failed | None = None
         self.fail_after = 0
         self.refusals: list[Exception | None] = []
+        self.full: Exception | None = None
         self.hold_after: int | None = None
         self.release = threading.Event()
         self.submitted: list[Request] = []
@@ -117,6 +118,10 @@ class FakeEngine:
     def reserve(self, level: str, prompt_tokens: int, images: list[Layout], max_tokens: int, param: str) -> None:
         if prompt_tokens >= self.context_length:
             raise ContextTooLong.of(prompt_tokens, self.context_length, param)
+
+    def check_room(self) -> None:
+        if self.full:
+            raise self.full
 
     def current_default(self) -> str:
         return self.default_level

@@ -12,7 +12,7 @@ import pytest
 
 from server.errors import Overloaded, ShuttingDown
 from server.request import Failed
-from tests.server.client import QUESTION, ask, body, check_error, connect, events, image_part
+from tests.server.client import PICTURE, QUESTION, ask, body, check_error, connect, events, image_part
 from tests.server.client import client as client  # fixtures
 from tests.server.client import engine as engine
 from tests.server.fake_engine import FakeEngine, data_url, picture, png_header
@@ -143,6 +143,23 @@ async def test_overload_says_when_to_come_back(client: httpx.AsyncClient, engine
     response = await ask(client)
     assert (response.headers["retry-after"], response.headers["retry-after-ms"]) == ("1", "30")
     assert 'espalier_rejections_total{reason="overloaded"} 2.0' in (await client.get("/metrics")).text
+
+
+@pytest.mark.parametrize(
+    ("path", "payload"),
+    [
+        ("/v1/chat/completions", body(image_part())),
+        ("/v1/completions", {"prompt": "A red star"}),
+        ("/v1/responses", {"input": "A red star?"}),
+        ("/v1/vqa", {"image": PICTURE, "question": "What color?"}),
+    ],
+)
+async def test_a_full_server_refuses_before_it_reads(engine: FakeEngine, path: str, payload: dict[str, Any]) -> None:
+    engine.full = Overloaded("The queue is full.", 2.0)
+    async with connect(engine) as client:
+        response = await client.post(path, json=payload)
+    check_error(response, 429)
+    assert not engine.preprocessor.seen and not engine.preprocessor.turns and not engine.submitted
 
 
 async def test_draining_is_a_503(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -172,6 +172,18 @@ def test_without_a_queue_a_place_is_served_and_others_refused():
     assert [request.id for request in scheduler.admit()] == ["e"]
 
 
+def test_a_full_queue_is_known_before_a_request_is():
+    scheduler = Scheduler(budget=10, max_running=1, max_waiting=1, max_prefill=100)
+    for name in "ab":
+        scheduler.check_room()
+        scheduler.submit(ScheduledRequest(name, 5, 5))
+        scheduler.admit()
+    with pytest.raises(QueueFull):
+        scheduler.check_room()
+    scheduler.finish("b")
+    scheduler.check_room()
+
+
 def test_an_impossible_request_is_refused_even_by_a_full_queue():
     scheduler = Scheduler(budget=10, max_running=1, max_waiting=0, max_prefill=100)
     scheduler.submit(ScheduledRequest("a", 10, 1))
