@@ -59,6 +59,7 @@ class Limits:
 
     max_running: int = 8
     max_waiting: int = 64
+    max_wait_s: float = inf
     max_prefill: int = 1024
     kv_rows: int = 0
     promised_bytes: int = 0  # of what is free: other engines' caches may still take them
@@ -88,7 +89,7 @@ class Engine:
         self.created = int(time.time())
         rows = limits.kv_rows or _rows_for_free_memory(checkpoint, limits)
         self.kv = KVCache(rows, self.model.new_cache)
-        self.scheduler = Scheduler(rows, limits.max_running, limits.max_waiting, limits.max_prefill)
+        self.scheduler = Scheduler(rows, limits.max_running, limits.max_waiting, limits.max_prefill, limits.max_wait_s)
         self._max_prefill = limits.max_prefill
         self._prefill = Prefill(
             checkpoint, self.planner, self.metrics, default_level=default_level, cached_images=limits.cached_images,

@@ -160,7 +160,7 @@ def build_engine(
     check_room(directory, settings.device, settings.dtype, settings.kv_tokens, promised)
     loaded = load(directory, settings.device, settings.dtype, settings.quantization)
     limits = Limits(
-        max_running=settings.max_batch, max_waiting=settings.max_queue,
+        max_running=settings.max_batch, max_waiting=settings.max_queue, max_wait_s=settings.max_queue_s,
         kv_rows=settings.kv_tokens * loaded.model.num_layers, promised_bytes=promised,
     )  # fmt: skip
     log.info(

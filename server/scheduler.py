@@ -6,11 +6,16 @@ ever pushed out, and nobody behind the head of the queue overtakes it: every req
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
+
+from server.load import Rate
+
+PACE_S = 0.5
+"""Shortest time over which the pace of a full server is taken: requests that run together end together."""
 
 
 class NeverFits(Exception):
@@ -47,34 +52,44 @@ def share(rows: Sequence[int], budget: int) -> list[int]:
 
 
 class Scheduler:
-    def __init__(self, budget: int, max_running: int, max_waiting: int, max_prefill: int) -> None:
+    """`budget` rows of cache, and requests that run or wait. No more wait than `max_wait_s` seconds take at the pace of late, but
+    always as many as may run."""
+
+    def __init__(
+        self, budget: int, max_running: int, max_waiting: int, max_prefill: int, max_wait_s: float = inf
+    ) -> None:
         self.budget = budget
         self.max_running = max_running
         self.max_waiting = max_waiting
+        self.max_wait_s = max_wait_s
         self.max_prefill = max_prefill
         self.waiting: deque[ScheduledRequest] = deque()
         self.running: dict[str, ScheduledRequest] = {}
         self.used = 0
-        self._last_finish = time.monotonic()
-        self._pace = 1.0  # seconds between finished requests, smoothed
+        self._pace = Rate()  # seconds for each request that ends while others wait
+        self._finished, self._finished_since = 0, inf  # not yet in the pace
 
     def submit(self, request: ScheduledRequest) -> None:
-        """Queue a request. Raises NeverFits, or QueueFull when `max_waiting` wait already and there is no place for one more."""
+        """Queue a request. Raises NeverFits, or QueueFull when as many wait as may and there is no place for one more."""
         if request.cache_rows > self.budget:
             raise NeverFits(f"it needs {request.cache_rows} rows of KV cache and the server has {self.budget}")
-        if len(self.waiting) >= self.max_waiting and not self._has_place(request):
+        if len(self.waiting) >= self._most_waiting() and not self._has_place(request):
             raise self._queue_full()
-        if self.idle:
-            self._last_finish = time.monotonic()  # idle time is no pace
         self.waiting.append(request)
 
     def check_room(self) -> None:
         """Raises QueueFull where any request would be refused now: all places are taken, in the queue too."""
-        if len(self.waiting) >= self.max_waiting and len(self.running) + len(self.waiting) >= self.max_running:
+        if len(self.waiting) >= self._most_waiting() and len(self.running) + len(self.waiting) >= self.max_running:
             raise self._queue_full()
 
+    def _most_waiting(self) -> int:
+        """As many as `max_wait_s` takes, but no fewer than may run; all of them while the pace is unknown."""
+        in_time = self.max_wait_s / self._pace.value if self._pace.value else inf
+        return int(min(self.max_waiting, max(self.max_running, in_time)))
+
     def _queue_full(self) -> QueueFull:
-        return QueueFull(max(1.0, math.ceil(self._pace * len(self.waiting) / 2)))
+        """To come back when half of the queue is gone."""
+        return QueueFull(max(1.0, self._pace.value * len(self.waiting) / 2))
 
     def _has_place(self, request: ScheduledRequest) -> bool:
         """Whether all who wait and this one may run now, so that it will not really wait."""
@@ -118,8 +133,16 @@ class Scheduler:
         return False
 
     def _note_finish(self, now: float) -> None:
-        self._pace += 0.2 * (min(now - self._last_finish, 60.0) - self._pace)
-        self._last_finish = now
+        """The pace is that of a server with all it can run: idle time is none, nor is that of a few alone."""
+        if not self.waiting:
+            self._finished_since = inf
+        elif self._finished_since == inf:
+            self._finished, self._finished_since = 0, now
+        else:
+            self._finished += 1
+            if now - self._finished_since >= PACE_S:
+                self._pace.observe(now - self._finished_since, self._finished)
+                self._finished, self._finished_since = 0, now
 
     @property
     def saturation(self) -> float:

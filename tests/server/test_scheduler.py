@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from math import inf
 
 import pytest
@@ -191,34 +193,77 @@ def test_an_impossible_request_is_refused_even_by_a_full_queue():
         scheduler.submit(ScheduledRequest("b", 11, 1))
 
 
-def test_the_hint_of_when_to_come_back_grows_with_the_queue():
-    def hint(waiting: int) -> float:
-        scheduler = Scheduler(budget=1000, max_running=1, max_waiting=waiting, max_prefill=100)
-        for number in range(waiting):
-            scheduler.submit(ScheduledRequest(str(number), 1, 1))
-        with pytest.raises(QueueFull) as refusal:
-            scheduler.submit(ScheduledRequest("late", 1, 1))
-        return refusal.value.retry_after
+class Clock:
+    now = 1000.0
 
-    assert 1 <= hint(1) < hint(100)
+    def monotonic(self) -> float:
+        return self.now
 
 
-def test_idle_hours_do_not_make_the_hint_longer(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr("server.scheduler.time.monotonic", lambda: now)
-    scheduler = Scheduler(budget=100, max_running=1, max_waiting=10, max_prefill=100)
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("server.scheduler.time", clock)
+    return clock
+
+
+def full(clock: Clock, max_waiting: int, max_wait_s: float = inf, *, pace: float = 0.1) -> Scheduler:
+    """A scheduler in which requests have ended at a pace while others waited, and whose queue is full."""
+    scheduler = Scheduler(budget=1000, max_running=2, max_waiting=max_waiting, max_prefill=100, max_wait_s=max_wait_s)
+    numbers = count()
+
+    def fill() -> None:
+        with suppress(QueueFull):
+            while True:
+                scheduler.submit(ScheduledRequest(str(next(numbers)), 1, 1))
+                scheduler.admit()
+
+    for _ in range(150):
+        fill()
+        clock.now += pace
+        scheduler.finish(next(iter(scheduler.running)))
+        scheduler.admit()
+    fill()
+    return scheduler
+
+
+def hint(scheduler: Scheduler) -> float:
+    with pytest.raises(QueueFull) as refusal:
+        scheduler.submit(ScheduledRequest("late", 1, 1))
+    return refusal.value.retry_after
+
+
+def test_the_hint_of_when_to_come_back_grows_with_the_queue(clock):
+    assert hint(full(clock, 2)) == 1.0
+    assert hint(full(clock, 100)) == pytest.approx(5.0, rel=0.1)
+
+
+def test_the_queue_is_as_long_as_its_time_allows(clock):
+    assert len(full(clock, 100, 2.0).waiting) == pytest.approx(20, abs=2)
+    assert len(full(clock, 10, 2.0).waiting) == 10
+    assert len(full(clock, 100, 2.0, pace=5.0).waiting) == 2, "as many as run"
+
+
+def test_before_the_pace_is_known_the_queue_is_whole(clock):
+    scheduler = Scheduler(budget=1000, max_running=2, max_waiting=50, max_prefill=100, max_wait_s=0.1)
+    for number in range(50):
+        scheduler.submit(ScheduledRequest(str(number), 1, 1))
+    assert hint(scheduler) == 1.0
+
+
+def test_idle_hours_are_no_pace(clock):
+    scheduler = full(clock, 10)
     for hour in range(20):
-        now = 3600.0 * hour
+        for name in [*(request.id for request in scheduler.waiting), *scheduler.running]:
+            scheduler.finish(name)
+        clock.now += 3600
         scheduler.submit(ScheduledRequest(f"{hour}", 1, 1))
         scheduler.admit()
-        now += 0.1
-        scheduler.finish(f"{hour}")
-    for number in range(11):
-        scheduler.submit(ScheduledRequest(f"late {number}", 1, 1))
-        scheduler.admit()
-    with pytest.raises(QueueFull) as refusal:
-        scheduler.submit(ScheduledRequest("latest", 1, 1))
-    assert refusal.value.retry_after == 1.0
+        clock.now += 0.1
+    with suppress(QueueFull):
+        for number in range(20):
+            scheduler.submit(ScheduledRequest(f"late {number}", 1, 1))
+    assert hint(scheduler) == 1.0
 
 
 def test_a_request_never_grows_once_it_runs():
