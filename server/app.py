@@ -94,6 +94,7 @@ def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
         pictures: bool = True,
     ) -> Response:  # fmt: skip
         arrived = time.monotonic()
+        served.check_room()
         deadline = read_deadline(request.headers, arrived)
 
         async def work() -> Response:

@@ -68,7 +68,6 @@ def prepare_chat(
     picked: Picked, settings: Settings, request: StreamedRequest, chat: Chat, header: str | None, *, kind: str
 ) -> PreparedRequest:
     """A chat to a prepared request; `kind` begins its id."""
-    picked.engine.check_room()
     level = request.pruning.level if request.pruning else None
     detail = hinted_level(picked.engine, chat.details)
     # The menu first: what is refused for its level costs no decoding.
@@ -88,9 +87,7 @@ def read_vqa(served: Served, settings: Settings, body: bytes | Mapping[str, Any]
         raise InvalidRequest("question: must not be empty", param="question")
     content = [*({"type": "image"} for _ in request.image), {"type": "text", "text": request.question}]
     sources = [(f"image[{i}]", _data_url(image)) for i, image in enumerate(request.image)]
-    picked = served.pick(request.model)
-    picked.engine.check_room()
-    prepared = prepare(picked, settings, request, [], header=header, body=request.level)
+    prepared = prepare(served.pick(request.model), settings, request, [], header=header, body=request.level)
     return _with_chat(settings, prepared, Chat([{"role": "user", "content": content}], sources, [], "question"))
 
 

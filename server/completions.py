@@ -22,7 +22,6 @@ def read_completion(served: Served, settings: Settings, body: bytes, header: str
     """A completion's body to a prepared request. Its special tokens count as such: the caller writes the whole prompt."""
     request = parse(CompletionRequest, body)
     picked = served.pick(request.model)
-    picked.engine.check_room()
     prompt = _prompt(picked.engine, request)
     level = request.pruning.level if request.pruning else None
     prepared = prepare(picked, settings, request, prompt, header=header, body=level, kind="cmpl-")

@@ -243,9 +243,10 @@ class Engine:
         with self._changed:
             self._draining = True
             left = list(self._requests.values())
+        message = "the server stopped before this answer was complete"
         for request in left:
             self._end(request, "error")
-            self._emit(request, Failed("the server stopped before this answer was complete"))
+            self._emit(request, Failed(message, ShuttingDown(message) if self._stopped else None))
 
     @torch.inference_mode()
     def step(self) -> None:

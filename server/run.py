@@ -30,16 +30,20 @@ if TYPE_CHECKING:  # its package is an extra
 
 log = logging.getLogger("espalier")
 WATCH_EVERY_S = 0.5
-FAILED = 70
-"""Exit status after a failure of the engine: EX_SOFTWARE."""
+TELLING_S = 5
+"""Seconds in which those whose answers are cut short are told."""
+FAILED, CUT_SHORT = 70, 75
+"""Exit status after a failure of the engine, EX_SOFTWARE, and after answers that the grace period cut short, EX_TEMPFAIL."""
 
 
 class DrainingServer(uvicorn.Server):
-    """Turns `/ready` to 503 at the signal, so that traffic goes elsewhere while running answers end."""
+    """Turns `/ready` to 503 at the signal, so that traffic goes elsewhere while running answers end. Those that have not ended when
+    the grace period has are told so by the engines, each in its own form; a second signal ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, served: Served) -> None:
+    def __init__(self, config: uvicorn.Config, served: Served, grace: float) -> None:
         super().__init__(config)
-        self._served = served
+        self._served, self._grace = served, grace
+        self.cut_short = False
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """Tell where it serves once it does."""
@@ -51,7 +55,14 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._served.drain()
+        grace = 0.0 if self.should_exit else self._grace
         super().handle_exit(sig, frame)
+        threading.Thread(target=self._stop_engines, args=(grace,), name="espalier-drain", daemon=True).start()
+
+    def _stop_engines(self, grace: float) -> None:
+        if not self._served.stop(grace):
+            self.cut_short = True
+            log.warning("answers were cut short at the end of the grace period")
 
 
 class Watchdog(threading.Thread):
@@ -85,7 +96,7 @@ class Watchdog(threading.Thread):
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C. Raises SystemExit, not zero, when the engine has failed."""
+    """Serve until SIGTERM or Ctrl-C. Raises SystemExit, not zero, when the engine has failed or answers were cut short."""
     configure(settings.log_format)
     tracing = start_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
     if settings.allow_image_hosts:
@@ -100,9 +111,9 @@ def run(settings: Settings) -> None:
     # uvloop comes with other packages: what is tested is what runs.
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, loop="asyncio", http=DeadlineProtocol, log_level="warning", log_config=None,
-        timeout_graceful_shutdown=grace,
+        timeout_graceful_shutdown=grace + TELLING_S,
     )  # fmt: skip
-    server = DrainingServer(config, served)
+    server = DrainingServer(config, served, grace)
     watchdog = Watchdog(served, server, settings.hang_exit_s)
     watchdog.start()
     # uvicorn raises the signal again once it has drained; the engine has yet to stop, and a clean end is exit status 0.
@@ -116,6 +127,8 @@ def run(settings: Settings) -> None:
             tracing.stop()
     if watchdog.failed:
         raise SystemExit(FAILED)
+    if server.cut_short:
+        raise SystemExit(CUT_SHORT)
 
 
 def start_tracing(endpoint: str) -> Tracing:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.llava import return_freed_memory
-from server.errors import LastModel, ShuttingDown, UnknownModel
+from server.errors import LastModel, Overloaded, ShuttingDown, UnknownModel
 from server.metrics import ServerMetrics
 
 if TYPE_CHECKING:
@@ -76,6 +76,17 @@ class Served:
     def serves(self, engine: Engine) -> bool:
         """Whether an engine still has its name: one that was swapped refuses what comes too late for it."""
         return engine in self.engines.values()
+
+    def check_room(self) -> None:
+        """Raises Overloaded where every model would refuse."""
+        refused: Overloaded | None = None
+        for engine in self.engines.values():
+            try:
+                return engine.check_room()
+            except Overloaded as error:
+                refused = error
+        assert refused
+        raise refused
 
     def unknown(self, asked: str) -> UnknownModel:
         return UnknownModel(f"The model {asked[:100]!r} does not exist. This server has: {', '.join(self.names())}.", param="model")

@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     max_batch: int = Field(8, ge=1, description="Requests that run at once.")
     max_queue: int = Field(64, ge=0, description="Requests that may wait for a place; more are answered 429.")
     max_queue_s: float = Field(
-        2.0, gt=0, description="Seconds that the queue may take, at the pace of late; as many as run at once may wait however long."
+        1.5, gt=0, description="Seconds that the queue may take, at the pace of late; as many as run at once may wait however long."
     )
     kv_tokens: int = Field(0, ge=0, description="Tokens that the KV cache holds; 0 fits it to the memory.")
 

@@ -1,0 +1,103 @@
+"""SIGTERM under load: what ends within the grace period is answered, the rest is told, and the exit status says which."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.client import body, image_part
+from tests.server.tiny import write
+
+SERVE = """
+import sys, time
+from server import engine, run
+from server.settings import Settings
+
+step = engine.Engine.step
+
+def slow(self):
+    time.sleep(0.02)
+    step(self)
+
+engine.Engine.step = slow
+run.run(Settings(checkpoint=sys.argv[1], port=0, shutdown_grace_s=int(sys.argv[2]), kv_tokens=8000))
+"""
+CLIENTS = 16
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("drained") / "tiny-llava")
+
+
+@pytest.fixture
+def server(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-c", SERVE, str(checkpoint), str(request.param)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        url = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+:\d+", line)))
+        reading = threading.Thread(target=process.stderr.read)
+        reading.start()
+        yield process, url
+        process.kill()
+        reading.join()
+
+
+def ask(url: str, stream: bool, max_tokens: int) -> tuple[int, str]:
+    payload = body(image_part(), model=None, max_tokens=max_tokens, ignore_eos=True, stream=stream)
+    reply = httpx.post(f"{url}/v1/chat/completions", json=payload, timeout=60)
+    return reply.status_code, reply.text
+
+
+def ask_and_stop(process: subprocess.Popen[str], url: str, max_tokens: int, signals: int) -> list[tuple[int, str]]:
+    """What 16 clients got, half of them streams, half of which wait, when the signal came once all had been accepted."""
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        asking = [pool.submit(ask, url, bool(number % 2), max_tokens) for number in range(CLIENTS)]
+        while accepted(url) < CLIENTS:
+            pass
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            wait_until_closed(url)
+        return [one.result() for one in asking]
+
+
+def wait_until_closed(url: str) -> None:
+    with suppress(httpx.TransportError):
+        while True:
+            httpx.get(f"{url}/live")
+
+
+def accepted(url: str) -> int:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return sum(int(float(line.split()[1])) for line in lines if re.match("espalier_requests_(running|waiting){", line))
+
+
+@pytest.mark.parametrize("server", [60], indirect=True)
+def test_all_that_was_accepted_is_answered(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = server
+    replies = ask_and_stop(process, url, 20, signals=1)
+    assert all(status == 200 for status, _ in replies)
+    assert all('"finish_reason":"length"' in text and "error" not in text for _, text in replies)
+    assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize(("server", "signals"), [(1, 1), (60, 2)], indirect=["server"])
+def test_what_outlasts_the_grace_is_told(server: tuple[subprocess.Popen[str], str], signals: int) -> None:
+    """At the end of the grace period, or at a second signal."""
+    process, url = server
+    replies: list[Any] = ask_and_stop(process, url, 400, signals)
+    assert {status for status, _ in replies} == {200, 503}, "streams had begun, or not"
+    assert all('"code":"shutting_down"' in text for _, text in replies)
+    assert all(text.endswith("data: [DONE]\n\n") for status, text in replies if status == 200)
+    assert process.wait(30) == 75
