@@ -336,8 +336,18 @@ class Engine:
         with self._changed:
             admitted = [self._requests[scheduled.id] for scheduled in self.scheduler.admit()]
         for request in admitted:
+            self._degrade(request)
             request.timings["queue"] = now - request.created - request.timings.get("image", 0.0)
             self._encoding[request.id] = []
+
+    def _degrade(self, request: Request) -> None:
+        """Under load the default may have gone down while it waited. Choices of one request keep one level."""
+        level = self.current_default()
+        if request.reason not in ("default", "load") or request.parent.choices > 1 or level not in self.cheaper(request.level):
+            return
+        rows, _ = self.reserve(level, len(request.prompt), _layouts(request), request.sampling.max_tokens)
+        if level in request.parent.caller.allowed(self.menu) and rows <= self.scheduler.running[request.id].cache_rows:
+            request.level, request.reason = level, "load"
 
     def _prompts_per_answer(self) -> float:
         """How many wait for their first token, for each answer that goes on; without end where none does."""

@@ -51,6 +51,21 @@ def test_an_engine_under_load_gives_cheaper_levels(tiny: Checkpoint, monkeypatch
     assert value(engine, "degradations_total", **{"from": "off", "to": "light"}) == 1
 
 
+def test_who_waited_gets_the_level_of_now(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("server.engine.time.monotonic", lambda: now[0])
+    engine = Engine(tiny, Limits(kv_rows=20_000, max_running=1), degrade=True)
+    first, waiting, asked = ask(engine), ask(engine), ask(engine)
+    first.reason = waiting.reason = "default"
+    for request in (first, waiting, asked):
+        engine.submit(request)
+    engine.step()
+    now[0] = WINDOW_S + 1
+    drain(engine)
+    found = [(one.emit.finished.receipt.level, one.emit.finished.receipt.reason) for one in (first, waiting, asked)]
+    assert found == [("off", "default"), ("light", "load"), ("off", "body")]
+
+
 def test_without_being_asked_to_the_default_stays(tiny: Checkpoint) -> None:
     engine = Engine(tiny, Limits(kv_rows=20_000, max_running=1))
     for _ in range(3):
