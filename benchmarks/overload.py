@@ -76,6 +76,8 @@ async def _measure(
     async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
         await asyncio.gather(*(ask(client, question(model, -number - 1), 0.0) for number in range(WARM_UP)))
         saturated = await saturate(client, model, seconds)
+        if not saturated:
+            raise ValueError(f"a saturating client got no answer within {seconds:g} s; give more --seconds")
         rate = rate or times * saturated
         arrivals = list(arrive(rate, seconds, Random(seed)))
         asked = [question(model, number) for number in range(len(arrivals))]

@@ -341,9 +341,11 @@ class Engine:
             self._encoding[request.id] = []
 
     def _degrade(self, request: Request) -> None:
-        """Under load the default may have gone down while it waited. Choices of one request keep one level."""
+        """Under load the default may have gone down while it waited. Choices of one request keep one level, as do answers that may
+        be made again at a fuller one."""
         level = self.current_default()
-        if request.reason not in ("default", "load") or request.parent.choices > 1 or level not in self.cheaper(request.level):
+        fixed = request.reason not in ("default", "load") or request.parent.choices > 1 or request.confidence
+        if fixed or level not in self.cheaper(request.level):
             return
         rows, _ = self.reserve(level, len(request.prompt), _layouts(request), request.sampling.max_tokens)
         if level in request.parent.caller.allowed(self.menu) and rows <= self.scheduler.running[request.id].cache_rows:
