@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ _PRINTS = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTS]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTS} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's byte tokens
+MAX_SCALE = 16
+"""How much longer than the tower's picture a processor's may be: it is cut to the middle, or into tiles."""
 # Splits a special token's spelling in user text, so that it is read as text; a private-use character nobody types.
 _BREAK = "\ue000"
 
@@ -35,6 +37,17 @@ def _begins_one_of(specials: Iterable[str]) -> re.Pattern[str]:
         return f"{re.escape(special[0])}(?={rest})"
 
     return re.compile("|".join(begins(special) for special in sorted(specials) if len(special) > 1) or r"(?!)")
+
+
+def _check_sizes(image_processor: Any, config: PreTrainedConfig) -> None:
+    """Before any picture is made so large."""
+    most = MAX_SCALE * int(config.vision_config.image_size)
+    sizes = {name: [*dict(getattr(image_processor, name, None) or {}).values()] for name in ("size", "crop_size", "pad_size")}
+    sizes["image_grid_pinpoints"] = [*chain(*(getattr(image_processor, "image_grid_pinpoints", None) or ()))]
+    for name, values in sizes.items():
+        if (largest := max(filter(None, values), default=0)) > most:
+            told = f"over {MAX_SCALE} times what the tower takes"
+            raise ValueError(f"{name} of preprocessor_config.json is {largest:,} pixels, {told}")
 
 
 def _check_tiles(image_processor: Any, config: PreTrainedConfig) -> None:
@@ -71,6 +84,7 @@ class Preprocessor:
         self.tiled = family_of(config).tiled
         self.center_crop = bool(getattr(processor.image_processor, "do_center_crop", False)) and not self.tiled
         self._processor, self._config = processor, config
+        _check_sizes(processor.image_processor, config)
         _check_tiles(processor.image_processor, config)
         self._only_resizes = not self.tiled and _only_resizes(processor.image_processor)
         self._image_id = int(config.image_token_index)

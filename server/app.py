@@ -15,7 +15,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -29,10 +28,11 @@ from server.deadline import in_time, read_deadline
 from server.envelope import Envelope
 from server.errors import EspalierError, NotReady, ShuttingDown, UnknownPath
 from server.estimate import estimate
+from server.forms import read_form
 from server.logs import fields
 from server.openapi import PLAIN_TEXT, REFUSALS, add_documentation, takes
 from server.page import add_playground
-from server.reading import Reading
+from server.reading import SHORT, Reading
 from server.replies import AnswerStream, Chunk, chat_events, chat_reply, fold, prepend, vqa_reply
 from server.request import PreparedRequest
 from server.responses import read_response, response_events, whole_response
@@ -86,7 +86,6 @@ def create_app(served: Served, settings: Settings, keys: Sequence[ApiKey]) -> Fa
 
 
 def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
-    # Which lane a request takes is a guess by its bytes: enough to keep texts moving, and nothing to trust.
     reading = Reading(settings.max_batch + settings.max_queue)
 
     async def answer(
@@ -115,15 +114,16 @@ def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
     async def chat_completions(request: Request) -> Response:
         """OpenAI's chat completions. Header `X-Pruning-Level`, field `pruning.level` or model `name@level` set the level."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
-        return await answer(request, lambda: read_chat(served, settings, body, level), pictures=b"image" in body)
+        return await answer(request, lambda: read_chat(served, settings, body, level), pictures=may_hold_pictures(body))
 
     @app.post("/v1/completions", openapi_extra=takes(CompletionRequest, "/v1/completions", stream=True))
     async def completions(request: Request) -> Response:
         """OpenAI's older completions: a text in, its continuation out. The level is set as for chat completions."""
         body, level = await request.body(), request.headers.get("x-pruning-level")
         return await answer(
-            request, lambda: read_completion(served, settings, body, level), completion_reply, completion_events, pictures=False
-        )
+            request, lambda: read_completion(served, settings, body, level), completion_reply, completion_events,
+            pictures=may_hold_pictures(body),
+        )  # fmt: skip
 
     @app.post("/v1/responses", openapi_extra=takes(ResponsesRequest, "/v1/responses", stream=True))
     async def responses(request: Request) -> Response:
@@ -131,34 +131,37 @@ def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
         body, level = await request.body(), request.headers.get("x-pruning-level")
         return await answer(
             request, lambda: read_response(served, settings, body, level), whole_response, response_events,
-            pictures=b"image" in body,
+            pictures=may_hold_pictures(body),
         )  # fmt: skip
 
     @app.post("/v1/pruning/estimate", openapi_extra=takes(ChatRequest, "/v1/pruning/estimate"))
     async def estimates(request: Request) -> dict[str, Any]:
         """What this chat would cost at each level: tokens, FLOPs, seconds by the server's present pace. Nothing is run."""
         body = await request.body()
-        return await reading.run(lambda: estimate(served, settings, body), pictures=b"image" in body)
+        return await reading.run(lambda: estimate(served, settings, body), pictures=may_hold_pictures(body))
 
     @app.post("/v1/vqa", openapi_extra=takes(VqaRequest, "/v1/vqa", form=True))
     async def vqa(request: Request) -> Response:
         """One question about one or several pictures, as a form with files or as JSON."""
-        is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
-        body = await form_fields(request, settings.max_images) if is_form else await request.body()
-        level = request.headers.get("x-pruning-level")
-        return await answer(request, lambda: read_vqa(served, settings, body, level), vqa_reply)
+        kind, level, body = request.headers.get("content-type", ""), request.headers.get("x-pruning-level"), await request.body()
+        is_form = kind.lower().startswith("multipart/form-data")
+
+        def read() -> PreparedRequest:
+            return read_vqa(served, settings, read_form(kind, body, settings.max_images) if is_form else body, level)
+
+        return await answer(request, read, vqa_reply)
 
     @app.post("/tokenize", openapi_extra=takes(TokenizeRequest, "/tokenize"))
     async def tokens(request: Request) -> dict[str, Any]:
         """The tokens of a text, or of a chat with each image as its visual tokens before pruning."""
         body = await request.body()
-        return await reading.run(lambda: tokenize(served, settings, body), pictures=b"image" in body)
+        return await reading.run(lambda: tokenize(served, settings, body), pictures=may_hold_pictures(body))
 
     @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest, "/detokenize"))
     async def text(request: Request) -> dict[str, str]:
         """The text of tokens."""
         body = await request.body()
-        return await reading.run(lambda: detokenize(served, body), pictures=False)
+        return await reading.run(lambda: detokenize(served, body), pictures=may_hold_pictures(body))
 
 
 def _add_menu(app: FastAPI, served: Served) -> None:
@@ -211,6 +214,11 @@ def _add_operations(app: FastAPI, served: Served) -> None:
     @app.get("/metrics", response_class=Response, openapi_extra=PLAIN_TEXT)
     def metrics() -> Response:
         return Response(generate_latest(served.metrics), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def may_hold_pictures(body: bytes) -> bool:
+    """Which lane a request takes is a guess by its bytes: enough to keep short texts moving, and nothing to trust."""
+    return len(body) > SHORT or b"image" in body
 
 
 # ---- a question's answer
@@ -269,13 +277,6 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         working.cancel()
         watching.cancel()
         await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def form_fields(request: Request, max_images: int) -> dict[str, Any]:
-    """A form as the JSON body would be, its files as bytes."""
-    async with request.form(max_files=max_images) as form:
-        images = [await value.read() if isinstance(value, UploadFile) else value for value in form.getlist("image")]
-        return {**{key: value for key, value in form.items() if isinstance(value, str)}, "image": images}
 
 
 # ---- errors

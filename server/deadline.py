@@ -50,7 +50,7 @@ def in_time(prepared: PreparedRequest, deadline: Deadline | None) -> PreparedReq
     levels = [prepared.level, *(level for level in engine.cheaper(prepared.level) if may_change and level in allowed)]
     late: list[float] = []
     for level in levels:
-        first, answer = engine.predict_times(level, len(prepared.prompt), layouts, prepared.sampling.max_tokens)
+        first, answer = engine.predict_times(level, len(prepared.prompt), layouts, prepared.sampling.max_tokens, prepared.n)
         late.append(deadline.late_by(now, first, answer))
         if late[-1] <= 0:
             reason = prepared.reason if level == prepared.level else "deadline"

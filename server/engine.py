@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf
+from math import ceil, inf
 from typing import TYPE_CHECKING
 
 import llguidance.hf
@@ -30,7 +30,7 @@ from pruning.dynamic.token_policy import TokenPolicy
 from server.answering import Answering
 from server.batch import divide, lay_out, run_batch
 from server.ended import count_ended
-from server.errors import ContextTooLong, DeadlineMissed, Overloaded, ShuttingDown
+from server.errors import ContextTooLong, DeadlineMissed, EspalierError, Overloaded, ShuttingDown
 from server.load import DefaultLevel, WorkRate
 from server.memory import free_bytes
 from server.metrics import Metrics
@@ -38,6 +38,7 @@ from server.prefill import Prefill
 from server.request import Event, Failed, Finished, FinishReason, PreparedImage, Request
 from server.running import Running
 from server.scheduler import QueueFull, ScheduledRequest, Scheduler
+from server.shadow import MAX_TOKENS as CHECK_TOKENS
 from server.shadow import Shadow
 from server.version import version
 
@@ -46,8 +47,9 @@ if TYPE_CHECKING:  # its package is an extra
 
 log = logging.getLogger("espalier.engine")
 
-HUNG_S, HUNG_TIMES, HUNG_FIRST_S = 4.0, 10.0, 60.0
-"""A pass hangs when it takes this long and so many times what is expected of it; before anything is known it may take longer."""
+LATE_TIMES, HUNG_S, HUNG_TIMES, HUNG_FIRST_S = 2.0, 4.0, 10.0, 60.0
+"""A pass is late, and the engine not ready, when it takes HUNG_S and LATE_TIMES what is expected of it. It hangs at HUNG_TIMES
+that; or at HUNG_FIRST_S, while nothing is known."""
 PREFIX_SHARE = 4
 """Beginnings of prompts may hold a quarter of the KV cache's rows, beside them."""
 
@@ -105,7 +107,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._draining = self._stopped = False
         self._work = WorkRate()
-        self._pass_limit: float | None = None  # when the pass that runs counts as hung
+        self._pass: tuple[float, float] | None = None  # when the one that runs is late, and when it hangs
         self.metrics.watch_load(
             lambda: len(self.scheduler.running), lambda: len(self.scheduler.waiting), lambda: self.scheduler.used / rows,
             self._saturation, self.backlog_seconds,
@@ -140,12 +142,13 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        return self.alive and not self._draining and not self.hung_seconds
+        late = (limits := self._pass) is not None and time.monotonic() > limits[0]
+        return self.alive and not self._draining and not late
 
     @property
     def hung_seconds(self) -> float:
         """For how long the pass that runs has counted as hung; 0 while all is well."""
-        return max(0.0, time.monotonic() - limit) if (limit := self._pass_limit) is not None else 0.0
+        return max(0.0, time.monotonic() - limits[1]) if (limits := self._pass) else 0.0
 
     @property
     def promised_bytes(self) -> int:
@@ -259,18 +262,23 @@ class Engine:
         self._shadow.give_way()
         self._refuse_late()
         self._admit()
-        expected = self._started_seconds() + self._work.decode_pass  # of the next pass at most
-        self._pass_limit = started + (HUNG_S + HUNG_TIMES * expected if expected else HUNG_FIRST_S)
+        self._watch(started, self._started_seconds() + self._work.decode_pass)  # of the next pass at most
         self._prepare()
         self._run_batch()
-        self._pass_limit = None
+        self._pass = None
         self.metrics.busy.inc(time.monotonic() - started)
 
     def _check_answer(self) -> None:
         if not self._shadow.idle:
-            self._pass_limit = time.monotonic() + HUNG_FIRST_S
+            rows = CHECK_TOKENS * self.model.num_layers
+            self._watch(time.monotonic(), self._work.prompt_seconds(rows, 0) + self._work.decode_pass)
             self._shadow.step()
-            self._pass_limit = None
+            self._pass = None
+
+    def _watch(self, started: float, expected: float) -> None:
+        """A pass begins, of which so many seconds are expected, or nothing is known."""
+        hangs = HUNG_S + HUNG_TIMES * expected if expected else HUNG_FIRST_S
+        self._pass = started + HUNG_S + LATE_TIMES * expected, started + hangs
 
     def _started_seconds(self) -> float:
         """What is left of the prompts of those admitted."""
@@ -284,23 +292,31 @@ class Engine:
         with self._changed:
             return self.scheduler.saturation
 
-    def predict_seconds(self, level: str, prompt_tokens: int, images: Sequence[Layout], max_tokens: int) -> float | None:
-        """Engine time of such a request, by the pace of those before it; None before the first."""
+    def predict_seconds(
+        self, level: str, prompt_tokens: int, images: Sequence[Layout], max_tokens: int, n: int = 1
+    ) -> float | None:
+        """Engine time of such a request with `n` choices, by the pace of those before it; None before the first."""
         rows, visual = self.planner.expected_rows(level, prompt_tokens, images), sum(image.visual_tokens for image in images)
-        return round(self._work.prompt_seconds(rows, visual) + self._work.answer_seconds(max_tokens), 4) or None
+        return round(self._work.prompt_seconds(n * rows, visual) + n * self._work.answer_seconds(max_tokens), 4) or None
 
     def predict_times(
-        self, level: str, prompt_tokens: int, images: Sequence[Layout], max_tokens: int
+        self, level: str, prompt_tokens: int, images: Sequence[Layout], max_tokens: int, n: int = 1
     ) -> tuple[float, float]:
-        """Seconds from now to the first token of such a request, and to its last, behind all that runs and waits."""
+        """Seconds from now, behind all that runs and waits, to the first token of such a request and the last of its `n` choices.
+
+        Choices run at once as far as there are places; each runs the prompt, whose pictures are encoded once.
+        """
         rows, visual = self.planner.expected_rows(level, prompt_tokens, images), sum(image.visual_tokens for image in images)
         with self._changed:
-            full = len(self.scheduler.running) >= self.scheduler.max_running
+            places = self.scheduler.max_running
+            full = len(self.scheduler.running) >= places
             running = list(self._running.values()) if full else []
-        work = self._work
+        work, at_once = self._work, min(n, places)
         left = min((max(0.0, min(work.answer_tokens, one.max_new_tokens) - len(one.output_ids)) for one in running), default=0.0)
-        first = work.decode_pass * left + self.backlog_seconds() + self._started_seconds() + work.prompt_seconds(rows, visual)
-        return first, first + work.decode_pass * min(work.answer_tokens, max_tokens)
+        before = work.decode_pass * left + self.backlog_seconds() + self._started_seconds()
+        first = before + work.prompt_seconds(at_once * rows, visual)
+        answers = ceil(n / places) * work.decode_pass * min(work.answer_tokens, max_tokens)
+        return first, first + work.prompt_seconds((n - at_once) * rows, 0) + answers
 
     def backlog_seconds(self) -> float:
         """Engine time that the queue will take, each request at the level that it asks for."""
@@ -374,6 +390,9 @@ class Engine:
         """Run one request's part; an error fails that request alone."""
         try:
             act(request, *args)
+        except EspalierError as refusal:  # what only the answer shows to be more than the server follows
+            self._end(request, None)
+            self._emit(request, Failed(refusal.message, refusal))
         except Exception as error:
             log.error("request %s failed", request.id, exc_info=error)
             self._end(request, "error")

@@ -14,14 +14,17 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.budget import BytesBudget
 from server.caller import CALLER, Caller
-from server.errors import EspalierError, InvalidRequest, Overloaded, PayloadTooLarge, SlowRequest, UnsupportedMedia
+from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, SlowRequest, UnsupportedMedia
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
 GZIP = 16 + zlib.MAX_WBITS
 """What zlib calls a gzip stream."""
+UNPACKED = 2**18
+"""Bytes of a packed body that are unpacked at once, before they are counted."""
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -36,8 +39,7 @@ class Envelope:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
         self.max_body_bytes = settings.max_body_bytes
-        self._most_held, self._timeout = settings.max_bodies_bytes, settings.body_timeout_s
-        self._held = 0  # bytes of all bodies
+        self._budget, self._timeout = BytesBudget(settings.max_bodies_bytes), settings.body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,25 +54,28 @@ class Envelope:
         request_id = given if SANE_ID.fullmatch(given) else uuid4().hex
         encoding = headers.get("content-encoding", "").strip().lower() or "identity"
         gunzip = zlib.decompressobj(GZIP) if encoding in ("gzip", "x-gzip") else None
-        read, started, whole = 0, False, False
+        read, started, whole, packed = 0, False, False, False
         deadline = asyncio.get_running_loop().time() + self._timeout
 
         async def bounded_receive() -> Message:
-            nonlocal read, whole
+            nonlocal read, whole, packed
             if gunzip is None and encoding != "identity":
                 raise UnsupportedMedia(f"Content-Encoding {encoding[:40]} is not supported; send gzip or none.")
             if max(size, read) <= self.max_body_bytes:
-                message = await self._receive(receive, None if whole else deadline)
-                whole = not message.get("more_body")
+                if gunzip and packed:
+                    message: Message = {"type": "http.request", "body": gunzip.unconsumed_tail}
+                else:
+                    message = await self._receive(receive, None if whole else deadline)
+                    whole = not message.get("more_body")
                 if gunzip and message["type"] == "http.request":
-                    room = self.max_body_bytes - read
-                    message = await to_thread.run_sync(unpack, gunzip, message, room)
+                    body = await to_thread.run_sync(unpack, gunzip, message.get("body", b""), whole)
+                    packed = len(body) == UNPACKED and not gunzip.eof
+                    message = {**message, "body": body, "more_body": packed or not whole}
                 piece = len(message.get("body", b""))
-                read, self._held = read + piece, self._held + piece
+                read += piece
+                share.take(piece)
             if max(size, read) > self.max_body_bytes:
                 raise PayloadTooLarge(f"A request body may have at most {self.max_body_bytes:,} bytes.")
-            if self._held > self._most_held:
-                raise Overloaded("The bodies of the requests in flight fill the server; try again in 1 s", 1.0)
             return message
 
         async def labelled_send(message: Message) -> None:
@@ -85,7 +90,8 @@ class Envelope:
         trace = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
         caller = CALLER.set(Caller(request_id, trace))
         try:
-            await self.app(scope, bounded_receive, labelled_send)
+            with self._budget.share() as share:
+                await self.app(scope, bounded_receive, labelled_send)
         except Exception:
             log.exception("request %s to %s failed", request_id, scope["path"])
             if started:
@@ -93,7 +99,6 @@ class Envelope:
             error = EspalierError("The server failed to answer; its log has the details.", code="internal_error")
             await JSONResponse(error.body(), error.status)(scope, receive, labelled_send)
         finally:
-            self._held -= read
             CALLER.reset(caller)
 
     async def _receive(self, receive: Receive, deadline: float | None) -> Message:
@@ -104,12 +109,13 @@ class Envelope:
             raise SlowRequest(f"The request's body has not come within {self._timeout} seconds.") from None
 
 
-def unpack(gunzip: Any, message: Message, room: int) -> Message:
-    """A piece of a gzip body, unpacked to no more than one byte above `room`. Raises InvalidRequest if it is none."""
+def unpack(gunzip: Any, piece: bytes, last: bool) -> bytes:
+    """At most UNPACKED bytes of a gzip body; the rest waits in `gunzip`. Raises InvalidRequest for what is none."""
     try:
-        body = gunzip.decompress(message.get("body", b""), room + 1)
+        body: bytes = gunzip.decompress(piece, UNPACKED)
     except zlib.error:
         raise InvalidRequest("The body is not gzip, as its Content-Encoding says.") from None
-    if len(body) <= room and not message.get("more_body") and (not gunzip.eof or gunzip.unused_data):
+    cut = last and len(body) < UNPACKED and not gunzip.eof
+    if cut or (last and gunzip.unused_data):
         raise InvalidRequest("The gzip body is cut short, or something follows it.")
-    return {**message, "body": body}
+    return body

@@ -27,7 +27,8 @@ def estimate(served: Served, settings: Settings, body: bytes) -> dict[str, Any]:
     levels = []
     for name in engine.menu:
         typical, *others = engine.planner.estimate(name, len(prompt), layouts)
-        cost = {"level": name, **asdict(typical), "seconds": engine.predict_seconds(name, len(prompt), layouts, max_tokens)}
+        seconds = engine.predict_seconds(name, len(prompt), layouts, max_tokens, prepared.n)
+        cost = {"level": name, **asdict(typical), "seconds": seconds}
         if others:
             most = max(others, key=lambda one: one.flops)
             cost["at_most"] = {"visual_tokens": most.visual_tokens, "flops_ratio": most.flops_ratio}

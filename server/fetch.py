@@ -15,6 +15,7 @@ import httpx
 from ssrfguard import Policy, Resolver, SSRFGuardError
 from ssrfguard.httpx import AsyncClient
 
+from server.budget import SHARE
 from server.errors import InvalidRequest, PayloadTooLarge, UnsupportedMedia
 from server.reading import check_wanted
 
@@ -57,6 +58,8 @@ async def _within(url: str, policy: Policy, max_bytes: int, seconds: float, reso
             read = bytearray()
             async for piece in response.aiter_raw():
                 check_wanted()
+                if share := SHARE.get():
+                    share.take(len(piece))
                 read += piece
                 if len(read) > max_bytes:
                     raise PayloadTooLarge(f"The picture has more than the {max_bytes:,} bytes that are left to it.")

@@ -17,7 +17,7 @@ from models.images import ImageError, ImageFile, open_image
 from models.preprocess import Preprocessor
 from server.caller import CALLER
 from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, UnsupportedMedia
-from server.reading import check_wanted
+from server.reading import SLICE, check_wanted
 from server.request import PreparedImage
 from server.settings import Settings
 
@@ -46,8 +46,12 @@ class PixelBudget:
                 self._changed.notify_all()
 
 
-IN_FLIGHT = PixelBudget(2 * MAX_PIXELS)
-"""About ten bytes a pixel while a picture is turned, laid on white and scaled."""
+MAX_HEAD = 256
+STANDARD, BLANKS = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v"
+"""Base64's other alphabet, and what may stand between its characters."""
+IN_FLIGHT = PixelBudget(MAX_PIXELS)
+"""About ten bytes a pixel while a picture is turned, laid on white and scaled. The largest come one by one: decoders that run at
+once take the cores from the engine."""
 
 
 @dataclass(frozen=True)
@@ -129,23 +133,19 @@ def refusal(error: ImageError) -> EspalierError:
 
 def read_data_url(url: str, max_bytes: int) -> bytes:
     """The bytes of a base64 data URL, in either alphabet, with or without padding and line breaks."""
-    head, comma, payload = url.partition(",")
-    head = "".join(head.lower().split())
+    head, comma, _ = url[:MAX_HEAD].partition(",")
+    start, head = len(head) + 1, "".join(head.lower().split())
     if not head.startswith("data:"):
         raise InvalidRequest("Such URLs are not fetched; send the picture as a data URL, data:image/png;base64,...")
     if not comma or not head.endswith(";base64"):
         raise InvalidRequest("A data URL must be base64: data:image/png;base64,...")
-    payload = "".join(payload.split()).rstrip("=").replace("-", "+").replace("_", "/")
-    if len(payload) > (max_bytes * 4 + 2) // 3:
-        raise PayloadTooLarge(f"A picture may have at most {max_bytes:,} bytes.")
-    return _base64(payload + "=" * (-len(payload) % 4))
-
-
-def _base64(text: str) -> bytes:
-    # In slices: one call over megabytes would hold the interpreter lock, and so the event loop, for tens of milliseconds.
-    step = 2**18
     try:
-        return b"".join(binascii.a2b_base64(text[i : i + step], strict_mode=True) for i in range(0, len(text), step))
+        slices = (url[i : i + SLICE].encode("ascii").translate(STANDARD, BLANKS) for i in range(start, len(url), SLICE))
+        payload = b"".join(slices).rstrip(b"=")
+        if len(payload) > (max_bytes * 4 + 2) // 3:
+            raise PayloadTooLarge(f"A picture may have at most {max_bytes:,} bytes.")
+        payload += b"=" * (-len(payload) % 4)
+        return b"".join(binascii.a2b_base64(payload[i : i + SLICE], strict_mode=True) for i in range(0, len(payload), SLICE))
     except ValueError:
         raise InvalidRequest("The picture is not valid base64.", code="invalid_image") from None
 
@@ -154,5 +154,7 @@ def digest(image: Image.Image) -> str:
     """What caches know the picture by: its size and pixels, since equal bytes may be pictures of different shapes; and whose key
     asked, so that nobody can tell by the time whether another has sent it."""
     value = hashlib.sha256(b"%s:%dx%d:" % (CALLER.get().tenant.encode(), *image.size))
-    value.update(image.tobytes())
+    rows = max(1, SLICE // image.width)
+    for top in range(0, image.height, rows):
+        value.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
     return value.hexdigest()

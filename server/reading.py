@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -15,6 +16,11 @@ T = TypeVar("T")
 
 READERS = 4
 """Requests read at once in each lane. Decoding a picture at the pixel limit takes some hundred megabytes for a moment."""
+SHORT = 2**13
+"""Bytes of a body that is read soon, whatever it says."""
+SLICE = 2**18
+"""Bytes to be looked at in one call: it holds the interpreter's lock, and so the event loop."""
+_PARSING = threading.Lock()
 _LEFT: ContextVar[threading.Event | None] = ContextVar("left", default=None)
 
 
@@ -41,6 +47,12 @@ class Reading:
         finally:
             left.set()
             _LEFT.reset(token)
+
+
+def parsing(body: bytes) -> AbstractContextManager[object]:
+    """To be held while a body is parsed: that holds the interpreter's lock, for which everybody else would wait as often as there
+    are threads that parse. So long bodies take turns."""
+    return _PARSING if len(body) > SHORT else nullcontext()
 
 
 def check_wanted() -> None:

@@ -107,6 +107,7 @@ def run(settings: Settings) -> None:
     served = build_served(settings, tracing)
     served.start()
     app = create_app(served, settings, keys)
+    served.freeze()
     grace = settings.shutdown_grace_s
     # uvloop comes with other packages: what is tested is what runs.
     config = uvicorn.Config(
@@ -174,7 +175,7 @@ def build_engine(
     loaded = load(directory, settings.device, settings.dtype, settings.quantization)
     limits = Limits(
         max_running=settings.max_batch, max_waiting=settings.max_queue, max_wait_s=settings.max_queue_s,
-        kv_rows=settings.kv_tokens * loaded.model.num_layers, promised_bytes=promised,
+        max_prefill=settings.max_prefill, kv_rows=settings.kv_tokens * loaded.model.num_layers, promised_bytes=promised,
     )  # fmt: skip
     log.info(
         "loaded %s (%.1f MB of weights, %s, %s)", loaded.directory, loaded.model.weight_bytes / 1e6,

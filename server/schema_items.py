@@ -26,7 +26,9 @@ def _input_parts(content: Any) -> Any:
 
 InputPart = Annotated[InputText | InputImage, Field(discriminator="type")]
 InputContent = Annotated[
-    list[InputPart], Field(max_length=1024), BeforeValidator(_input_parts, json_schema_input_type=str | list[InputPart])
+    list[InputPart],
+    Field(max_length=1024, fail_fast=True),
+    BeforeValidator(_input_parts, json_schema_input_type=str | list[InputPart]),
 ]
 
 
@@ -78,7 +80,7 @@ def _items(value: Any) -> Any:
 
 
 Question = Annotated[str, Field(pattern=r"\S")]
-Items = Annotated[list[Item], BeforeValidator(_items, json_schema_input_type=Question | list[Item])]
+Items = Annotated[list[Item], Field(fail_fast=True), BeforeValidator(_items, json_schema_input_type=Question | list[Item])]
 
 
 class TextFormat(Body):

@@ -68,7 +68,7 @@ def _parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-Content = Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
+Content = Annotated[list[Part], Field(fail_fast=True), BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
 
 
 FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
@@ -99,7 +99,9 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Content, Field(max_length=1024)] | None = Field(None, validate_default=True)
-    tool_calls: list[AssistantCall] | None = Field(None, max_length=128, description="Of the assistant: functions it called.")
+    tool_calls: list[AssistantCall] | None = Field(
+        None, max_length=128, fail_fast=True, description="Of the assistant: functions it called."
+    )
     tool_call_id: str | None = Field(None, description="Of a tool: the call that this is the result of.")
 
     @field_validator("content")
@@ -139,7 +141,7 @@ class ResponseFormat(Body):
         return self
 
 
-Choices = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(min_length=1, max_length=128)]
+Choices = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(min_length=1, max_length=128, fail_fast=True)]
 
 
 class StructuredOutputs(Body):

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from server.errors import InvalidRequest, PayloadTooLarge
+from server.reading import SLICE, parsing
 from server.request import Sampling
 from server.schema_items import FunctionTool, Items, NamedFunctionTool, TextOptions
 from server.schema_parts import (
@@ -72,8 +73,11 @@ MISPLACED = {"level": "pruning.level", "pruning": "level"}
 """Where our own fields belong in the bodies that do not have them."""
 
 
-MAX_JSON_VALUES = 200_000
-"""Commas and brackets of a body, which base64 does not have: more would hold the interpreter's lock while they are parsed."""
+MAX_JSON_VALUES = 2**16
+"""Commas and brackets of a body: to parse more would hold the interpreter's lock. Lists fail fast for that reason too."""
+MAX_JSON_OTHERS = 2**20
+"""Bytes of a body that base64 does not have."""
+BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_"
 
 
 class PruningOptions(Body):
@@ -126,7 +130,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 BiasByText = Annotated[dict[str, Bias], Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}})]
 LogitBias = Annotated[dict[int, Bias] | None, BeforeValidator(_bias, json_schema_input_type=BiasByText | None)]
 Picture = Annotated[str, Field(min_length=1, json_schema_extra={"format": "data-url"})]
-Images = Annotated[list[str | bytes], BeforeValidator(_many, json_schema_input_type=Picture | list[Picture])]
+Images = Annotated[list[bytes | str], Field(fail_fast=True), BeforeValidator(_many, json_schema_input_type=Picture | list[Picture])]
 
 
 class Generation(Body):
@@ -148,20 +152,23 @@ class Generation(Body):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="Divides the logits of tokens seen before.")
-    logit_bias: LogitBias = Field(None, max_length=1024, description="By token id, what is added to its logit.")
+    logit_bias: LogitBias = Field(None, max_length=1024, fail_fast=True, description="By token id, what is added to its logit.")
     min_tokens: int | None = Field(None, ge=0, description="No end and no stop before so many tokens.")
     ignore_eos: bool | None = Field(None, description="Go on when the model ends its answer.")
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=64, description="End at these tokens, which are not shown.")
+    stop_token_ids: list[TokenId] | None = Field(
+        None, max_length=64, fail_fast=True, description="End at these tokens, which are not shown."
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nothing(cls, values: Any) -> Any:
+        foreign = (MISPLACED.keys() | cls.refused.keys()) - cls.model_fields.keys()
         for name, value in values.items() if isinstance(values, dict) else ():
-            if name in cls.model_fields or _is_one_of(value, NEUTRAL):
+            if name not in foreign or _is_one_of(value, NEUTRAL):
                 continue
             if name in MISPLACED:
                 raise InvalidRequest(f"{name}: is not known here; send {MISPLACED[name]}", param=name)
-            if name in cls.refused and not _is_one_of(value, cls.refused[name]):
+            if not _is_one_of(value, cls.refused[name]):
                 raise InvalidRequest(f"{name}: is not supported here; leave it out", param=name)
         return values
 
@@ -290,18 +297,18 @@ def _different(tools: list[AnyTool]) -> list[AnyTool]:
     return tools
 
 
-Tools = Annotated[list[AnyTool], AfterValidator(_different)]
+Tools = Annotated[list[AnyTool], Field(max_length=128, fail_fast=True), AfterValidator(_different)]
 
 
 class ChatRequest(OpenAIRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1024)
+    messages: list[Message] = Field(min_length=1, max_length=1024, fail_fast=True)
     add_generation_prompt: bool | None = Field(None, description="Let the assistant's turn begin; the default.")
     continue_final_message: bool | None = Field(None, description="Go on with the last message, the assistant's own.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token; requires `logprobs`.")
-    tools: Tools[Tool] | None = Field(None, max_length=128, description="Functions that the model may call, one an answer.")
+    tools: Tools[Tool] | None = Field(None, description="Functions that the model may call, one an answer.")
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(None, description="`auto` is the default.")
     parallel_tool_calls: bool | None = Field(None, description="Taken, and no matter: an answer makes one call.")
 
@@ -344,8 +351,8 @@ def _one_prompt(value: Any) -> Any:
     raise ValueError("must be one text, or the list of its tokens; send several one by one")
 
 
-OnePrompt = str | Annotated[list[TokenId], Field(min_length=1)]
-BatchOfOne = Annotated[list[OnePrompt], Field(min_length=1, max_length=1)]
+OnePrompt = str | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+BatchOfOne = Annotated[list[OnePrompt], Field(min_length=1, max_length=1, fail_fast=True)]
 Prompt = Annotated[str | list[int], BeforeValidator(_one_prompt, json_schema_input_type=OnePrompt | BatchOfOne)]
 
 
@@ -372,13 +379,13 @@ class ResponsesRequest(StreamedRequest):
     instructions: str | None = Field(None, description="Stands before the chat, as the system's words.")
     max_output_tokens: int | None = Field(None, ge=1, description="Length limit of the answer; the server has a default.")
     text: TextOptions | None = Field(None, description="JSON, or JSON that fits a schema.")
-    tools: Tools[FunctionTool] | None = Field(None, max_length=128, description="Functions that the model may call, one an answer.")
+    tools: Tools[FunctionTool] | None = Field(None, description="Functions that the model may call, one an answer.")
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = Field(None, description="`auto` is the default.")
     parallel_tool_calls: bool | None = Field(None, description="Taken, and no matter: an answer makes one call.")
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = Field(None, fail_fast=True)
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token.")
     store: bool | None = Field(None, description="Taken, and nothing is stored: the reply says false.")
-    metadata: dict[str, str] | None = Field(None, description="Comes back with the reply.")
+    metadata: dict[str, str] | None = Field(None, fail_fast=True, description="Comes back with the reply.")
 
     @field_validator("tool_choice")
     @classmethod
@@ -416,7 +423,7 @@ class TokenizeRequest(Body):
 
     model: ModelName | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=1024)
+    messages: list[Message] | None = Field(None, min_length=1, max_length=1024, fail_fast=True)
     add_special_tokens: bool | None = Field(None, description="Begin a text as the model's prompts begin; a chat always does.")
     add_generation_prompt: bool | None = Field(None, description="Let the assistant's turn begin; the default.")
     continue_final_message: bool | None = Field(None, description="End within the last message.")
@@ -433,7 +440,7 @@ class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
     model: ModelName | None = None
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(fail_fast=True)
 
 
 class VqaRequest(Generation):
@@ -462,14 +469,27 @@ TRIED = re.compile(r"(literal|list|dict)\[|str$|Named(Function)?Tool$")
 
 def parse(model: type[AnyBody], body: bytes | Mapping[str, Any]) -> AnyBody:
     """Read a JSON body, or a form's fields, whose numbers are text. Raises InvalidRequest that names the first fault."""
-    if isinstance(body, bytes) and sum(map(body.count, (b",", b"{", b"["))) > MAX_JSON_VALUES:
-        raise PayloadTooLarge(f"The body has more than {MAX_JSON_VALUES:,} values.")
+    if isinstance(body, bytes):
+        _check_json(body)
     try:
         if isinstance(body, bytes):
-            return model.model_validate_json(body.removeprefix(BOM_UTF8))
+            with parsing(body):
+                return model.model_validate_json(body.removeprefix(BOM_UTF8))
         return model.model_validate(body, strict=False)
     except ValidationError as error:
         raise invalid(error.errors(include_url=False, include_input=False)) from None
+
+
+def _check_json(body: bytes) -> None:
+    """Raise PayloadTooLarge, before anything is parsed, for a body that is large beside its pictures."""
+    values = others = 0
+    for start in range(0, len(body), SLICE):
+        rest = body[start : start + SLICE].translate(None, BASE64)
+        values, others = values + sum(map(rest.count, (b",", b"{", b"["))), others + len(rest)
+        if values > MAX_JSON_VALUES:
+            raise PayloadTooLarge(f"The body has more than {MAX_JSON_VALUES:,} values.")
+        if others > MAX_JSON_OTHERS:
+            raise PayloadTooLarge(f"The body has more than {MAX_JSON_OTHERS:,} bytes that are not base64.")
 
 
 def invalid(errors: Sequence[Any]) -> InvalidRequest:

@@ -132,8 +132,16 @@ class Served:
         self._retiring.remove(engine)
         log.info("freed %s, checkpoint %s", engine.model_name, engine.fingerprint)
         del engine
-        gc.collect()
+        self.freeze()
         return_freed_memory()
+
+    @staticmethod
+    def freeze() -> None:
+        """Collect garbage, and look no more at what is left: libraries and models are so many objects that to go through them would
+        hold the interpreter for tenths of a second."""
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
     # ---- all engines as one, for probes, watchdog and shutdown
 

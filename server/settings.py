@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     max_queue_s: float = Field(
         1.5, gt=0, description="Seconds that the queue may take, at the pace of late; as many as run at once may wait however long."
     )
+    max_prefill: int = Field(
+        1024, ge=16, description="Tokens of prompts that run in one pass at most; fewer where answers go on beside them."
+    )
     kv_tokens: int = Field(0, ge=0, description="Tokens that the KV cache holds; 0 fits it to the memory.")
 
     log_format: LogFormat = Field("text", description="text for people; json: one object a line.")

@@ -33,7 +33,7 @@ class Constraint:
         """Which tokens may come next, bool [size]; the end of the answer is one of them."""
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         if self._matcher.is_error():
-            raise RuntimeError(f"the grammar stopped: {_reason(self._matcher)}")
+            raise _too_large(self._matcher)
         allowed = torch.zeros(size, dtype=torch.bool)
         allowed[: min(size, len(bits))] = torch.from_numpy(bits[:size]).bool()
         return allowed
@@ -41,7 +41,7 @@ class Constraint:
     def take(self, token: int) -> bool:
         """Go on with a token; whether the answer is now complete and nothing can follow."""
         if not self._matcher.consume_token(token):
-            raise RuntimeError(f"token {token} is not in the grammar: {_reason(self._matcher)}")
+            raise _too_large(self._matcher)
         return bool(self._matcher.is_stopped())
 
 
@@ -53,6 +53,11 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str, param: str) -> Constra
     if alone.is_error():
         raise InvalidRequest(f"{param}: {_reason(alone)}", param=param)
     return Constraint(LLMatcher(tokenizer, f'start: " "? answer\n{grammar}', log_level=0, limits=LIMITS))
+
+
+def _too_large(matcher: LLMatcher) -> InvalidRequest:
+    """The parser has met one of its limits within an answer."""
+    return InvalidRequest(f"the schema is too large to be followed: {_reason(matcher)}")
 
 
 def _reason(matcher: LLMatcher) -> str:

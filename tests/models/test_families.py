@@ -339,6 +339,22 @@ def test_pictures_of_a_size_the_tower_does_not_take_are_refused(tmp_path):
     fails(directory, "64 x 64 pixels and the tower takes 32 x 32")
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_onevision"])
+@pytest.mark.parametrize("size", [{"size": {"height": 10**6, "width": 10**6}}, {"crop_size": {"height": 10**6, "width": 32}}])
+def test_enormous_pictures_are_refused_before_one_is_made(tmp_path, family, size):
+    directory = write_hub(tmp_path / "enormous", hub_config(family))
+    for name, value in size.items():
+        edit(directory / "preprocessor_config.json", put(name, value=value))
+    fails(directory, *size, "preprocessor_config.json", "1,000,000 pixels")
+
+
+def test_enormous_grids_are_refused_before_one_is_made(tmp_path):
+    directory = write_hub(tmp_path / "enormous", hub_config("llava_onevision"))
+    for name in ("config.json", "preprocessor_config.json"):
+        edit(directory / name, put("image_grid_pinpoints", value=[[32, 32], [320_000, 320_000]]))
+    fails(directory, "image_grid_pinpoints", "320,000 pixels")
+
+
 def test_a_family_that_is_not_supported_is_named(tmp_path):
     directory = write_hub(tmp_path / "other", hub_config("llava_next"))
     edit(directory / "config.json", put("architectures", value=["LlavaNextVideoForConditionalGeneration"]))

@@ -56,9 +56,18 @@ def test_times_grow_with_what_runs_and_waits(tiny: Any) -> None:
     drain(engine)
 
 
-def predicted(engine: Engine) -> tuple[float, float]:
+def predicted(engine: Engine, n: int = 1) -> tuple[float, float]:
     request = ask_engine(engine)
-    return engine.predict_times("off", len(request.prompt), [image.picture.layout for image in request.images], 8)
+    return engine.predict_times("off", len(request.prompt), [image.picture.layout for image in request.images], 8, n)
+
+
+def test_choices_that_find_no_place_take_their_turn(tiny: Any) -> None:
+    engine = new_engine(tiny, max_running=2)
+    answer(engine, 0)
+    (first, whole), (first_of_2, both), (first_of_4, four) = (predicted(engine, n) for n in (1, 2, 4))
+    assert first < first_of_2 == first_of_4, "two run at once, and each runs the prompt"
+    assert both - first_of_2 == pytest.approx(whole - first)
+    assert four > both + (whole - first)
 
 
 def test_who_waits_too_long_is_told(tiny: Any) -> None:
@@ -79,9 +88,11 @@ def test_who_waits_too_long_is_told(tiny: Any) -> None:
 class Busy(FakeEngine):
     """A first token takes a second at `off`, half as long at `light`, and so on."""
 
-    def predict_times(self, level: str, prompt_tokens: int, images: list[Any], max_tokens: int) -> tuple[float, float]:
+    def predict_times(
+        self, level: str, prompt_tokens: int, images: list[Any], max_tokens: int, n: int = 1
+    ) -> tuple[float, float]:
         first = self.menu[level].visual_ratio
-        return first, first + 1
+        return first, first + n
 
     def cheaper(self, level: str) -> list[str]:
         return list(self.menu)[list(self.menu).index(level) + 1 :]
@@ -101,6 +112,12 @@ async def test_what_would_be_late_is_refused(client: httpx.AsyncClient, engine: 
     assert not engine.submitted
     assert 'espalier_rejections_total{reason="deadline_missed"} 1.0' in (await client.get("/metrics")).text
     assert (await ask(client, headers={"X-Request-Deadline-Ms": "2500"})).status_code == 200
+
+
+async def test_choices_count_for_a_deadline(client: httpx.AsyncClient) -> None:
+    headers = {"X-Request-Deadline-Ms": "2500"}
+    assert (await ask(client, body(image_part(), n=1), headers=headers)).status_code == 200
+    check_error(await ask(client, body(image_part(), n=2), headers=headers), 429)
 
 
 async def test_a_cheaper_level_makes_it_where_allowed(client: httpx.AsyncClient, engine: Busy) -> None:

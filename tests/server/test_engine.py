@@ -358,11 +358,13 @@ def test_the_gauges_show_the_load(tiny):
 def test_an_engine_from_settings_holds_what_they_say(tmp_path):
     directory = write(tmp_path / "tiny-sixteen", layers=16)
     settings = Settings(
-        checkpoint=str(directory), kv_tokens=400, max_batch=3, max_queue=5, default_level="strong", token_policy="merging"
-    )
+        checkpoint=str(directory), kv_tokens=400, max_batch=3, max_queue=5, max_prefill=32, default_level="strong",
+        token_policy="merging",
+    )  # fmt: skip
     engine = build_engine(settings, None, settings.checkpoint)
     assert engine.kv.budget == 400 * 16
-    assert (engine.scheduler.max_running, engine.scheduler.max_waiting) == (3, 5)
+    scheduler = engine.scheduler
+    assert (scheduler.max_running, scheduler.max_waiting, scheduler.max_prefill) == (3, 5, 32)
     assert (engine.default_level, engine.token_policy, engine.model_name) == ("strong", "merging", "tiny-sixteen")
     receipt = answer(engine, level="strong").finished.receipt
     assert (receipt.layers, receipt.layers_total) == (15, 16), "the menu's own layer skipping, from the calibration"

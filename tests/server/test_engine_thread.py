@@ -88,6 +88,20 @@ def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(tiny, monkeypatch):
     assert_clean(engine)
 
 
+def test_a_late_pass_is_no_hung_one(tiny):
+    """The probe gives way after seconds; the process ends only where a pass takes far longer than it should."""
+    engine = new_engine(tiny)
+    engine.start()
+    assert engine.ready
+    # seconds that it has taken and that were expected → late, hung
+    passes = ((3, 0.1, 0, 0), (4.3, 0.1, 1, 0), (6, 0.1, 1, 1), (20, 9, 0, 0), (30, 9, 1, 0), (30, 0, 1, 0))
+    for taken, expected, late, hung in passes:
+        engine._watch(time.monotonic() - taken, expected)
+        assert (not engine.ready, engine.hung_seconds > 0) == (late, hung), (taken, expected)
+    engine._pass = None
+    assert engine.stop()
+
+
 def test_answers_that_outlast_the_grace_are_told_so(tiny):
     """Nobody is left to wait for ever: neither who runs nor who waits."""
     engine = new_engine(tiny, max_running=1)

@@ -59,6 +59,8 @@ async def test_what_is_foretold_is_what_runs(client: httpx.AsyncClient) -> None:
     after = (await client.post("/v1/pruning/estimate", json=chat(2))).json()
     seconds = {one["level"]: one["seconds"] for one in after["data"]}
     assert 0 < seconds["strong"] < seconds["off"] < 60
+    twice = (await client.post("/v1/pruning/estimate", json=chat(2, n=2))).json()
+    assert seconds["off"] < {one["level"]: one["seconds"] for one in twice["data"]}["off"] < 2.1 * seconds["off"]
 
 
 async def test_a_level_that_never_fits_says_so(tiny: Any) -> None:

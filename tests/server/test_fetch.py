@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_network
@@ -15,7 +16,8 @@ import pytest
 from ssrfguard import Policy
 
 from server import fetch as fetching
-from server.errors import EspalierError
+from server.budget import BytesBudget
+from server.errors import EspalierError, Overloaded
 from server.fetch import fetch, policy_for
 from server.run import check_fetching
 from tests.server.client import ask, body, check_error, connect, image_part
@@ -103,6 +105,12 @@ def get(server: ThreadingHTTPServer, path: str, *, open_loopback: bool = True, *
     )  # fmt: skip
     options = {"resolver": resolver("127.0.0.1"), **more}
     return fetch(f"http://{HOST}:{port}{path}", policy, LIMIT, **options)
+
+
+def test_what_comes_counts_among_the_bodies(host: Any) -> None:
+    for most in (len(PNG), len(PNG) - 1):
+        with BytesBudget(most).share(), nullcontext() if most == len(PNG) else pytest.raises(Overloaded):
+            assert get(host, "/picture") == PNG
 
 
 def test_a_picture_comes(host: Any) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import httpx
 import pytest
 import uvicorn
 
 from server import protocol
-from tests.server.client import app_of
+from tests.server.client import app_of, body, image_part
 from tests.server.fake_engine import FakeEngine
 
 HEAD = b"POST /v1/vqa HTTP/1.1\r\nHost: x\r\n"
@@ -72,6 +74,34 @@ def test_slow_clients_keep_no_others_out(address: tuple[str, int]) -> None:
         line.settimeout(5)
         assert line.recv(100) == b""
         line.close()
+
+
+def send_chunks(address: tuple[str, int], *chunks: bytes) -> bytes:
+    """The beginning of the reply to a body of these chunks."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    data = head + b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+    with socket.create_connection(address) as line:
+        line.settimeout(30)
+        with suppress(BrokenPipeError, ConnectionResetError):
+            line.sendall(data)
+            return line.recv(4096)
+    return b""
+
+
+def test_a_body_in_crumbs_is_cut_off(address: tuple[str, int]) -> None:
+    """Each would take the event loop some microseconds, and nobody sends such."""
+    question = json.dumps(body(image_part())).encode()
+    few = [question[i : i + 1] for i in range(200)]
+    assert send_chunks(address, *few, question[200:]).startswith(b"HTTP/1.1 200")
+    assert send_chunks(address, *[b" " * 100] * 3_000, question).startswith(b"HTTP/1.1 200")
+    refused = send_chunks(address, *[b" "] * 200_000, question)
+    assert not refused or (refused.startswith(b"HTTP/1.1 400") and b"64 bytes" in refused)
+
+
+def test_crumbs_after_the_answer_are_cut_off_too(address: tuple[str, int], caplog: pytest.LogCaptureFixture) -> None:
+    """The body is refused by its first kilobytes, and the rest is in crumbs."""
+    assert not send_chunks(address, b"x" * 300, *[b"x"] * 50_000).startswith(b"HTTP/1.1 200")
+    assert "data_received() call failed" not in caplog.text
 
 
 def test_a_quick_client_keeps_its_connection(address: tuple[str, int]) -> None:

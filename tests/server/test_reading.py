@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import threading
 from collections.abc import AsyncIterator
@@ -11,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from server.budget import BytesBudget
+from server.envelope import UNPACKED
 from server.errors import Overloaded
 from server.reading import READERS, ClientLeft, Reading, check_wanted
 from tests.server.client import ask, body, check_error, connect, image_part
@@ -89,6 +92,55 @@ async def test_bodies_in_flight_share_a_budget(engine: FakeEngine) -> None:
         assert (await first).status_code == 200
         for _ in range(3):
             assert (await client.post("/v1/chat/completions", content=content)).status_code == 200
+
+
+async def test_packed_bodies_share_it_as_they_unpack(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty bombs at once: of each a piece at most is unpacked before it is counted."""
+    bomb, budget, pieces = gzip.compress(b" " * 30_000_000), 4 * UNPACKED, [0]
+
+    def counted(self: BytesBudget, size: int) -> None:
+        pieces.append(size)
+        add(self, size)
+
+    add = BytesBudget.add
+    monkeypatch.setattr(BytesBudget, "add", counted)
+    async with connect(engine, max_bodies_bytes=budget) as client:
+        headers = {"Content-Encoding": "gzip"}
+        posts = [client.post("/v1/chat/completions", content=bomb, headers=headers) for _ in range(40)]
+        assert {reply.status_code for reply in await asyncio.gather(*posts)} == {429}
+        assert max(pieces) <= UNPACKED
+        assert (await ask(client)).status_code == 200
+
+
+async def test_unfinished_bodies_never_hold_more(engine: FakeEngine) -> None:
+    """Forty that stop half-way: those that fit wait, the others are refused, and all is free when they have gone."""
+    go_on = asyncio.Event()
+
+    async def half() -> AsyncIterator[bytes]:
+        for _ in range(10):
+            yield b" " * 10_000
+        await go_on.wait()
+
+    async with connect(engine, max_bodies_bytes=500_000) as client:
+        posts = [asyncio.create_task(client.post("/v1/chat/completions", content=half())) for _ in range(40)]
+        await until(lambda: sum(task.done() for task in posts) >= 35)
+        refused = [task.result().status_code for task in posts if task.done()]
+        assert set(refused) == {429} and len(refused) < 40
+        go_on.set()
+        await asyncio.gather(*posts)
+        assert (await ask(client)).status_code == 200
+
+
+def test_fetched_bytes_share_it_too() -> None:
+    budget = BytesBudget(100)
+    with budget.share() as first, budget.share() as second:
+        first.take(60)
+        with pytest.raises(Overloaded):
+            second.take(60)
+    with budget.share() as third:
+        third.take(100)
+    with pytest.raises(ClientLeft):
+        third.take(1)
 
 
 async def test_a_body_has_a_deadline(engine: FakeEngine) -> None:

@@ -297,3 +297,11 @@ EMPTY: list[dict[str, Any]] = [{"tools": []}, {"response_format": {}}, {"guided_
 @pytest.mark.parametrize("empty", EMPTY)
 async def test_empty_forms_ask_for_nothing(client: httpx.AsyncClient, empty: dict[str, Any]) -> None:
     assert (await ask(client, **empty)).json()["choices"] == (await ask(client)).json()["choices"]
+
+
+async def test_a_schema_too_wide_to_follow_is_a_400(client: httpx.AsyncClient) -> None:
+    """That shows within the answer, when the parser stops; it is no failure of the server's."""
+    wide = {f"p{i}": {"type": "integer", "minimum": i, "maximum": 10**9 + i} for i in range(800)}
+    error = check_error(await ask(client, guided_json={"type": "object", "properties": wide}), 400)
+    assert "too large to be followed" in error["message"]
+    assert (await ask(client, guided_json=SCHEMA)).status_code == 200
