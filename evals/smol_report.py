@@ -33,9 +33,9 @@ FEW = 12
 SERVED = """
 ## Over HTTP
 
-From `docs/runs/smol_http.jsonl`: `espalier bench http` against `espalier serve smol` on two cores of an Intel Xeon without AMX,
-beside one other busy process. Answers of at most 8 tokens, new pictures each time, levels by merging; medians of runs in turn.
-Compare within the table. The vision tower costs every request the same, whatever its level.
+From `docs/runs/smol_http.jsonl`: `espalier bench http` against `espalier serve smol` on two quiet cores of an Intel Xeon without
+AMX, which the client uses too. Answers of at most 8 tokens, new pictures each time, levels by merging; medians of runs in turn. The
+vision tower costs every request the same, whatever its level. Of 16 clients some are refused, and do not ask again.
 
 | clients | level | runs | requests/s | first token s | whole answer s |
 |---|---|---|---|---|---|

@@ -198,6 +198,6 @@ def test_sentencepiece_tokenizers_spell_too():
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
-    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=SimpleNamespace(do_center_crop=False))
-    spell = Preprocessor(processor, SimpleNamespace(image_token_index=0, model_type="llava")).token_bytes
+    other = SimpleNamespace(tokenizer=tokenizer, image_processor=processor().image_processor)
+    spell = Preprocessor(other, config()).token_bytes
     assert [spell(token) for token in range(7)] == [b"", b"", b"\xc3", b"\xa9", b" red", b"star", b""]
