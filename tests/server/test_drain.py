@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +15,7 @@ import httpx
 import pytest
 
 from tests.server.client import body, image_part
+from tests.server.scripted import scripted_server
 from tests.server.tiny import write
 
 SERVE = """
@@ -43,15 +42,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-c", SERVE, str(checkpoint), str(request.param)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        url = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+:\d+", line)))
-        reading = threading.Thread(target=process.stderr.read)
-        reading.start()
-        yield process, url
-        process.kill()
-        reading.join()
+    with scripted_server(SERVE, checkpoint, request.param) as serving:
+        yield serving
 
 
 def ask(url: str, stream: bool, max_tokens: int) -> tuple[int, str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ import pytest
 
 from server.run import Watchdog
 from tests.server.client import body, image_part
+from tests.server.scripted import scripted_server
 from tests.server.tiny import write
 
 SERVE = """
@@ -52,15 +51,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-c", SERVE, str(checkpoint), request.param]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        url = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+:\d+", line)))
-        reading = threading.Thread(target=process.stderr.read)
-        reading.start()
-        yield process, url
-        process.kill()
-        reading.join()
+    with scripted_server(SERVE, checkpoint, request.param) as serving:
+        yield serving
 
 
 def ask(url: str, max_tokens: int) -> httpx.Response:
