@@ -23,6 +23,7 @@ from benchmarks.runners import (
     Runner,
     Timing,
     TransformersRunner,
+    cut_out,
     prune_randomly,
     quantize,
     random_prompts,
@@ -37,6 +38,8 @@ from models.route import Route
 from pruning.dynamic.router import Router, RouterConfig, default_width
 
 DTYPES = ("float32", "bfloat16", "float16")
+STRUCTURED = "structured"
+PATTERNS = ("unstructured", "2:4", STRUCTURED)
 
 
 def run(
@@ -48,9 +51,9 @@ def run(
 
     TTFT and TPOT are those of the whole batch, answered at once. transformers answers one request after another and does not
     prune, so that its one figure, times the batch, is the baseline of every route. Memory is that of one request on the full
-    route. With a `sparsity` every route also runs, as `... sparse`, on pruned weights, and with a `quantization`, as `... nf4`, on
-    quantized ones. With `routed`, an untrained router of real size chooses each route's tokens. `new_tokens` is at least 2. Raises
-    ValueError for what cannot be run.
+    route. With a `sparsity` every route also runs, as `... sparse`, on pruned weights (with the pattern `structured` in the tower
+    too), and with a `quantization`, as `... nf4`, on quantized ones. With `routed`, an untrained router of real size chooses each
+    route's tokens. `new_tokens` is at least 2. Raises ValueError for what cannot be run.
     """
     console = Console(stderr=True, quiet=quiet)
     config, place, precision = geometry_config(geometry), pick_device(device), pick_dtype(dtype)
@@ -70,7 +73,7 @@ def run(
     runners = {name: EspalierRunner(model, route, router) for name, route in chosen.items()}
     sparse: dict[str, Any] = {}
     if sparsity is not None:
-        pruned = prune_randomly(model, sparsity, pattern)
+        pruned = cut_out(model, sparsity) if pattern == STRUCTURED else prune_randomly(model, sparsity, pattern)
         runners |= {f"{name} sparse": EspalierRunner(pruned, route, router) for name, route in chosen.items()}
         sparse = {"sparsity": sparsity, "pattern": pattern, **describe(pruned, model, full.route)}
     quantized: dict[str, Any] = {}
@@ -140,8 +143,8 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def check_sparsity(sparsity: float | None, pattern: str) -> None:
-    if pattern not in ("unstructured", "2:4"):
-        raise ValueError(f"pattern {pattern!r} is not unstructured or 2:4")
+    if pattern not in PATTERNS:
+        raise ValueError(f"pattern {pattern!r} is not one of {', '.join(PATTERNS)}")
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ValueError(f"sparsity {sparsity} is not in [0, 1)")
     if pattern == "2:4" and sparsity != 0.5:
@@ -271,7 +274,8 @@ def show(document: dict[str, Any], console: Console) -> None:
             f"{row['flops_ratio']:.1%} of the dense FLOPs; {row['kv_bytes'] / 1e6:.2f} MB of keys and values"
         )
     if sparse := document["sparse"]:
-        show_lighter(f"{sparse['zeros']:.1%} zeros ({sparse['pattern']})", sparse, document["over_dense"], console)
+        zeros, gone = f"{sparse['zeros']:.1%} zeros ({sparse['pattern']})", f"{sparse['sparsity']:.1%} of heads and neurons gone"
+        show_lighter(gone if sparse["pattern"] == STRUCTURED else zeros, sparse, document["over_dense"], console)
     if quantized := document["quantized"]:
         show_lighter(quantized["format"], quantized, document["quantized_over_dense"], console)
     console.print(

@@ -61,7 +61,10 @@ def vllm(directory: Path) -> Answer:
     from vllm import LLM, SamplingParams
 
     renamed = _renamed(directory, directory / "vllm")
-    model = LLM(str(renamed), dtype="bfloat16", max_model_len=1024, max_num_seqs=16, mm_processor_kwargs={"backend": "pil"})
+    model = LLM(
+        str(renamed), dtype="bfloat16", max_model_len=1024, max_num_seqs=16, mm_processor_kwargs={"backend": "pil"},
+        gpu_memory_utilization=0.4,  # of the machine's memory, on a CPU too; the others take some of it
+    )  # fmt: skip
 
     def answer(pictures: list[Any], new_tokens: int) -> None:
         prompts = [{"prompt": PROMPT, "multi_modal_data": {"image": Image.fromarray(picture)}} for picture in pictures]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import asdict, astuple, dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any, Protocol
@@ -15,9 +16,11 @@ from transformers import LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from models.forward import decode_input, forward, prefill_input
+from models.layer_shapes import LayerShape, layer_shapes, slice_to_shape, towers
 from models.linear import Linear
 from models.llava import Llava, from_transformers
 from models.quantized import QUANTIZED
+from models.random_llava import random_model
 from models.route import Route
 from models.sparse import AnyLinear
 from models.vision.vit import VisionTransformer, feature_layers
@@ -224,6 +227,18 @@ def prune_randomly(model: Llava, sparsity: float, pattern: str) -> Llava:
         for b in model.decoder_layers
     ]
     return replace(model, decoder_layers=layers)
+
+
+def cut_out(model: Llava, share: float) -> Llava:
+    """A model of random weights, without a share of the heads and neurons of each layer of the language model and of the tower:
+    smaller dense matrices, as structured pruning leaves. At least one KV head stays."""
+    reference = random_model(deepcopy(model.config), dtype=model.dtype, device=str(model.device))
+    for config, layers in towers(reference).values():
+        kept = [LayerShape(*(max(1, round(units * (1 - share))) for units in astuple(one))) for one in layer_shapes(config)]
+        for layer, shape in zip(layers, kept, strict=True):
+            slice_to_shape(layer, shape)
+        config.layer_shapes = [asdict(shape) for shape in kept]
+    return from_transformers(reference)
 
 
 def quantize(model: Llava, kind: str) -> Llava:

@@ -66,6 +66,15 @@ def test_pruned_weights_run_beside_dense_ones(tiny, capsys, sparsity, pattern):
         assert sparse["matrix_bytes_ratio"] < 0.85  # rows this short carry much beside their weights
 
 
+def test_structured_pruning_makes_all_matrices_smaller(tiny, capsys):
+    (document,) = engine.run("tiny", ["16x3"], [1], 3, 1, "cpu", "float32", quiet=False, sparsity=0.5, pattern="structured")
+    assert "50.0% of heads and neurons gone" in capsys.readouterr().err
+    routes, bounds = document["routes"], document["roofline"]["routes"]
+    assert document["sparse"]["matrix_bytes_ratio"] == pytest.approx(0.5, abs=0.02)
+    assert routes["16x3 sparse"]["kv_bytes"] * 2 == routes["16x3"]["kv_bytes"]
+    assert bounds["16x3 sparse"]["ttft_s"] < bounds["16x3"]["ttft_s"]
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantized_weights_run_beside_dense_ones(tiny, capsys, kind):
     pytest.importorskip("bitsandbytes")
@@ -106,7 +115,7 @@ def test_routes():
     [({"geometry": "llava-70b"}, "not one of"), ({"device": "tpu"}, "cpu, cuda"), ({"device": "meta"}, "cpu, cuda"),
      ({"device": "cuda:99"}, "not there"), ({"dtype": "auto"}, "one of float32"), ({"routes": ["9x9x9"]}, "such as"),
      ({"sparsity": 1.0}, r"not in \[0, 1\)"), ({"sparsity": -0.1}, r"not in \[0, 1\)"), ({"sparsity": float("nan")}, "not in"),
-     ({"sparsity": 0.5, "pattern": "4:8"}, "unstructured or 2:4"), ({"sparsity": 0.6, "pattern": "2:4"}, "0.5, not 0.6"),
+     ({"sparsity": 0.5, "pattern": "4:8"}, "unstructured, 2:4, structured"), ({"sparsity": 0.6, "pattern": "2:4"}, "0.5, not 0.6"),
      ({"pattern": "2:4"}, "0.5, not None")],
 )  # fmt: skip
 def test_what_cannot_be_run_is_refused_before_anything_is_made(option, message, monkeypatch):
