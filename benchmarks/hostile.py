@@ -74,6 +74,14 @@ def _png(width: int, height: int) -> bytes:
     return file.getvalue()
 
 
+def _animated(kind: str, frames: int = 500) -> bytes:
+    """Frames of noise, or else equal ones are written once."""
+    noise, file = Random(0), BytesIO()
+    first, *others = [Image.frombytes("L", (64, 64), noise.randbytes(64 * 64)) for _ in range(frames)]
+    first.save(file, kind, save_all=True, append_images=others)
+    return file.getvalue()
+
+
 def _pictures(data: bytes, number: int) -> bytes:
     url = b"data:image/png;base64," + base64.b64encode(data)
     return _chat(b"[%b]" % b",".join([b'{"type":"image_url","image_url":{"url":"%b"}}' % url] * number))
@@ -87,6 +95,17 @@ def _chunked() -> Pieces:
 def _form(filled: bytes) -> Pieces:
     part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="p.png"\r\n\r\n%b\r\n--b--\r\n' % filled
     return _post(part, "/v1/vqa", Content_Type="multipart/form-data; boundary=b")
+
+
+def _parts(number: int) -> Pieces:
+    part = b'--b\r\nContent-Disposition: form-data; name="question"\r\n\r\n\r\n'
+    return _post(part * number + b"--b--", "/v1/vqa", Content_Type="multipart/form-data; boundary=b")
+
+
+def _tools() -> bytes:
+    kinds = {f"p{i}": {"type": "string", "pattern": "^([a-z]{1,9} ?)+$"} for i in range(8)}
+    tools = [{"name": f"f{i}", "parameters": {"type": "object", "properties": kinds}} for i in range(128)]
+    return json.dumps(json.loads(QUESTION) | {"tools": [{"type": "function", "function": tool} for tool in tools]}).encode()
 
 
 def _schema() -> bytes:
@@ -117,10 +136,19 @@ KINDS: dict[str, tuple[int, Callable[[], Pieces]]] = {
     "60,000 faults": (4, lambda: _post(_faults())),
     "60,000 fields": (4, lambda: _post(_chat(b'"a",%b"x":0' % b"".join(b'"%d":0,' % i for i in range(60_000))))),
     "a large schema": (4, lambda: _post(_schema())),
+    "128 tools": (4, lambda: _post(_tools())),
+    "60,000 brackets": (4, lambda: _post(b"[" * 60_000)),
+    "responses, 30 MB of {}": (4, lambda: _post(b'{"input":[%b{}]}' % _filled(b"{},"), "/v1/responses")),
+    "tokenize, 30 MB of letters": (4, lambda: _post(b'{"prompt":"%b"}' % _filled(b"a"), "/tokenize")),
+    "headers of 60 kB": (4, lambda: _post(_chat(b'"a"'), **{f"X_{i}": "a" * 50 for i in range(1_000)})),
     "gzip bombs": (4, lambda: _post(gzip.compress(_chat(b'"%b"' % _filled(b"a"))), Content_Encoding="gzip")),
     "one-byte chunks": (4, _chunked),
     "a form of line ends": (4, lambda: _form(_filled(b"\r\n--"))),
     "a form of boundaries": (4, lambda: _form(_filled(b"\r\n--bx"))),
+    "a form of 100,000 parts": (4, lambda: _parts(100_000)),
+    "16 pictures of a pixel": (4, lambda: _post(_pictures(_png(1, 1), 16))),
+    "a GIF of 500 frames": (4, lambda: _post(_pictures(_animated("GIF"), 1))),
+    "a WebP of 500 frames": (4, lambda: _post(_pictures(_animated("WebP"), 1))),
     "16 pictures of 33 Mpixel": (4, lambda: _post(_pictures(_png(*SIDES), 16))),
     "4 pictures of 33 Mpixel": (4, lambda: _post(_pictures(_png(*SIDES), 4))),
     "a 22 MB picture": (4, lambda: _post(_pictures(Random(0).randbytes(22_000_000), 1))),

@@ -19,18 +19,20 @@ def without_metadata(data: bytes, kind: str) -> bytes:
 
 
 def _png(data: bytes) -> bytes:
-    """Chunks that hold pixels, and an orientation whose checksum is right."""
-    kept, at = [PNG], len(PNG)
+    """Chunks that hold pixels, and an orientation whose checksum is right; that first, to be known before they are decoded."""
+    kept, exif, at = [PNG], b"", len(PNG)
     while at + 12 <= len(data):
         (size,) = struct.unpack_from(">I", data, at)
         name, end = data[at + 4 : at + 8], at + 12 + size
         whole = data[at:end]
-        if name in PNG_KEEPS or (name == b"eXIf" and zlib.crc32(whole[4:-4]) == int.from_bytes(whole[-4:])):
+        if name in PNG_KEEPS:
             kept.append(whole)
+        elif name == b"eXIf" and zlib.crc32(whole[4:-4]) == int.from_bytes(whole[-4:]):
+            exif = whole
         at = end
         if name == b"IEND":
             break
-    return b"".join(kept)
+    return b"".join([*kept[:2], exif, *kept[2:]])
 
 
 def _jpeg(data: bytes) -> bytes:

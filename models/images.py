@@ -50,7 +50,8 @@ class ImageFile:
         """Height and width of the picture as people see it."""
         width, height = self.image.size
         with suppress(Exception):
-            if self.image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+            # Not PngImageFile's own, which decodes the picture to look behind it.
+            if Image.Image.getexif(self.image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
                 return width, height
         return height, width
 

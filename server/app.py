@@ -32,7 +32,7 @@ from server.forms import read_form
 from server.logs import fields
 from server.openapi import PLAIN_TEXT, REFUSALS, add_documentation, takes
 from server.page import add_playground
-from server.reading import SHORT, Reading
+from server.reading import SHORT, Reading, read_body
 from server.replies import AnswerStream, Chunk, chat_events, chat_reply, fold, prepend, vqa_reply
 from server.request import PreparedRequest
 from server.responses import read_response, response_events, whole_response
@@ -113,13 +113,13 @@ def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
     @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest, "/v1/chat/completions", stream=True))
     async def chat_completions(request: Request) -> Response:
         """OpenAI's chat completions. Header `X-Pruning-Level`, field `pruning.level` or model `name@level` set the level."""
-        body, level = await request.body(), request.headers.get("x-pruning-level")
+        body, level = await read_body(request), request.headers.get("x-pruning-level")
         return await answer(request, lambda: read_chat(served, settings, body, level), pictures=may_hold_pictures(body))
 
     @app.post("/v1/completions", openapi_extra=takes(CompletionRequest, "/v1/completions", stream=True))
     async def completions(request: Request) -> Response:
         """OpenAI's older completions: a text in, its continuation out. The level is set as for chat completions."""
-        body, level = await request.body(), request.headers.get("x-pruning-level")
+        body, level = await read_body(request), request.headers.get("x-pruning-level")
         return await answer(
             request, lambda: read_completion(served, settings, body, level), completion_reply, completion_events,
             pictures=may_hold_pictures(body),
@@ -128,7 +128,7 @@ def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
     @app.post("/v1/responses", openapi_extra=takes(ResponsesRequest, "/v1/responses", stream=True))
     async def responses(request: Request) -> Response:
         """OpenAI's responses, without state: each request holds its whole chat. The level is set as for chat completions."""
-        body, level = await request.body(), request.headers.get("x-pruning-level")
+        body, level = await read_body(request), request.headers.get("x-pruning-level")
         return await answer(
             request, lambda: read_response(served, settings, body, level), whole_response, response_events,
             pictures=may_hold_pictures(body),
@@ -137,30 +137,31 @@ def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
     @app.post("/v1/pruning/estimate", openapi_extra=takes(ChatRequest, "/v1/pruning/estimate"))
     async def estimates(request: Request) -> dict[str, Any]:
         """What this chat would cost at each level: tokens, FLOPs, seconds by the server's present pace. Nothing is run."""
-        body = await request.body()
+        body = await read_body(request)
         return await reading.run(lambda: estimate(served, settings, body), pictures=may_hold_pictures(body))
 
     @app.post("/v1/vqa", openapi_extra=takes(VqaRequest, "/v1/vqa", form=True))
     async def vqa(request: Request) -> Response:
         """One question about one or several pictures, as a form with files or as JSON."""
-        kind, level, body = request.headers.get("content-type", ""), request.headers.get("x-pruning-level"), await request.body()
+        body, level = await read_body(request), request.headers.get("x-pruning-level")
+        kind = request.headers.get("content-type", "")
         is_form = kind.lower().startswith("multipart/form-data")
 
         def read() -> PreparedRequest:
-            return read_vqa(served, settings, read_form(kind, body, settings.max_images) if is_form else body, level)
+            return read_vqa(served, settings, read_form(kind, body, settings) if is_form else body, level)
 
         return await answer(request, read, vqa_reply)
 
     @app.post("/tokenize", openapi_extra=takes(TokenizeRequest, "/tokenize"))
     async def tokens(request: Request) -> dict[str, Any]:
         """The tokens of a text, or of a chat with each image as its visual tokens before pruning."""
-        body = await request.body()
+        body = await read_body(request)
         return await reading.run(lambda: tokenize(served, settings, body), pictures=may_hold_pictures(body))
 
     @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest, "/detokenize"))
     async def text(request: Request) -> dict[str, str]:
         """The text of tokens."""
-        body = await request.body()
+        body = await read_body(request)
         return await reading.run(lambda: detokenize(served, body), pictures=may_hold_pictures(body))
 
 

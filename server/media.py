@@ -17,7 +17,7 @@ from models.images import ImageError, ImageFile, open_image
 from models.preprocess import Preprocessor
 from server.caller import CALLER
 from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, UnsupportedMedia
-from server.reading import SLICE, check_wanted
+from server.reading import SLICE, check_wanted, parsing
 from server.request import PreparedImage
 from server.settings import Settings
 
@@ -140,14 +140,25 @@ def read_data_url(url: str, max_bytes: int) -> bytes:
     if not comma or not head.endswith(";base64"):
         raise InvalidRequest("A data URL must be base64: data:image/png;base64,...")
     try:
-        slices = (url[i : i + SLICE].encode("ascii").translate(STANDARD, BLANKS) for i in range(start, len(url), SLICE))
-        payload = b"".join(slices).rstrip(b"=")
-        if len(payload) > (max_bytes * 4 + 2) // 3:
-            raise PayloadTooLarge(f"A picture may have at most {max_bytes:,} bytes.")
-        payload += b"=" * (-len(payload) % 4)
-        return b"".join(binascii.a2b_base64(payload[i : i + SLICE], strict_mode=True) for i in range(0, len(payload), SLICE))
+        with parsing(url):
+            return _base64(url, start, max_bytes)
     except ValueError:
         raise InvalidRequest("The picture is not valid base64.", code="invalid_image") from None
+
+
+def _base64(url: str, start: int, max_bytes: int) -> bytes:
+    """What stands from `start` on, up to two bytes more than `max_bytes`. Raises ValueError and PayloadTooLarge."""
+    pieces, left, rest = [], (max_bytes + 2) // 3 * 4, b""
+    for at in range(start, len(url), SLICE):
+        rest += url[at : at + SLICE].encode("ascii").translate(STANDARD, BLANKS)
+        if at + SLICE >= len(url):
+            rest = rest.rstrip(b"=")
+            rest += b"=" * (-len(rest) % 4)
+        piece, rest = rest[: len(rest) // 4 * 4], rest[len(rest) // 4 * 4 :]
+        if (left := left - len(piece)) < 0:
+            raise PayloadTooLarge(f"A picture may have at most {max_bytes:,} bytes.")
+        pieces.append(binascii.a2b_base64(piece, strict_mode=True))
+    return b"".join(pieces)
 
 
 def digest(image: Image.Image) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Collection
@@ -30,6 +31,9 @@ if TYPE_CHECKING:  # its package is an extra
 
 log = logging.getLogger("espalier")
 WATCH_EVERY_S = 0.5
+SWITCH_S = 0.0005
+"""How long a thread keeps the interpreter's lock while another waits for it, a tenth of Python's own value: the event loop and the
+engine ask for it many times a request and give it back soon, and who reads a large body does not."""
 TELLING_S = 5
 """Seconds in which those whose answers are cut short are told."""
 FAILED, CUT_SHORT = 70, 75
@@ -98,6 +102,7 @@ class Watchdog(threading.Thread):
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises SystemExit, not zero, when the engine has failed or answers were cut short."""
     configure(settings.log_format)
+    sys.setswitchinterval(SWITCH_S)
     tracing = start_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
     if settings.allow_image_hosts:
         check_fetching(settings.allow_image_hosts)

@@ -469,11 +469,10 @@ TRIED = re.compile(r"(literal|list|dict)\[|str$|Named(Function)?Tool$")
 
 def parse(model: type[AnyBody], body: bytes | Mapping[str, Any]) -> AnyBody:
     """Read a JSON body, or a form's fields, whose numbers are text. Raises InvalidRequest that names the first fault."""
-    if isinstance(body, bytes):
-        _check_json(body)
     try:
         if isinstance(body, bytes):
             with parsing(body):
+                _check_json(body)
                 return model.model_validate_json(body.removeprefix(BOM_UTF8))
         return model.model_validate(body, strict=False)
     except ValidationError as error:

@@ -178,6 +178,22 @@ PNGS = {
     "EXIF of a wrong checksum": chunk(b"eXIf", b"MM\0*", good=False),
     "many": chunk(b"tEXt", b"k\0v") * 5000,
 }
+TURNED = chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_pixel_is_decoded_to_know_the_size(kind: str) -> None:
+    file = open_image(picture(kind, (8, 4)))
+    assert file.size == (4, 8)
+    assert file.image._im is None  # type: ignore[attr-defined]  # Pillow's pixels
+
+
+@pytest.mark.parametrize("at", [33, -12])
+def test_a_png_tells_its_orientation_before_or_behind(at: int) -> None:
+    data = picture("PNG", (8, 4))
+    file = open_image(data[:at] + TURNED + data[at:])
+    assert file.size == (8, 4) and file.image._im is None  # type: ignore[attr-defined]
+    assert file.decode().size == (4, 8)
 
 
 @pytest.mark.parametrize("name", PNGS)

@@ -10,8 +10,10 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import ValidationError
+from python_multipart.multipart import FormParser
 
 from server.errors import Overloaded, ShuttingDown
+from server.reading import SLICE
 from server.request import Failed
 from server.schemas import ChatRequest
 from tests.server.client import PICTURE, QUESTION, ask, body, check_error, connect, events, image_part
@@ -135,6 +137,26 @@ async def test_a_form_of_very_many_parts_is_refused(client: httpx.AsyncClient) -
     part = b'--b\r\nContent-Disposition: form-data; name="question"\r\n\r\n'
     for cut in (part, part[:-5], b"--b\r\n\r\na\r\n--b--\r\n"):
         check_error(await client.post("/v1/vqa", content=cut, headers=headers), 400)
+
+
+@pytest.mark.parametrize("head", [b'name="image"; filename="a.png"', b'name="question"'])
+async def test_a_long_part_of_a_form_is_left(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+    read = []
+
+    def counted(self: FormParser, data: bytes) -> int:
+        read.append(len(data))
+        return write(self, data)
+
+    write = FormParser.write
+    monkeypatch.setattr(FormParser, "write", counted)
+    part = b"--b\r\nContent-Disposition: form-data; %b\r\n\r\n%b\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    async with connect(engine, max_image_bytes=3 * SLICE) as client:
+        long = part % (head, b"\r\n--" * 4 * SLICE)
+        check_error(await client.post("/v1/vqa", content=long + b"--b--", headers=headers), 413)
+        assert sum(read) <= 6 * SLICE
+        short = b"".join([part % (head, b"a" * 2 * SLICE)] * 4)  # it is no sum
+        check_error(await client.post("/v1/vqa", content=short + b"--b--", headers=headers), 400)
 
 
 @pytest.mark.parametrize("name", ["messages", "logit_bias", "tools", "guided_choice", "stop_token_ids"])

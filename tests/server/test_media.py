@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import threading
 import time
 from io import BytesIO
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 
 from server import media
 from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, UnsupportedMedia
+from server.reading import SHORT, SLICE, parsing
 from server.settings import Settings
 from tests.server.fake_engine import FakePreprocessor, data_url, picture, png_header
 
@@ -93,6 +96,43 @@ def test_base64_may_be_written_as_people_do() -> None:
     for payload in (padded, padded.rstrip("="), lines, lines.replace("\n", "\r\n"), f" {padded}", safe, safe.rstrip("=")):
         assert media.read_data_url(f"data:image/png;base64,{payload}", 1000) == data
     assert media.read_data_url(f"data:image/png; base64, {padded}", 1000) == data
+
+
+@pytest.mark.parametrize("size", [SLICE * 3 // 4 + extra for extra in range(-4, 5)])
+def test_base64_in_slices_is_whole(size: int) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    padded = base64.b64encode(data).decode()
+    for payload in (padded, padded.rstrip("="), base64.encodebytes(data).decode(), f"{padded}====", f"{padded}\n\n"):
+        assert media.read_data_url(f"data:;base64,{payload}", size) == data
+
+
+def test_no_more_base64_is_read_than_a_picture_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def counted(text: bytes, **options: bool) -> bytes:
+        read.append(len(text))
+        return binascii.a2b_base64(text, **options)
+
+    monkeypatch.setattr(media, "binascii", SimpleNamespace(a2b_base64=counted))
+    with pytest.raises(PayloadTooLarge):
+        media.read_data_url("data:;base64," + "a" * 20 * SLICE, 2 * SLICE)
+    assert sum(read) <= 3 * SLICE
+
+
+def test_long_base64_is_read_in_turn() -> None:
+    url, ended = "data:;base64," + "a" * 2 * SHORT, threading.Event()
+
+    def read() -> None:
+        media.read_data_url(url, SLICE)
+        ended.set()
+
+    thread = threading.Thread(target=read)
+    with parsing(url):
+        thread.start()
+        assert not ended.wait(0.1)
+        media.read_data_url("data:;base64,aaaa", SLICE)  # a short one has no turn to wait for
+    assert ended.wait(30)
+    thread.join()
 
 
 def test_the_digest_is_of_what_is_seen() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import os
+import sys
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 from server.budget import BytesBudget
 from server.envelope import UNPACKED
 from server.errors import Overloaded
-from server.reading import READERS, ClientLeft, Reading, check_wanted
+from server.reading import NICENESS, READERS, ClientLeft, Reading, check_wanted
 from tests.server.client import ask, body, check_error, connect, image_part
 from tests.server.client import engine as engine  # fixtures
 from tests.server.fake_engine import FakeEngine
@@ -62,6 +64,13 @@ async def test_who_leaves_is_not_read_for(engine: FakeEngine) -> None:
     go_on.set()
     await until(lambda: ended)
     check_wanted()  # nobody has left who is not read for
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+async def test_who_reads_pictures_steps_back() -> None:
+    reading, own = Reading(1), os.getpriority(os.PRIO_PROCESS, 0)
+    found = [await reading.run(lambda: os.getpriority(os.PRIO_PROCESS, 0), pictures=pictures) for pictures in (True, False)]
+    assert found == [min(19, own + NICENESS), own]
 
 
 async def test_readers_queue_is_bounded() -> None:
