@@ -1,4 +1,4 @@
-"""A decoding step on the CPU in one native call: one new row of each request through all layers and the head."""
+"""A pass of few rows on the CPU in one native call: new tokens and small parts of prompts, through all layers and the head."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ from models.sparse import AnyLinear, PackedLinear
 POINTER, COUNT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
-class Row(Protocol):
-    """One request's new row: hidden [1, width], its position [1] in the whole prompt and answer, and its cache."""
+class Rows(Protocol):
+    """One request's new rows: a `models.forward.SequenceInput`."""
 
+    def __len__(self) -> int: ...
     @property
     def hidden(self) -> Tensor: ...
     @property
     def positions(self) -> Tensor: ...
     @property
     def cache(self) -> RequestCache: ...
+    @property
+    def text_rows(self) -> Tensor | None: ...
+    @property
+    def logits_to_keep(self) -> int: ...
 
 
 class LayerWeights(Protocol):
@@ -64,7 +69,7 @@ class _Model(ctypes.Structure):
 class _Request(ctypes.Structure):
     _fields_ = [
         ("hidden", POINTER), ("bias", POINTER), ("slabs", POINTER), ("capacity", POINTER), ("lengths", POINTER),
-        ("position", COUNT),
+        ("positions", POINTER), ("rows", COUNT), ("logits", COUNT),
     ]  # fmt: skip
 
 
@@ -117,29 +122,32 @@ class DecodePlan:
         )  # fmt: skip
         return cls(native, model, norm.dtype, "AVX-512" if avx512 else "portable", (table, *held))
 
-    def takes(self, rows: Sequence[Row]) -> bool:
+    def takes(self, batch: Sequence[Rows]) -> bool:
         """Whether this is faster than layer by layer."""
-        return len(rows) <= thresholds.DECODE_ROWS[kernels.many_rows()] and all(row.hidden.dtype == self.dtype for row in rows)
+        few = sum(map(len, batch)) <= self.max_rows
+        return few and all(one.text_rows is None and one.hidden.dtype == self.dtype for one in batch)
 
-    def step(self, rows: Sequence[Row]) -> Tensor:
-        """float32 logits [rows, vocab]. Keys and values are appended to each request's cache.
+    @property
+    def max_rows(self) -> int:
+        """More run faster layer by layer."""
+        return thresholds.DECODE_ROWS[kernels.many_rows()]
 
-        Raises RuntimeError for a cache without room. Each row's result is the same bit for bit whatever stands beside it.
+    def step(self, batch: Sequence[Rows]) -> Tensor:
+        """float32 logits [sum of logits_to_keep, vocab]. Keys and values are appended to each request's cache.
+
+        Raises RuntimeError for a cache without room. Each request's result is the same bit for bit whatever stands beside it.
         """
-        hidden = [row.hidden.contiguous() for row in rows]
-        lengths = [row.cache.append_row() for row in rows]
-        requests = (_Request * len(rows))(*(
+        inputs = [(one.hidden.contiguous(), one.positions.contiguous(), one.cache.append_rows(len(one))) for one in batch]
+        requests = (_Request * len(batch))(*(
             _Request(
-                x.data_ptr(), cache.bias_pointer, ctypes.addressof(cache.slab_pointers), ctypes.addressof(cache.slab_rows),
-                ctypes.addressof(before), position,
+                hidden.data_ptr(), one.cache.bias_pointer, ctypes.addressof(one.cache.slab_pointers),
+                ctypes.addressof(one.cache.slab_rows), ctypes.addressof(before), positions.data_ptr(), len(one), one.logits_to_keep,
             )
-            for x, cache, before, position in zip(
-                hidden, (row.cache for row in rows), lengths, torch.cat([row.positions for row in rows]).tolist(), strict=True
-            )
+            for one, (hidden, positions, before) in zip(batch, inputs, strict=True)
         ))  # fmt: skip
         # Its type is said: loading another checkpoint changes the default one for all threads meanwhile.
-        logits = torch.empty(len(rows), self.model.head.outputs, dtype=torch.float32)
-        self.native.decode_step(ctypes.byref(self.model), requests, len(rows), logits.data_ptr(), torch.get_num_threads())
+        logits = torch.empty(sum(one.logits_to_keep for one in batch), self.model.head.outputs, dtype=torch.float32)
+        self.native.decode_step(ctypes.byref(self.model), requests, len(batch), logits.data_ptr(), torch.get_num_threads())
         return logits
 
 

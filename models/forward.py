@@ -40,11 +40,6 @@ class SequenceInput:
     def __len__(self) -> int:
         return len(self.positions)
 
-    @property
-    def is_one_token(self) -> bool:
-        """Whether this is one row that attends and changes in each layer that runs."""
-        return len(self) == self.logits_to_keep == 1 and self.text_rows is None
-
     def query_rows(self, layer: int) -> Tensor | None:
         """The rows that attend and change in a layer, all the others being read only; None for all rows."""
         if layer == self.route.last_layer and len(self) > self.logits_to_keep:
@@ -104,7 +99,7 @@ def forward(
     `layer_hook(layer, hidden)` is called with the rows [rows, width] before each layer.
     """
     decode = None if layer_hook else model.decode_plan
-    if decode and all(sequence.is_one_token for sequence in batch) and decode.takes(batch):
+    if decode and decode.takes(batch):
         return decode.step(batch)
     hidden = torch.cat([sequence.hidden for sequence in batch])
     cos, sin = model.rope(torch.cat([sequence.positions for sequence in batch]))

@@ -73,13 +73,13 @@ class RequestCache:
         return slab[0, :, :stop], slab[1, :, :stop]
 
 
-    def append_row(self) -> ctypes.Array[ctypes.c_int64]:
-        """Count a row of each layer that runs, which the caller writes; returns the rows before it, by layer."""
+    def append_rows(self, rows: int) -> ctypes.Array[ctypes.c_int64]:
+        """Count `rows` more in each layer that runs, which the caller writes; returns the rows before them, by layer."""
         before = (ctypes.c_int64 * len(self.lengths))(*self.lengths)
         for layer, (length, capacity) in enumerate(zip(self.lengths, self.capacity, strict=True)):
-            if length >= capacity > 0:
-                raise _no_room(layer, capacity, length + 1)
-        self.lengths[:] = [length + (capacity > 0) for length, capacity in zip(self.lengths, self.capacity, strict=True)]
+            if length + rows > capacity > 0:
+                raise _no_room(layer, capacity, length + rows)
+        self.lengths[:] = [length + rows * (capacity > 0) for length, capacity in zip(self.lengths, self.capacity, strict=True)]
         return before
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.forward import SequenceInput, decode_input, forward
 from models.llava import Llava
+from server.load import LEAST_TOKENS
 from server.running import Running
 from server.scheduler import share
 
@@ -34,13 +35,28 @@ class Part:
         return 0 if self.one.answering else len(self.input) * sum(self.input.route.layers)
 
 
+def part_tokens(model: Llava, wanted: int, answers: int) -> int:
+    """Tokens of prompts that run beside answers: `wanted`, or as many as run with them in one native call. Layer by layer, parts of
+    twice that size and more are worth it."""
+    native = model.decode_plan.max_rows - answers if model.decode_plan else 0
+    return native if answers and LEAST_TOKENS <= native < wanted < 2 * native else wanted
+
+
 def divide(running: Sequence[Running], budget: int) -> tuple[list[Part], list[Part]]:
-    """The next pass: a token of each answer, and `budget` rows of the prompts; apart, for decoding has kernels of its own."""
+    """The next pass: a token of each answer, and `budget` rows of the prompts."""
     prompts = [one for one in running if not one.answering]
     shares = zip(prompts, share([len(one.input) for one in prompts], budget), strict=True)
     return [Part(one, one.input) for one in running if one.answering], [
         Part(one, one.input.first(rows)) for one, rows in shares if rows
     ]
+
+
+def run_pass(model: Llava, answers: Sequence[Part], prompts: Sequence[Part]) -> list[Tensor | Exception | None]:
+    """What `run_batch` says of each: in one native call if it takes all. Else apart, for decoding has kernels of its own."""
+    plan, both = model.decode_plan, [*answers, *prompts]
+    if plan and plan.takes([part.input for part in both]):
+        return [*run_batch(model, both)]
+    return [*run_batch(model, answers), *run_batch(model, prompts)]
 
 
 def run_batch(model: Llava, batch: Sequence[Part]) -> Sequence[Tensor | Exception | None]:

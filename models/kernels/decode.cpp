@@ -1,4 +1,5 @@
-// One decoding step of all layers and requests in one call: norm, projections, rotation, attention, MLP, logits.
+// A pass of few rows through all layers in one call: norm, projections, rotation, attention, MLP, logits. Each request brings a new token,
+// or a part of its prompt.
 //
 // Between two products every thread must know all of the first one's outputs, five times a layer. Each product is cut into chunks of
 // some microseconds, which threads take from their own share first and then from others'. Nothing waits for a thread that the system
@@ -47,14 +48,22 @@ void pause() {
 
 enum class Kind { QKV, ATTEND, OUT, GATE_UP, DOWN, HEAD };
 
+// What a task attends for in one KV head: some queries of a request's new rows.
+struct Queries {
+  int64_t request, row;  // the first new row, among those of the stage
+  int64_t first, count;
+};
+
 // A layer, or the head, on the rows that run it.
 struct Stage {
   const Layer* layer;
   int64_t index;                     // of the layer
-  std::vector<int64_t> requests;     // whose rows run it
-  std::vector<const float*> before;  // their rows [width]
+  std::vector<const float*> before;  // its rows [width]
+  std::vector<Queries> queries;      // the tasks of each KV head
   float *qkv, *middle, *after;       // [rows, qkv outputs], [rows, width] twice
   char *mixed, *gated;               // inputs of `out` and of `down`
+
+  int64_t rows() const { return before.size(); }
 };
 
 struct alignas(LINE) Share {
@@ -99,8 +108,8 @@ struct Own {
 // One call.
 class Step {
  public:
-  Step(const Model& model, const Kernels& kernels, const Request* requests, int64_t rows, float* logits, int threads)
-      : model(model), kernels(kernels), requests(requests), logits(logits), rows(rows), threads(threads) {
+  Step(const Model& model, const Kernels& kernels, const Request* requests, int64_t count, float* logits, int threads)
+      : model(model), kernels(kernels), requests(requests), logits(logits), count(count), threads(threads) {
     lay_out();
   }
 
@@ -124,8 +133,9 @@ class Step {
   const Kernels& kernels;
   const Request* requests;
   float* logits;
-  int64_t rows;
+  int64_t count;  // of requests
   int threads;
+  std::vector<int64_t> starts;  // each request's first row among all rows
   std::vector<Stage> stages;
   std::unique_ptr<Phase[]> phases;
   int64_t phase_count = 0;
@@ -150,20 +160,7 @@ class Step {
   }
 
   void lay_out() {
-    const int64_t half = model.head_dim / 2;
-    hidden.resize(rows * model.width);
-    cos.resize(rows * half), sin.resize(rows * half);
-    std::vector<const float*> current(rows);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* const row = hidden.data() + r * model.width;
-      kernels.widen(requests[r].hidden, model.width, row);
-      current[r] = row;
-      for (int64_t i = 0; i < half; ++i) {
-        const float angle = float(requests[r].position) * model.inv_freq[i];
-        cos[r * half + i] = kernels.rounded(std::cos(angle) * model.rope_scaling);
-        sin[r * half + i] = kernels.rounded(std::sin(angle) * model.rope_scaling);
-      }
-    }
+    std::vector<const float*> current = read_rows();
     stages.reserve(model.num_layers + 1);
     int64_t bytes = 0;
     const auto place = [&](int64_t wanted) { return std::exchange(bytes, bytes + (wanted + LINE - 1) / LINE * LINE); };
@@ -171,10 +168,11 @@ class Step {
     for (int64_t index = 0; index < model.num_layers; ++index) {
       const Layer& layer = model.layers[index];
       Stage stage{&layer, index, {}, {}, nullptr, nullptr, nullptr, nullptr, nullptr};
-      for (int64_t r = 0; r < rows; ++r)
-        if (requests[r].slabs[index]) stage.requests.push_back(r);
-      if (stage.requests.empty()) continue;
-      const int64_t n = stage.requests.size(), wide = n * model.width * sizeof(float);
+      int64_t n = 0;
+      for (int64_t r = 0; r < count; ++r)
+        if (requests[r].slabs[index]) add_queries(stage, r, std::exchange(n, n + requests[r].rows));
+      if (!n) continue;
+      const int64_t wide = n * model.width * sizeof(float);
       for (const int64_t part : {n * layer.qkv.outputs * int64_t(sizeof(float)), wide, wide, n * layer.out.inputs * kernels.input_bytes,
                                  n * layer.down.inputs * kernels.input_bytes})
         offsets.push_back(place(part));
@@ -189,21 +187,53 @@ class Step {
       stage.middle = reinterpret_cast<float*>(next());
       stage.after = reinterpret_cast<float*>(next());
       stage.mixed = next(), stage.gated = next();
-      for (size_t i = 0; i < stage.requests.size(); ++i) {
-        stage.before.push_back(current[stage.requests[i]]);
-        current[stage.requests[i]] = stage.after + i * model.width;
-      }
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t i = starts[r]; requests[r].slabs[stage.index] && i < starts[r + 1]; ++i)
+          stage.before.push_back(std::exchange(current[i], stage.after + stage.rows() * model.width));
       const Layer& layer = *stage.layer;
       add_product(Kind::QKV, stage, layer.qkv, layer.qkv.outputs);
-      add(Kind::ATTEND, stage, stage.requests.size() * layer.kv_heads, 1);
+      add(Kind::ATTEND, stage, stage.queries.size() * layer.kv_heads, 1);
       add_product(Kind::OUT, stage, layer.out, layer.out.outputs);
       add_product(Kind::GATE_UP, stage, layer.gate_up, layer.down.inputs);
       add_product(Kind::DOWN, stage, layer.down, layer.down.outputs);
     }
-    Stage last{nullptr, model.num_layers, {}, current, nullptr, nullptr, nullptr, nullptr, nullptr};
-    for (int64_t r = 0; r < rows; ++r) last.requests.push_back(r);
+    Stage last{nullptr, model.num_layers, {}, {}, nullptr, nullptr, nullptr, nullptr, nullptr};
+    for (int64_t r = 0; r < count; ++r)
+      last.before.insert(last.before.end(), current.begin() + starts[r + 1] - requests[r].logits, current.begin() + starts[r + 1]);
+    if (!last.rows()) return;
     stages.push_back(std::move(last));
     add_product(Kind::HEAD, stages.back(), model.head, model.head.outputs);
+  }
+
+  // All rows in float32, and the angles of their positions; returns where each row lies.
+  std::vector<const float*> read_rows() {
+    const int64_t half = model.head_dim / 2, row_bytes = model.width * (model.bf16 ? 2 : 4);
+    starts.push_back(0);
+    for (int64_t r = 0; r < count; ++r) starts.push_back(starts[r] + requests[r].rows);
+    hidden.resize(starts[count] * model.width);
+    cos.resize(starts[count] * half), sin.resize(starts[count] * half);
+    std::vector<const float*> found;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t i = 0; i < requests[r].rows; ++i) {
+        const int64_t at = starts[r] + i;
+        float* const row = hidden.data() + at * model.width;
+        kernels.widen(static_cast<const char*>(requests[r].hidden) + i * row_bytes, model.width, row);
+        found.push_back(row);
+        for (int64_t j = 0; j < half; ++j) {
+          const float angle = float(requests[r].positions[i]) * model.inv_freq[j];
+          cos[at * half + j] = kernels.rounded(std::cos(angle) * model.rope_scaling);
+          sin[at * half + j] = kernels.rounded(std::sin(angle) * model.rope_scaling);
+        }
+      }
+    return found;
+  }
+
+  // Each task appends the new keys that it reads, so that none waits for another: they write the same values.
+  void add_queries(Stage& stage, int64_t request, int64_t row) {
+    const int64_t all = requests[request].rows * (stage.layer->heads / stage.layer->kv_heads);
+    const int64_t at_once = requests[request].rows > 1 ? kernels.queries_at_once : all;
+    for (int64_t first = 0; first < all; first += at_once)
+      stage.queries.push_back({request, row, first, std::min(at_once, all - first)});
   }
 
   void add_product(Kind kind, const Stage& stage, const Matrix& matrix, int64_t outputs) {
@@ -246,14 +276,14 @@ class Step {
   static int64_t end(int64_t first, int64_t step, int64_t outputs) { return std::min(first + step, outputs); }
 
   void product(const Matrix& m, const void* inputs, const Stage& stage, int64_t first, int64_t step, float* y, int64_t stride) {
-    kernels.product(m, inputs, stage.requests.size(), first, end(first, step, m.outputs), y, stride);
+    kernels.product(m, inputs, stage.rows(), first, end(first, step, m.outputs), y, stride);
   }
 
   // The rows before the layer or, for its MLP, in its middle: normed, once for each thread and phase.
   const void* normed(const Phase& phase, const void* weight, Own& own) {
     if (own.normed_for == &phase) return own.inputs.data();
     const Stage& stage = *phase.stage;
-    const int64_t n = stage.requests.size(), row_bytes = model.width * kernels.input_bytes;
+    const int64_t n = stage.rows(), row_bytes = model.width * kernels.input_bytes;
     own.inputs.resize(n * row_bytes);
     for (int64_t i = 0; i < n; ++i) {
       const float* const row = phase.kind == Kind::GATE_UP ? stage.middle + i * model.width : stage.before[i];
@@ -265,21 +295,23 @@ class Step {
 
   void attend(const Stage& stage, int64_t task) {
     const Layer& layer = *stage.layer;
-    const int64_t i = task / layer.kv_heads, h = task % layer.kv_heads, r = stage.requests[i], dim = model.head_dim;
-    const int64_t group = layer.heads / layer.kv_heads, element = model.bf16 ? 2 : 4;
-    const Request& request = requests[r];
-    const float* const row = stage.qkv + i * layer.qkv.outputs;
+    const int64_t tasks = stage.queries.size(), h = task / tasks, dim = model.head_dim;
+    const Queries& some = stage.queries[task % tasks];
+    const int64_t group = layer.heads / layer.kv_heads, element = model.bf16 ? 2 : 4, angles = starts[some.request] * dim / 2;
+    const Request& request = requests[some.request];
+    const float* const row = stage.qkv + some.row * layer.qkv.outputs;
     const int64_t head_bytes = request.capacity[stage.index] * dim * element;
     char* const keys = static_cast<char*>(request.slabs[stage.index]) + h * head_bytes;
     const Head head{row + h * group * dim, row + (layer.heads + h) * dim, row + (layer.heads + layer.kv_heads + h) * dim,
-                    cos.data() + r * dim / 2, sin.data() + r * dim / 2, keys, keys + layer.kv_heads * head_bytes, request.bias,
-                    request.lengths[stage.index], group, dim};
-    kernels.attend(head, stage.mixed + (i * layer.heads + h * group) * dim * kernels.input_bytes);
+                    layer.qkv.outputs, cos.data() + angles, sin.data() + angles, keys, keys + layer.kv_heads * head_bytes,
+                    request.bias, request.lengths[stage.index], group, dim, some.first, some.count};
+    char* const mixed = stage.mixed + (some.row * layer.heads + h * group) * dim * kernels.input_bytes;
+    (request.rows > 1 ? kernels.attend_many : kernels.attend)(head, mixed, layer.heads * dim);
   }
 
   // Products of `out` and `down`, added to the rows that they change.
   void add_to_rows(const Matrix& m, const char* inputs, const Stage& stage, int64_t first, int64_t step, Own& own, float* to) {
-    const int64_t count = end(first, step, m.outputs) - first, n = stage.requests.size();
+    const int64_t count = end(first, step, m.outputs) - first, n = stage.rows();
     own.outputs.resize(n * count);
     product(m, inputs, stage, first, step, own.outputs.data(), count);
     for (int64_t i = 0; i < n; ++i) {
@@ -291,7 +323,7 @@ class Step {
   void gate(const Phase& phase, int64_t first, Own& own) {
     const Stage& stage = *phase.stage;
     const Matrix& m = stage.layer->gate_up;
-    const int64_t n = stage.requests.size(), width = m.outputs / 2, last = end(first, phase.step, width), count = last - first;
+    const int64_t n = stage.rows(), width = m.outputs / 2, last = end(first, phase.step, width), count = last - first;
     const void* const inputs = normed(phase, stage.layer->post_norm, own);
     own.outputs.resize(2 * n * count);
     kernels.product(m, inputs, n, first, last, own.outputs.data(), 2 * count);
@@ -365,13 +397,13 @@ int portable_supported() {
 #endif
 }
 
-// One row of each request through all layers that it runs, to logits [rows, vocabulary]. Keys and values are appended; the caller
-// counts them, and has seen to it that there is room.
-void decode_step(const decode::Model* model, const decode::Request* requests, int64_t rows, float* logits, int threads) {
+// The new rows of `count` requests through all layers that they run, to the logits [rows, vocabulary] that are wanted. Keys and values
+// are appended; the caller counts them, and has seen to it that there is room.
+void decode_step(const decode::Model* model, const decode::Request* requests, int64_t count, float* logits, int threads) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const decode::Kernels* const kernels = model->avx512 ? decode::avx512_kernels(model->bf16) : decode::portable_kernels(model->bf16);
-  decode::Step step(*model, *kernels, requests, rows, logits, threads);
+  decode::Step step(*model, *kernels, requests, count, logits, threads);
   decode::pool().run(step, threads);
 }
 }

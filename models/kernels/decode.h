@@ -31,23 +31,26 @@ struct Model {
   float eps, rope_scaling;
 };
 
-// One request's new row. A layer without a slab does not run.
+// One request's new rows: a new token, or a part of its prompt. A layer without a slab does not run.
 struct Request {
-  const void* hidden;       // [width]
-  const void* bias;         // added to the scores of each cached row and the new one, or null
-  void* const* slabs;       // of each layer: [2, kv_heads, capacity, head_dim], keys before values
-  const int64_t* capacity;  // rows of each layer's slab
-  const int64_t* lengths;   // rows that stand in it
-  int64_t position;         // in the whole prompt and answer
+  const void* hidden;        // [rows, width]
+  const void* bias;          // added to the scores of each cached row and the new ones, or null
+  void* const* slabs;        // of each layer: [2, kv_heads, capacity, head_dim], keys before values
+  const int64_t* capacity;   // rows of each layer's slab
+  const int64_t* lengths;    // rows that stand in it
+  const int64_t* positions;  // [rows], in the whole prompt and answer
+  int64_t rows, logits;      // new rows, and of how many last ones logits are wanted
 };
 
-// A KV head of one request in one layer: what its task reads and where it appends.
+// A KV head of one request in one layer: what a task of its attention reads, and where it appends. Each new row has `group` queries.
 struct Head {
-  const float *query, *key, *value;  // of the new row, as projected: [group, dim] and [dim] each
-  const float *cos, *sin;            // [dim / 2]
-  void *keys, *values;               // [rows, dim], the new one to be appended
-  const void* bias;                  // [rows + 1], or null
+  const float *query, *key, *value;  // of the first new row, as projected: [group, dim] and [dim] each
+  int64_t stride;                    // values from one new row to the next
+  const float *cos, *sin;            // [new rows, dim / 2]
+  void *keys, *values;               // [rows, dim], the new ones to be appended
+  const void* bias;                  // of all these rows, or null
   int64_t rows, group, dim;
+  int64_t first, count;  // the queries to attend for, among those of all new rows
 };
 
 // Values of hidden states are float32 between products. A product's input is of `input_bytes` each: bfloat16 where the processor
@@ -60,8 +63,11 @@ struct Kernels {
   void (*swiglu)(const float* gate, const float* up, int64_t n, void* input);
   // Outputs [first, last) of all rows of `inputs`, to y [rows, ...] whose rows are `stride` values apart.
   void (*product)(const Matrix&, const void* inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride);
-  // Rotates query and key, appends key and value, attends: to [group, dim].
-  void (*attend)(const Head&, void* input);
+  // Rotates queries and keys, appends keys and values of the new rows up to the last query's, attends: to [group, dim] of each new row,
+  // `stride` values apart. For a request's only new row; and for at most `queries_at_once` queries of several.
+  void (*attend)(const Head&, void* input, int64_t stride);
+  void (*attend_many)(const Head&, void* input, int64_t stride);
+  int64_t queries_at_once;
 };
 
 const Kernels* avx512_kernels(bool bf16);

@@ -72,14 +72,27 @@ TARGET void swiglu(const float* gate, const float* up, int64_t n, void* input) {
 
 // Rotary position embedding of x [dim], in halves as in LLaMA.
 template <class T>
-TARGET_INLINE void rotate(const float* x, const Head& head, T* to) {
+TARGET_INLINE void rotate(const float* x, const Head& head, int64_t row, T* to) {
   const int64_t half = head.dim / 2;
+  const float *const cos = head.cos + row * half, *const sin = head.sin + row * half;
   for_each_register(half, [&](int64_t i, auto lanes) TARGET_LAMBDA {
     const V first = load(x + i, lanes), second = load(x + half + i, lanes);
-    const V c = load(head.cos + i, lanes), s = load(head.sin + i, lanes);
+    const V c = load(cos + i, lanes), s = load(sin + i, lanes);
     store(to + i, sub(mul(first, c), mul(second, s)), lanes);
     store(to + half + i, fma(second, c, mul(first, s)), lanes);
   });
+}
+
+// Appends keys and values of the first `count` new rows.
+template <class T>
+TARGET_INLINE void append(const Head& head, int64_t count) {
+  for (int64_t row = 0; row < count; ++row) {
+    const int64_t from = row * head.stride, to = (head.rows + row) * head.dim;
+    rotate(head.key + from, head, row, static_cast<T*>(head.keys) + to);
+    for_each_register(head.dim, [&](int64_t i, auto lanes) TARGET_LAMBDA {
+      store(static_cast<T*>(head.values) + to + i, load(head.value + from + i, lanes), lanes);
+    });
+  }
 }
 
 // Replaces scores, `padded` to whole registers with -inf, by the exponentials of softmax; returns their sum.
@@ -95,52 +108,69 @@ TARGET_INLINE float exponentiate(float* scores, int64_t padded) {
   return sum(all);
 }
 
-// Weighted sums of D registers of each row of values, for G queries.
-template <int G, int D, class T, class Lanes>
-TARGET_INLINE void weighted_sum(const T* values, int64_t dim, const float* scores, int64_t rows, int64_t padded, const float* inverse,
-                                Input<T>* out, Lanes lanes) {
+// What cached rows weigh for some queries: `stride` values from one query to the next, STEP from one row to the next.
+template <int STEP, class T>
+struct Weights {
+  const T* values;            // [rows, dim]
+  const float *at, *inverse;  // of each query: its weights, and one over their sum
+  int64_t rows, dim, stride;
+  Input<T>* const* out;  // of each query: [dim]
+
+  Weights from(int64_t query) const { return {values, at + query * stride, inverse + query, rows, dim, stride, out + query}; }
+};
+
+// Weighted sums of D registers of each row of values, from value `i` on, for G queries.
+template <int G, int D, int STEP, class T, class Lanes>
+TARGET_INLINE void weighted_sum(const Weights<STEP, T>& w, int64_t i, Lanes lanes) {
   V sums[G][D];
 #pragma GCC unroll 8
   for (int g = 0; g < G; ++g)
 #pragma GCC unroll 8
     for (int d = 0; d < D; ++d) sums[g][d] = set(0.0f);
-  for (int64_t t = 0; t < rows; ++t) {
+  const T* const values = w.values + i;
+  for (int64_t t = 0; t < w.rows; ++t) {
     V row[D];
 #pragma GCC unroll 8
-    for (int d = 0; d < D; ++d) row[d] = load(values + t * dim + d * LANES, lanes);
+    for (int d = 0; d < D; ++d) row[d] = load(values + t * w.dim + d * LANES, lanes);
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g)
 #pragma GCC unroll 8
-      for (int d = 0; d < D; ++d) sums[g][d] = fma(set(scores[g * padded + t]), row[d], sums[g][d]);
+      for (int d = 0; d < D; ++d) sums[g][d] = fma(set(w.at[g * w.stride + t * STEP]), row[d], sums[g][d]);
   }
 #pragma GCC unroll 8
   for (int g = 0; g < G; ++g)
 #pragma GCC unroll 8
-    for (int d = 0; d < D; ++d) store(out + g * dim + d * LANES, mul(sums[g][d], set(inverse[g])), lanes);
+    for (int d = 0; d < D; ++d) store(w.out[g] + i + d * LANES, mul(sums[g][d], set(w.inverse[g])), lanes);
 }
 
-template <int G, class T>
-TARGET void weighted_sums(const T* values, int64_t dim, const float* scores, int64_t rows, int64_t padded, const float* inverse,
-                          Input<T>* out) {
+template <int G, int STEP, class T>
+TARGET void weighted_sums(const Weights<STEP, T>& w) {
   constexpr int D = SUMS / G > 4 ? 4 : SUMS / G;  // so that the sums stay in registers
   int64_t i = 0;
-  for (; i + D * LANES <= dim; i += D * LANES) weighted_sum<G, D>(values + i, dim, scores, rows, padded, inverse, out + i, Whole{});
-  for (; i + LANES <= dim; i += LANES) weighted_sum<G, 1>(values + i, dim, scores, rows, padded, inverse, out + i, Whole{});
-  if (i < dim) weighted_sum<G, 1>(values + i, dim, scores, rows, padded, inverse, out + i, First{dim - i});
+  for (; i + D * LANES <= w.dim; i += D * LANES) weighted_sum<G, D>(w, i, Whole{});
+  for (; i + LANES <= w.dim; i += LANES) weighted_sum<G, 1>(w, i, Whole{});
+  if (i < w.dim) weighted_sum<G, 1>(w, i, First{w.dim - i});
+}
+
+template <int STEP, class T>
+TARGET void mix(const Weights<STEP, T>& w, int64_t queries) {
+  constexpr void (*SOME[])(const Weights<STEP, T>&) = {
+      weighted_sums<1, STEP, T>, weighted_sums<2, STEP, T>, weighted_sums<3, STEP, T>, weighted_sums<4, STEP, T>};
+  for (int64_t q = 0; q < queries; q += 4) SOME[std::min<int64_t>(queries - q, 4) - 1](w.from(q));
 }
 
 template <class T>
-TARGET void attend(const Head& head, void* to) {
+TARGET void attend(const Head& head, void* to, int64_t) {
   static thread_local std::vector<float> scratch;
+  static thread_local std::vector<Input<T>*> out;
   const int64_t dim = head.dim, rows = head.rows + 1, group = head.group;
   const int64_t padded = (rows + KEYS + LANES) / LANES * LANES, query_floats = (group * dim + LANES) / LANES * LANES;
   scratch.resize(std::max<size_t>(scratch.size(), query_floats + group * (padded + 1)));
   Input<T>* const query = reinterpret_cast<Input<T>*>(scratch.data());
   float *const scores = scratch.data() + query_floats, *const inverse = scores + group * padded;
-  T *const keys = static_cast<T*>(head.keys), *const values = static_cast<T*>(head.values);
-  for (int64_t g = 0; g < group; ++g) rotate(head.query + g * dim, head, query + g * dim);
-  rotate(head.key, head, keys + head.rows * dim);
-  for_each_register(dim, [&](int64_t i, auto lanes) TARGET_LAMBDA { store(values + head.rows * dim + i, load(head.value + i, lanes), lanes); });
+  const T* const keys = static_cast<const T*>(head.keys);
+  for (int64_t g = 0; g < group; ++g) rotate(head.query + g * dim, head, 0, query + g * dim);
+  append<T>(head, 1);
   const float scale = 1.0f / std::sqrt(float(dim));
   const T* const bias = static_cast<const T*>(head.bias);
   for (int64_t t = 0; t < rows; t += KEYS) {
@@ -157,11 +187,65 @@ TARGET void attend(const Head& head, void* to) {
     std::fill(own + rows, own + padded, -INFINITY);
     inverse[g] = 1.0f / exponentiate(own, padded);
   }
-  Input<T>* const out = static_cast<Input<T>*>(to);
-  constexpr void (*SOME[])(const T*, int64_t, const float*, int64_t, int64_t, const float*, Input<T>*) = {
-      weighted_sums<1, T>, weighted_sums<2, T>, weighted_sums<3, T>, weighted_sums<4, T>};
-  for (int64_t g = 0; g < group; g += 4)
-    SOME[std::min<int64_t>(group - g, 4) - 1](values, dim, scores + g * padded, rows, padded, inverse + g, out + g * dim);
+  out.resize(group);
+  for (int64_t g = 0; g < group; ++g) out[g] = static_cast<Input<T>*>(to) + g * dim;
+  mix(Weights<1, T>{static_cast<const T*>(head.values), scores, inverse, rows, dim, padded, out.data()}, group);
+}
+
+// Scores of the queries `turned` [dim, LANES] with the keys of all `rows`: to [rows, LANES], in whole turns of AT_ONCE keys.
+template <int AT_ONCE, class T>
+TARGET void score(const float* turned, const Head& head, int64_t rows, float* wide, float* scores) {
+  const T *const keys = static_cast<const T*>(head.keys), *const bias = static_cast<const T*>(head.bias);
+  for (int64_t t = 0; t < rows; t += AT_ONCE) {
+    V s[AT_ONCE];
+#pragma GCC unroll 16
+    for (int j = 0; j < AT_ONCE; ++j) {
+      const int64_t row = std::min(t + j, rows - 1);
+      widen<T>(keys + row * head.dim, head.dim, wide + j * head.dim);
+      s[j] = set(bias ? value(bias[row]) : 0.0f);
+    }
+    for (int64_t i = 0; i < head.dim; ++i) {
+      const V query = load(turned + i * LANES, Whole{});
+#pragma GCC unroll 16
+      for (int j = 0; j < AT_ONCE; ++j) s[j] = fma(set(wide[j * head.dim + i]), query, s[j]);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < AT_ONCE; ++j) store(scores + (t + j) * LANES, s[j], Whole{});
+  }
+}
+
+// Up to LANES queries, each in a lane of its own: nothing is summed across lanes, and a cached row is read once for all of them.
+template <class T>
+TARGET void attend_many(const Head& head, void* to, int64_t stride) {
+  constexpr int AT_ONCE = REGISTERS / 2;
+  static thread_local std::vector<float> scratch;
+  const int64_t dim = head.dim;
+  const auto place = [&](int64_t q) { return (head.first + q) / head.group; };  // a query's row among the new ones
+  const int64_t rows = head.rows + place(head.count - 1) + 1, padded = (rows + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
+  scratch.resize(std::max<size_t>(scratch.size(), (dim + padded + 1) * LANES + (AT_ONCE + 1) * dim));
+  float *const turned = scratch.data(), *const scores = turned + dim * LANES, *const inverse = scores + padded * LANES;
+  float *const wide = inverse + LANES, *const rotated = wide + AT_ONCE * dim;
+  append<T>(head, rows - head.rows);
+  std::fill(turned, turned + dim * LANES, 0.0f);
+  Input<T>* out[LANES];
+  for (int64_t q = 0; q < head.count; ++q) {
+    const int64_t row = place(q), g = (head.first + q) % head.group;
+    rotate(head.query + row * head.stride + g * dim, head, row, rotated);
+    for (int64_t i = 0; i < dim; ++i) turned[i * LANES + q] = rotated[i] / std::sqrt(float(dim));
+    out[q] = static_cast<Input<T>*>(to) + row * stride + g * dim;
+  }
+  score<AT_ONCE, T>(turned, head, rows, wide, scores);
+  for (int64_t t = head.rows + place(0) + 1; t < rows; ++t)
+    for (int64_t q = 0; head.rows + place(q) < t; ++q) scores[t * LANES + q] = -INFINITY;  // behind the query's own row
+  V largest = load(scores, Whole{}), all = set(0.0f);
+  for (int64_t t = 1; t < rows; ++t) largest = max_or_nan(largest, load(scores + t * LANES, Whole{}));
+  for (int64_t t = 0; t < rows; ++t) {
+    const V e = exp_nonpositive(sub(load(scores + t * LANES, Whole{}), largest));
+    all = add(all, e);
+    store(scores + t * LANES, e, Whole{});
+  }
+  store(inverse, div(set(1.0f), all), Whole{});
+  mix(Weights<LANES, T>{static_cast<const T*>(head.values), scores, inverse, rows, dim, 1, out}, head.count);
 }
 
 // R rows of x times O rows of a dense W from `first` on.
@@ -216,7 +300,7 @@ TARGET void dense_product(const Matrix& m, const void* inputs, int64_t rows, int
 
 template <class T>
 constexpr Kernels kernels(decltype(Kernels::product) product) {
-  return {sizeof(Input<T>), widen<T>, rounded<T>, norm<T>, swiglu<T>, product, attend<T>};
+  return {sizeof(Input<T>), widen<T>, rounded<T>, norm<T>, swiglu<T>, product, attend<T>, attend_many<T>, LANES};
 }
 
 }  // namespace

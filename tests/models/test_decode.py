@@ -1,4 +1,4 @@
-"""The native decoding step against the same layers run one by one, with AVX-512 and with what any processor has."""
+"""The native pass of few rows against the same layers run one by one, with AVX-512 and with what any processor has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models import kernels
-from models.forward import forward
+from models.forward import SequenceInput, forward
 from models.kernels import thresholds
 from models.linear import Linear
 from models.llava import Llava, from_transformers
@@ -50,13 +50,33 @@ def sessions(model: Llava) -> list[Session]:
     return made
 
 
+def parts(model: Llava, sizes: list[int], logits: int) -> list[list[SequenceInput]]:
+    """Passes over prompts of every kind of route that freezes no layers: first tokens, then parts of `sizes`, then the rest."""
+    passes: list[list[SequenceInput]] = [[] for _ in range(len(sizes) + 2)]
+    for i, route in enumerate(route for route in routes().values() if not route.frozen_layers):
+        session = Session(model, prompt(1, 40, seed=i), pixels(1, seed=i).to(model.dtype), route)
+        left = replace(session.input, logits_to_keep=logits)
+        for step, size in enumerate([1 + i, *sizes]):
+            passes[step].append(left.first(size))
+            left = left.behind(size)
+        passes[-1].append(left)
+    return passes
+
+
+def beside_ends(model: Llava) -> list[SequenceInput]:
+    """Ends of prompts whose beginnings have run, and answers."""
+    beginnings, ends = parts(model, [], logits=2)
+    assert not len(forward(model, beginnings)), "no logits before the end"
+    return [*ends, *(session.input for session in some(model))]
+
+
 def layer_by_layer(model: Llava) -> Llava:
     other = replace(model)
     other.__dict__["decode_plan"] = None
     return other
 
 
-@pytest.mark.parametrize(
+KINDS = pytest.mark.parametrize(
     ("kind", "sizes"),
     [
         ("llama", {}),
@@ -66,6 +86,9 @@ def layer_by_layer(model: Llava) -> Llava:
         ("mistral", {"heads": 8, "kv_heads": 1, "width": 8 * 160}),
     ],
 )
+
+
+@KINDS
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
 def test_equals_layer_by_layer_at_every_route(dtype, kind, sizes, instructions):
     model = build(dtype, kind, **sizes)
@@ -81,6 +104,29 @@ def test_equals_layer_by_layer_at_every_route(dtype, kind, sizes, instructions):
                 session.push(20 + step)
 
 
+@KINDS
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
+def test_parts_of_prompts_equal_layer_by_layer(dtype, kind, sizes, instructions, monkeypatch):
+    monkeypatch.setitem(thresholds.DECODE_ROWS, kernels.many_rows(), 1000)
+    model = build(dtype, kind, **sizes)
+    theirs, ours = parts(model, [9, 2, 1], logits=3), parts(model, [9, 2, 1], logits=3)
+    for wanted, found in zip(theirs, ours, strict=True):
+        assert model.decode_plan and model.decode_plan.takes(found)
+        torch.testing.assert_close(forward(model, found), forward(layer_by_layer(model), wanted), **TOLERANCE[dtype])
+        for one, other in zip(wanted, found, strict=True):
+            assert one.cache.lengths == other.cache.lengths
+            for layer in (i for i, runs in enumerate(one.route.layers) if runs):
+                torch.testing.assert_close(other.cache.keys(layer), one.cache.keys(layer), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
+def test_parts_are_the_same_bit_for_bit_beside_answers(dtype, instructions, monkeypatch):
+    monkeypatch.setitem(thresholds.DECODE_ROWS, kernels.many_rows(), 1000)
+    model = build(dtype, heads=9, kv_heads=3, width=576)
+    alone = [forward(model, [one]) for one in beside_ends(model)]
+    assert torch.equal(forward(model, beside_ends(model)), torch.cat(alone))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
 def test_a_row_is_the_same_bit_for_bit_in_any_batch(dtype, instructions):
     model = build(dtype, heads=9, kv_heads=3, width=576)
@@ -90,15 +136,21 @@ def test_a_row_is_the_same_bit_for_bit_in_any_batch(dtype, instructions):
         assert torch.equal(together, torch.stack(alone[-count:]))
 
 
-def test_more_threads_than_cores_change_nothing(instructions):
+def test_more_threads_than_cores_change_nothing(instructions, monkeypatch):
     """Threads that are taken off their cores hold chunks; others compute them once more."""
-    model, before = build(torch.bfloat16, heads=9, kv_heads=3, width=576, layers=6), torch.get_num_threads()
-    wanted = forward(model, [session.input for session in some(model)])
+    monkeypatch.setitem(thresholds.DECODE_ROWS, kernels.many_rows(), 1000)
+    model, before = build(torch.bfloat16, heads=9, kv_heads=3, width=576), torch.get_num_threads()
+    batches = [beside_ends(model), [session.input for session in some(model)]]
+    lengths = [[list(one.cache.lengths) for one in batch] for batch in batches]
+    wanted = [forward(model, batch) for batch in batches]
     try:
         for threads in (1, 2, 3, 16):
             torch.set_num_threads(threads)
             for _ in range(20):
-                assert torch.equal(forward(model, [session.input for session in some(model)]), wanted)
+                for batch, known, logits in zip(batches, lengths, wanted, strict=True):
+                    for one, rows in zip(batch, known, strict=True):
+                        one.cache.lengths[:] = rows
+                    assert torch.equal(forward(model, batch), logits)
     finally:
         torch.set_num_threads(before)
 
@@ -115,13 +167,14 @@ def some(model: Llava) -> list[Session]:
 
 
 @avx512
-def test_packed_weights_decode_as_the_dense_ones_do():
+def test_packed_weights_give_what_the_dense_ones_do(monkeypatch):
+    monkeypatch.setitem(thresholds.DECODE_ROWS, kernels.many_rows(), 1000)
     model = build(torch.bfloat16, heads=9, kv_heads=3, width=576, ffn=200)
     for layer in model.decoder_layers:
         for matrix in layer.linears().values():
             matrix.weight *= torch.rand_like(matrix.weight) < 0.5
     packed = [replace(layer, **{name: PackedLinear.of(m) for name, m in layer.linears().items()}) for layer in model.decoder_layers]
-    both = [forward(one, [s.input for s in some(one)]) for one in (model, replace(model, decoder_layers=packed))]
+    both = [forward(one, beside_ends(one)) for one in (model, replace(model, decoder_layers=packed))]
     assert torch.equal(*both)
 
 
