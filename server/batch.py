@@ -11,7 +11,6 @@ from torch import Tensor
 
 from models.forward import SequenceInput, decode_input, forward
 from models.llava import Llava
-from server.load import LEAST_TOKENS
 from server.running import Running
 from server.scheduler import share
 
@@ -35,11 +34,11 @@ class Part:
         return 0 if self.one.answering else len(self.input) * sum(self.input.route.layers)
 
 
-def part_tokens(model: Llava, wanted: int, answers: int) -> int:
-    """Tokens of prompts that run beside answers: `wanted`, or as many as run with them in one native call. Layer by layer, parts of
-    twice that size and more are worth it."""
-    native = model.decode_plan.max_rows - answers if model.decode_plan else 0
-    return native if answers and LEAST_TOKENS <= native < wanted < 2 * native else wanted
+def native_tokens(model: Llava, running: Sequence[Running]) -> int:
+    """Tokens of prompts that run with the answers in one native call."""
+    if model.decode_plan is None or any(one.input.text_rows is not None for one in running):
+        return 0
+    return max(0, model.decode_plan.max_rows - sum(one.answering for one in running))
 
 
 def divide(running: Sequence[Running], budget: int) -> tuple[list[Part], list[Part]]:

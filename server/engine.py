@@ -28,7 +28,7 @@ from models.vision.features import ImageFeatures
 from pruning.dynamic.planner import Planner
 from pruning.dynamic.token_policy import TokenPolicy
 from server.answering import Answering
-from server.batch import divide, lay_out, part_tokens, run_pass
+from server.batch import divide, lay_out, native_tokens, run_pass
 from server.ended import count_ended
 from server.errors import ContextTooLong, DeadlineMissed, EspalierError, Overloaded, ShuttingDown
 from server.load import DefaultLevel, WorkRate
@@ -419,8 +419,9 @@ class Engine:
     def _run_batch(self) -> None:
         """A token for each answer, and a part of the prompts beside them."""
         started, running = time.monotonic(), list(self._running.values())
-        tokens = self._work.pass_tokens(self.model.num_layers, self._max_prefill, self._prompts_per_answer())
-        answers, prompts = divide(running, part_tokens(self.model, tokens, sum(one.answering for one in running)))
+        native = native_tokens(self.model, running)
+        tokens = self._work.pass_tokens(self.model.num_layers, self._max_prefill, self._prompts_per_answer(), native)
+        answers, prompts = divide(running, tokens)
         rows = sum(part.prefill_rows for part in prompts)
         results = run_pass(self.model, answers, prompts)
         seconds = time.monotonic() - started

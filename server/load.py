@@ -13,8 +13,8 @@ SMOOTHING = 0.1
 """Weight of the newest measurement."""
 STRETCH = 1.5
 """How much longer prompts may make a pass, over one in which all only answer; so many times more if more wait than are answered."""
-LEAST_TOKENS = 16
-"""Tokens of prompts that a pass runs beside answers however long it takes."""
+LEAST_TOKENS, LEAST_NATIVE_TOKENS = 16, 8
+"""Tokens of prompts that a pass runs beside answers however long it takes: layer by layer, and in one native call."""
 
 
 @dataclass
@@ -60,15 +60,19 @@ class WorkRate:
     def observe_answer(self, tokens: int) -> None:
         self.answer_tokens = _smooth(self.answer_tokens, tokens)
 
-    def pass_tokens(self, layers: int, most: int, prompts_per_answer: float) -> int:
+    def pass_tokens(self, layers: int, most: int, prompts_per_answer: float, native: int) -> int:
         """Tokens of prompts that the next pass may run: `most`, or fewer beside answers, which then go on at nearly their own pace.
 
         Where several wait for each that is answered, answers give way to as many: small parts of prompts cost more than large ones.
+        Up to `native` tokens run with the answers in one native call. Parts that run layer by layer instead are worth it from about
+        twice that size on.
         """
         if prompts_per_answer == inf:
             return most
         seconds, stretch = self.prefill_row.value * layers, STRETCH * max(1.0, prompts_per_answer)
-        return min(most, max(LEAST_TOKENS, int(stretch * self.decode_pass / seconds))) if seconds else LEAST_TOKENS
+        least = LEAST_TOKENS if native < LEAST_NATIVE_TOKENS else LEAST_NATIVE_TOKENS
+        tokens = max(least, int(stretch * self.decode_pass / seconds)) if seconds else least
+        return min(most, native if least <= native < tokens < 2 * native else tokens)
 
     def prompt_seconds(self, prefill_rows: float, visual_tokens: int) -> float:
         """Estimated engine time before a request's first token."""

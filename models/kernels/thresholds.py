@@ -30,8 +30,8 @@ at 616. torch reaches 70 to 80 in bfloat16 and 160 in float32."""
 PACKED = {"amx": 640, "bfloat16": 48}
 """Rows up to which our kernels multiply a packed weight; more are faster through dense parts."""
 DECODE_ROWS = {"amx": 8, "float32": 40, "bfloat16": 32}
-"""Rows of answers and of parts of prompts that run in one native call; more run layer by layer. On a Xeon without AMX, `smol-135m`, ms
-of one thread: 32 and 48 rows of a prompt behind 1,000 beside four answers 138 and 202, layer by layer 141 and 190; 24 and 40
+"""Rows of answers and of parts of prompts that run in one native call; more run layer by layer. Ms of one thread on a Xeon without
+AMX, `smol-135m`: 32 and 48 rows of a prompt behind 1,000 beside four answers 138 and 202, layer by layer 141 and 190; 24 and 40
 answers behind 600 rows 133 and 218, layer by layer 279 and 403. With AMX, whose tiles that call does not use: not measured."""
 BITMASK_GPU = 16
 """Rows that a GPU multiplies from a bitmask weight. Not measured yet."""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.load import LEAST_TOKENS, STRETCH, WorkRate
+from server.load import LEAST_NATIVE_TOKENS, LEAST_TOKENS, STRETCH, WorkRate
 from server.scheduler import NeverFits, QueueFull, ScheduledRequest, Scheduler, share
 
 rows = st.integers(0, 60)
@@ -290,10 +290,18 @@ def test_the_shortest_prompt_comes_next() -> None:
 
 def test_prompts_leave_answers_their_pace() -> None:
     work = WorkRate()
-    assert work.pass_tokens(10, 1000, 1.0) == LEAST_TOKENS
+    assert [work.pass_tokens(10, 1000, 1.0, native) for native in (0, 36)] == [LEAST_TOKENS, LEAST_NATIVE_TOKENS]
     work.observe_pass(0.1, prefill_rows=0, new_tokens=4)
     work.observe_pass(2.0, prefill_rows=10 * 1000, new_tokens=0)
-    assert work.pass_tokens(10, 1000, inf) == 1000
+    assert work.pass_tokens(10, 1000, inf, 36) == 1000
     for prompts_per_answer in (0.25, 1.0):
-        assert work.pass_tokens(10, 1000, prompts_per_answer) == int(STRETCH * 0.1 / 0.002)
-    assert work.pass_tokens(10, 1000, 3.0) == int(3 * STRETCH * 0.1 / 0.002), "three wait for each that is answered"
+        assert work.pass_tokens(10, 1000, prompts_per_answer, 0) == int(STRETCH * 0.1 / 0.002)
+    assert work.pass_tokens(10, 1000, 3.0, 0) == int(3 * STRETCH * 0.1 / 0.002), "three wait for each that is answered"
+
+
+def test_parts_are_as_large_as_one_native_call_takes() -> None:
+    work = WorkRate()
+    work.observe_pass(0.1, prefill_rows=0, new_tokens=4)
+    work.observe_pass(1.5 * 0.1, prefill_rows=60, new_tokens=0)
+    sizes = {native: work.pass_tokens(1, 1000, 1.0, native) for native in (4, 8, 30, 31, 59, 60, 100)}
+    assert sizes == {4: 60, 8: 60, 30: 60, 31: 31, 59: 59, 60: 60, 100: 60}
