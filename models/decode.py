@@ -147,7 +147,7 @@ class DecodePlan:
         ))  # fmt: skip
         # Its type is said: loading another checkpoint changes the default one for all threads meanwhile.
         logits = torch.empty(sum(one.logits_to_keep for one in batch), self.model.head.outputs, dtype=torch.float32)
-        self.native.decode_step(ctypes.byref(self.model), requests, len(batch), logits.data_ptr(), torch.get_num_threads())
+        self.native.run_few_rows(ctypes.byref(self.model), requests, len(batch), logits.data_ptr(), torch.get_num_threads())
         return logits
 
 

@@ -67,14 +67,14 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def decoding_library() -> ctypes.CDLL | None:
-    """The same with `decode_step` alone, which runs on any processor but x86-64 without AVX2."""
+    """The same with `run_few_rows` alone, which runs on any processor but x86-64 without AVX2."""
     found = _built()
-    if found is not None and not hasattr(found, "decode_step"):
+    if found is not None and not hasattr(found, "run_few_rows"):
         log.warning("native CPU kernels were built from older sources, and decoding is slower: install again")
         return None
     if found is None or not found.portable_supported():
         return None
-    found.decode_step.argtypes, found.decode_step.restype = [POINTER, POINTER, COUNT, POINTER, INT], None
+    found.run_few_rows.argtypes, found.run_few_rows.restype = [POINTER, POINTER, COUNT, POINTER, INT], None
     return found
 
 

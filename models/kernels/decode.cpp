@@ -399,7 +399,7 @@ int portable_supported() {
 
 // The new rows of `count` requests through all layers that they run, to the logits [rows, vocabulary] that are wanted. Keys and values
 // are appended; the caller counts them, and has seen to it that there is room.
-void decode_step(const decode::Model* model, const decode::Request* requests, int64_t count, float* logits, int threads) {
+void run_few_rows(const decode::Model* model, const decode::Request* requests, int64_t count, float* logits, int threads) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const decode::Kernels* const kernels = model->avx512 ? decode::avx512_kernels(model->bf16) : decode::portable_kernels(model->bf16);
