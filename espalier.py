@@ -190,18 +190,24 @@ def calibrate(
     data: DATA = None,
     samples: Annotated[int, typer.Option(min=1, help="Pictures, each with one of its questions.")] = 128,
     seed: Annotated[int, typer.Option(help="Which pictures and questions.")] = 0,
+    patch_ratio: Annotated[
+        list[str] | None,
+        typer.Option(help="LEVEL=SHARE of the patches that the vision tower's later layers see, such as strong=0.5; may repeat."),
+    ] = None,
     device: DEVICE = "cpu",
     dtype: DTYPE = "auto",
 ) -> None:
     """Measure how much each layer changes the hidden state and store it in the manifest: levels then know what to skip."""
     from checkpoints.shipped import resolve
+    from pruning.dynamic.levels import read_patch_ratio
     from pruning.layer_importance import calibrate as measure
     from pruning.samples import choose
 
     console = Console(highlight=False, markup=False)
     with _plain_errors():
+        ratios = read_patch_ratio(patch_ratio or [])
         directory = resolve(checkpoint, write=True)
-        found = measure(directory, choose(data, directory), samples, seed, device, dtype)
+        found = measure(directory, choose(data, directory), samples, seed, device, dtype, patch_ratio=ratios)
         for layer, change in enumerate(found.layer_change):
             console.print(f"layer {layer:2d}  {change:.4f}  {'#' * round(change * 60)}")
         console.print(f"stored in the manifest of {directory}")

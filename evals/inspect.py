@@ -39,6 +39,7 @@ def run(
         shares = ", ".join(f"{name} {share:.1%}" for name, share in zeros.items())
         console.print(f"pruned elsewhere, for nothing is told of it; zeros: {shares}")
     _show_formats(checkpoint)
+    console.print(tower_line(model))
     _show_layer_change(manifest.layer_change)
     router = RouterRecord.of(manifest)
     _show_router(router)
@@ -111,6 +112,14 @@ def _show_formats(checkpoint: Checkpoint) -> None:
     if model.device.type == "cpu":
         plan = model.decode_plan
         console.print(f"decoding: {f'one native call a step, {plan.instructions}' if plan else 'layer by layer'}")
+
+
+def tower_line(model: Llava) -> str:
+    """What levels can do to the vision tower."""
+    layer = model.vision.tower.merge_layer
+    if layer is None:
+        return "vision tower: convolutional, whole at every level"
+    return f"vision tower: a transformer; levels may merge patches in its layer {layer} (`espalier calibrate --patch-ratio`)"
 
 
 def _show_layer_change(change: Sequence[float] | None) -> None:

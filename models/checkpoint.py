@@ -55,11 +55,7 @@ def load(directory: Path, device: str = "cpu", dtype: str = "auto", quantization
     if eos is None:
         eos = source.model.config.text_config.eos_token_id
     model = from_transformers(source.model, quantization, quantized, device)
-    if manifest.calibration and len(manifest.calibration.layer_change) != model.num_layers:
-        raise CheckpointError(
-            f"{directory / MANIFEST}: calibration.layer_change has {len(manifest.calibration.layer_change)} values for "
-            f"{model.num_layers} layers; remove `calibration` and run `espalier calibrate`"
-        )
+    check_manifest(directory, manifest, model)
     return Checkpoint(
         directory=directory,
         name=source.name,
@@ -70,6 +66,19 @@ def load(directory: Path, device: str = "cpu", dtype: str = "auto", quantization
         fingerprint=source.fingerprint,
         quantization=quantization,
     )
+
+
+def check_manifest(directory: Path, manifest: Manifest, model: Llava) -> None:
+    """Raise CheckpointError for what a manifest says of another model than this one."""
+    if manifest.calibration and len(manifest.calibration.layer_change) != model.num_layers:
+        raise CheckpointError(
+            f"{directory / MANIFEST}: calibration.layer_change has {len(manifest.calibration.layer_change)} values for "
+            f"{model.num_layers} layers; remove `calibration` and run `espalier calibrate`"
+        )
+    if manifest.patch_ratio and model.vision.tower.merge_layer is None:
+        raise CheckpointError(
+            f"{directory / MANIFEST}: patch_ratio needs a vision transformer, and this tower is convolutional; remove it"
+        )
 
 
 @dataclass

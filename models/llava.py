@@ -108,9 +108,10 @@ class Llava:
     def visual_tokens_per_image(self) -> int:
         return visual_tokens_per_image(self.config)
 
-    def encode(self, pixels: Tensor, layout: Layout) -> ImageFeatures:
-        """One picture, its tiles `pixels` [tiles, 3, height, width], to the features of its prompt [1, visual_tokens, width]."""
-        features = self.vision(pixels.to(self.device, self.dtype))
+    def encode(self, pixels: Tensor, layout: Layout, patch_ratio: float = 1.0) -> ImageFeatures:
+        """One picture, its tiles `pixels` [tiles, 3, height, width], to the features of its prompt [1, visual_tokens, width]. The
+        tower's later layers see `patch_ratio` of the patches."""
+        features = self.vision(pixels.to(self.device, self.dtype), patch_ratio)
         if not layout.newline:
             return features
         return ImageFeatures(arrange(features.tokens, layout, self.newline)[None], layout=layout)

@@ -63,6 +63,9 @@ class Manifest(BaseModel):
     base_model: str | None = None
     trained_on: str | None = Field(default=None, description="The data that it was trained on, if that ships with Espalier.")
     calibration: Calibration | None = None
+    patch_ratio: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=dict, description="Share of the patches that the vision tower's later layers see, by level; else all."
+    )
     pruning: Pruning | None = None
     router: dict[str, Any] | None = Field(default=None, description="The router beside the weights, as `pruning.dynamic` reads it.")
     cards: dict[str, dict[str, Any]] = Field(default_factory=dict, description="What each level was measured to do.")

@@ -271,7 +271,8 @@ class Engine:
     def _check_answer(self) -> None:
         if not self._shadow.idle:
             rows = CHECK_TOKENS * self.model.num_layers
-            self._watch(time.monotonic(), self._work.prompt_seconds(rows, 0) + self._work.decode_pass)
+            expected = self._work.prompt_seconds(rows, self._shadow.visual_tokens) + self._work.decode_pass
+            self._watch(time.monotonic(), expected)
             self._shadow.step()
             self._pass = None
 
@@ -400,7 +401,7 @@ class Engine:
 
     def _encode(self, request: Request, images: Sequence[PreparedImage]) -> None:
         started = time.monotonic()
-        self._encoding[request.id] += [self._prefill.encode(image) for image in images]
+        self._encoding[request.id] += [self._prefill.encode(image, request.level) for image in images]
         seconds = time.monotonic() - started
         request.timings["encode"] = request.timings.get("encode", 0.0) + seconds
         self._work.visual_token.observe(seconds, sum(image.picture.layout.visual_tokens for image in images))

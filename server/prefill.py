@@ -37,7 +37,7 @@ class Prefill:
     ) -> None:  # fmt: skip
         self._checkpoint, self._planner, self._metrics = checkpoint, planner, metrics
         self._default_level, self._cached_images = default_level, cached_images
-        self._features: OrderedDict[tuple[str, Layout], ImageFeatures] = OrderedDict()
+        self._features: OrderedDict[tuple[str, Layout, float], ImageFeatures] = OrderedDict()
         self._prefixes = PrefixCache(prefix_rows)
         self._yes_no = YesNo(checkpoint.preprocessor.vocab_size, checkpoint.preprocessor.token_bytes)
 
@@ -45,6 +45,9 @@ class Prefill:
         """Plan the route; the request's level becomes that of the plan."""
         started = time.monotonic()
         plan = self._planner.plan(request.level, request.reason, request.prompt, features, follow_up=request.follow_up)
+        if self._patch_ratio(plan.level) != self._patch_ratio(request.level):  # the router failed: `off` has the whole tower
+            whole = [self.encode(image, plan.level) for image in request.images]
+            plan = self._planner.plan(plan.level, plan.reason, request.prompt, whole)
         request.timings["route"] = time.monotonic() - started
         if plan.level != request.level:
             log.warning("request %s runs at level %s: %s", request.id, plan.level, plan.reason)
@@ -82,13 +85,14 @@ class Prefill:
             confidence=Confidence(request, self._yes_no, preprocessor.token_bytes, ends, max_new_tokens),
         )  # fmt: skip
 
-    def encode(self, image: PreparedImage) -> ImageFeatures:
-        """An image's features [1, visual_tokens, width], remembered by content: encoding does not depend on the level."""
-        key = (image.digest, image.picture.layout)
+    def encode(self, image: PreparedImage, level: str) -> ImageFeatures:
+        """An image's features [1, visual_tokens, width] as a level's tower sees it, remembered by content and share of patches."""
+        picture, ratio = image.picture, self._patch_ratio(level)
+        key = (image.digest, picture.layout, ratio)
         features = self._features.get(key)
         self._metrics.cache_queries.labels("image").inc()
         if features is None:
-            features = self._checkpoint.model.encode(image.picture.pixels, image.picture.layout)
+            features = self._checkpoint.model.encode(picture.pixels, picture.layout, ratio)
         else:
             self._metrics.cache_hits.labels("image").inc()
         self._features[key] = features
@@ -97,9 +101,12 @@ class Prefill:
             self._features.popitem(last=False)
         return features
 
+    def _patch_ratio(self, level: str) -> float:
+        return self._planner.menu[level].patch_ratio
+
     def known(self, digest: str, layout: Layout) -> ImageFeatures | None:
-        """The features of an image that has not been forgotten."""
-        return self._features.get((digest, layout))
+        """The features, by the whole tower, of an image that has not been forgotten."""
+        return self._features.get((digest, layout, 1.0))
 
     def _find_prefix(self, request: Request, plan: Plan) -> Prefix | None:
         """What an earlier request left of the same beginning at the same route."""

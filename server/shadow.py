@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
+from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.families import Layout
 from models.forward import SequenceInput, forward, prefill_input
 from models.kv_cache import KVCache
+from models.vision.features import ImageFeatures
 from pruning.dynamic.planner import Planner
 from server.metrics import Metrics
 from server.prefill import Prefill
@@ -30,12 +32,14 @@ ID = "shadow"
 
 @dataclass(frozen=True)
 class Sample:
-    """A finished answer: its prompt's tokens, which pictures they show, and the answer's tokens."""
+    """A finished answer: its prompt's tokens, which pictures they show, and the answer's tokens. `pixels` of the pictures, where
+    the level's tower did not see all of them."""
 
     level: str
     prompt: tuple[int, ...]
     images: tuple[tuple[str, Layout], ...]
     answer: tuple[int, ...]
+    pixels: tuple[Tensor, ...] = ()
 
 
 class Shadow:
@@ -52,6 +56,7 @@ class Shadow:
         self._share, self._random = share, Random(0)
         self._waiting: deque[Sample] = deque()
         self._checked: Sample | None = None
+        self._seen: list[ImageFeatures] = []  # the pictures of the answer that is being checked
         self._left: SequenceInput | None = None
 
     @property
@@ -66,40 +71,64 @@ class Shadow:
             return
         if len(self._waiting) < MAX_WAITING and len(answer) <= MAX_TOKENS and self._model.config.image_token_id not in answer:
             images = tuple((image.digest, image.picture.layout) for image in request.images)
-            self._waiting.append(Sample(one.plan.level, tuple(request.prompt), images, tuple(answer)))
+            partly = self._planner.menu[one.plan.level].patch_ratio < 1
+            pixels = tuple(image.picture.pixels for image in request.images) if partly else ()
+            self._waiting.append(Sample(one.plan.level, tuple(request.prompt), images, tuple(answer), pixels))
+
+    @property
+    def visual_tokens(self) -> int:
+        """Of the picture that the next step may encode."""
+        sample = self._checked
+        return sample.images[len(self._seen)][1].visual_tokens if sample and self._unseen(sample) else 0
 
     def give_way(self) -> None:
         """Forget the answer that is being checked: somebody has come."""
         self._checked = self._left = None
+        self._seen = []
         self._kv.free(ID)
 
     def step(self) -> None:
         """One small pass of a check. An error ends the check alone."""
         try:
-            if self._left is None:
-                self._begin(self._waiting.popleft())
+            self._checked = sample = self._checked or self._waiting.popleft()
+            if self._unseen(sample):
+                self._see(sample)
+            elif self._left is None:
+                self._begin(sample)
             else:
-                self._go_on(self._left)
+                self._go_on(sample, self._left)
         except Exception:
             log.exception("an answer could not be checked against level off")
             self.give_way()
 
+    def _unseen(self, sample: Sample) -> int:
+        return len(sample.images) - len(self._seen)
+
+    def _see(self, sample: Sample) -> None:
+        """The features of a picture as the whole tower sees it. One that is forgotten is encoded if the level saw less of it; else
+        the check ends."""
+        place = len(self._seen)
+        digest, layout = sample.images[place]
+        features = self._prefill.known(digest, layout)
+        if features is None and sample.pixels:
+            features = self._model.encode(sample.pixels[place], layout)
+        if features is None:
+            self.give_way()
+        else:
+            self._seen.append(features)
+
     def _begin(self, sample: Sample) -> None:
-        """Lay out prompt and answer, unless the pictures are forgotten or the rows do not fit."""
-        known = [self._prefill.known(*image) for image in sample.images]
-        features = [one for one in known if one is not None]
-        if len(features) < len(known):
-            return
-        plan = self._planner.plan("off", ID, sample.prompt, features)
+        """Lay out prompt and answer, unless the rows do not fit."""
+        plan = self._planner.plan("off", ID, sample.prompt, self._seen)
         rows = plan.route.rows(len(sample.prompt) + len(sample.answer))
         if sum(rows) > self._kv.budget:
+            self.give_way()
             return
         ids = torch.tensor([*sample.prompt, *sample.answer[:-1]], device=self._model.device)
         cache = self._kv.allocate(ID, rows)
         self._left = prefill_input(self._model, ids, plan.visual, plan.route, cache, logits_to_keep=len(sample.answer))
-        self._checked = sample
 
-    def _go_on(self, left: SequenceInput) -> None:
+    def _go_on(self, sample: Sample, left: SequenceInput) -> None:
         more = len(left) - left.logits_to_keep
         if more > 0:
             rows = min(more, MAX_TOKENS)
@@ -107,7 +136,6 @@ class Shadow:
             self._left = left.behind(rows)
             return
         likeliest = forward(self._model, [left]).argmax(-1).tolist()
-        assert self._checked
-        self._metrics.shadow_compared.labels(self._checked.level).inc()
-        self._metrics.shadow_equal.labels(self._checked.level).inc(likeliest == list(self._checked.answer))
+        self._metrics.shadow_compared.labels(sample.level).inc()
+        self._metrics.shadow_equal.labels(sample.level).inc(likeliest == list(sample.answer))
         self.give_way()

@@ -244,8 +244,14 @@ class EfficientNetTower:
     module: EfficientNetLiteTower
     native: NativeEfficientNet | None = None
 
+    @property
+    def merge_layer(self) -> None:
+        """There are no patches to merge."""
+
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> ImageFeatures:
+    def __call__(self, pixels: Tensor, patch_ratio: float = 1.0) -> ImageFeatures:
+        if patch_ratio < 1:
+            raise ValueError("a convolutional tower has no patches to merge")
         maps = self.module.maps(pixels) if self.native is None else self._maps(self.native, pixels)
         return ImageFeatures(self.module.tokens(maps).to(pixels.dtype), pixels.new_zeros(len(pixels), 0))
 

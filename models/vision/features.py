@@ -36,7 +36,15 @@ class ImageFeatures:
 class VisionTower(Protocol):
     """A network from pixels to the features that the projector reads."""
 
-    def __call__(self, pixels: Tensor) -> ImageFeatures: ...
+    @property
+    def merge_layer(self) -> int | None:
+        """The layer behind which patches can be merged; None where there are no patches, but maps."""
+        ...
+
+    def __call__(self, pixels: Tensor, patch_ratio: float = 1.0) -> ImageFeatures:
+        """Of `pixels` [images, 3, height, width]. Layers behind `merge_layer` run on `patch_ratio` of the patches; the tokens are
+        as many as ever."""
+        ...
 
     def linears(self) -> dict[str, AnyLinear]:
         """Every matrix by name, `3.qkv` and the like."""
@@ -51,13 +59,13 @@ class VisionEncoder:
     projector: tuple[AnyLinear, AnyLinear]
     activation: str
 
-    def __call__(self, pixels: Tensor) -> ImageFeatures:
+    def __call__(self, pixels: Tensor, patch_ratio: float = 1.0) -> ImageFeatures:
         """Encode `pixels` [images, 3, height, width], normalised, in the model's dtype; tokens are as wide as the text model."""
         if pixels.device.type == "cpu" and len(pixels) > MAX_CPU_BATCH:
-            parts = [self(part) for part in pixels.split(MAX_CPU_BATCH)]
+            parts = [self(part, patch_ratio) for part in pixels.split(MAX_CPU_BATCH)]
             attention = [part.attention for part in parts if part.attention is not None]
             return ImageFeatures(torch.cat([part.tokens for part in parts]), torch.cat(attention) if attention else None)
-        features = self.tower(pixels)
+        features = self.tower(pixels, patch_ratio)
         first, second = self.projector
         rows = features.tokens.flatten(0, 1)  # which the CPU kernels take
         tokens = second(activate(first(rows), self.activation)).unflatten(0, features.tokens.shape[:2])

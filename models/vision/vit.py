@@ -20,6 +20,7 @@ from models.layer_shapes import layer_shapes
 from models.linear import Linear, fuse
 from models.sparse import AnyLinear
 from models.vision.features import ImageFeatures, activate
+from models.vision.patch_merging import MergedRows
 
 ROW_MULTIPLE = 8
 """Rows are padded to a multiple of this: CPU products lose a fifth of their rate at row counts like 577."""
@@ -44,23 +45,33 @@ class VisionTransformer:
     pre_norm: tuple[Tensor, Tensor] | None
     layers: list[EncoderLayer]
 
-    def __call__(self, pixels: Tensor) -> ImageFeatures:
+    @property
+    def merge_layer(self) -> int:
+        """The middle one, behind whose attention patches are merged. `embedded` loses 0.5 points there, and 3.5 a layer earlier."""
+        return (len(self.layers) + 1) // 2
+
+    def __call__(self, pixels: Tensor, patch_ratio: float = 1.0) -> ImageFeatures:
+        """Behind `merge_layer` rows stand for `patch_ratio` of the patches; their outputs are given to all places that they stand
+        for."""
         config, vit = self.config, self.config.vision_config
-        images, width = len(pixels), vit.hidden_size
-        tokens = F.conv2d(pixels, *self.patch_embedding, stride=vit.patch_size).flatten(2).transpose(1, 2)
-        if self.class_embedding is not None:
-            tokens = torch.cat([self.class_embedding.expand(images, 1, -1), tokens], dim=1)
-        tokens = tokens + self.position_embedding
-        rows = tokens.shape[1]
-        x = F.pad(tokens.reshape(-1, width), (0, 0, 0, -images * rows % ROW_MULTIPLE))
+        tokens = self._embed(pixels)
+        images, rows, width = tokens.shape
+        first = int(self.class_embedding is not None)
+        keep = first + max(1, round((rows - first) * patch_ratio))
+        x = _pack(tokens)
         if self.pre_norm is not None:
             x = F.layer_norm(x, (width,), *self.pre_norm, vit.layer_norm_eps)
         wanted, outputs = feature_layers(config), {}
-        attention = torch.empty(0)
+        attention, merged = torch.empty(0), None
         for index, layer in enumerate(self.layers, 1):
-            x, attention = self._layer(x, layer, images, rows, last=index == len(self.layers))
+            x, keys, attention = self._attend(x, layer, images, rows, merged, last=index == len(self.layers))
+            if index == self.merge_layer and keep < rows:
+                merged = MergedRows.of(keys.float().mean(2), keep, first)
+                x, rows = _pack(merged.means(x[: images * rows].view(images, rows, width))), keep
+            x = self._mlp(x, layer)
             if index in wanted:
-                outputs[index] = x[: images * rows].view(images, rows, width)
+                output = x[: images * rows].view(images, rows, width)
+                outputs[index] = merged.unmerge(output) if merged else output
         features = torch.cat([outputs[i] for i in wanted], dim=-1) if len(wanted) > 1 else outputs[wanted[0]]
         leaves_out_first = config.vision_feature_select_strategy == "default"
         if self.class_embedding is None:
@@ -70,9 +81,19 @@ class VisionTransformer:
         # "full" keeps the class token as a visual token, which must never be dropped.
         return ImageFeatures(features, F.pad(attention, (1, 0), value=1.0))
 
-    def _layer(self, x: Tensor, layer: EncoderLayer, images: int, rows: int, *, last: bool) -> tuple[Tensor, Tensor]:
-        """One layer on packed rows [images * rows + padding, width]; of the `last` one also the class token's attention,
-        if there is one."""
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """Patches, behind the class token if there is one, with their positions: [images, rows, width]."""
+        patches = F.conv2d(pixels, *self.patch_embedding, stride=self.config.vision_config.patch_size).flatten(2).transpose(1, 2)
+        if self.class_embedding is not None:
+            patches = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], dim=1)
+        return patches + self.position_embedding
+
+    def _attend(
+        self, x: Tensor, layer: EncoderLayer, images: int, rows: int, merged: MergedRows | None, *, last: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A layer's attention on packed rows [images * rows + padding, width], its keys [images, rows, heads, dim], and of the
+        `last` layer the class token's attention to each patch, if there is one. A row that stands for n places has log n added to
+        its scores (ToMe's proportional attention)."""
         vit = self.config.vision_config
         width = x.shape[-1]
         dim = width // vit.num_attention_heads
@@ -83,13 +104,22 @@ class VisionTransformer:
         for image in range(images):
             here = slice(image * rows, (image + 1) * rows)
             query, key, value = qkv[here].view(rows, 3, heads, dim).unbind(1)
-            keys, values = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
-            mixed[here] = attend(query, keys, values, scale=dim**-0.5, causal=False).reshape(rows, -1)
+            key, value = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+            sizes = merged.sizes[image] if merged else None
+            bias = None if sizes is None else sizes.log().to(x.dtype)
+            mixed[here] = attend(query, key, value, scale=dim**-0.5, causal=False, bias=bias).reshape(rows, -1)
             if last and self.class_embedding is not None:
-                attention.append(class_attention(query[0], keys))
-        x = layer.out(mixed).add_(x)
-        hidden = activate(layer.up(F.layer_norm(x, (width,), *layer.norm2, vit.layer_norm_eps)), vit.hidden_act)
-        return layer.down(hidden).add_(x), torch.stack(attention) if attention else torch.empty(0)
+                attention.append(class_attention(query[0], key, sizes))
+        keys = qkv[: images * rows].view(images, rows, 3, heads, dim)[:, :, 1]
+        if not attention:
+            return layer.out(mixed).add_(x), keys, torch.empty(0)
+        seen = torch.stack(attention)[..., None]
+        return layer.out(mixed).add_(x), keys, (merged.unmerge(seen) if merged else seen)[:, 1:, 0]
+
+    def _mlp(self, x: Tensor, layer: EncoderLayer) -> Tensor:
+        vit = self.config.vision_config
+        hidden = activate(layer.up(F.layer_norm(x, (x.shape[-1],), *layer.norm2, vit.layer_norm_eps)), vit.hidden_act)
+        return layer.down(hidden).add_(x)
 
     def linears(self) -> dict[str, AnyLinear]:
         return {f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(self.layers) for name in ("qkv", "out", "up", "down")}
@@ -113,10 +143,19 @@ def feature_layers(config: PreTrainedConfig) -> list[int]:
     return [i % total for i in ([chosen] if isinstance(chosen, int) else chosen)]
 
 
-def class_attention(query: Tensor, keys: Tensor) -> Tensor:
-    """Attention of the class token, `query` [heads, dim], to every patch, mean over heads: [patches] in float32."""
+def _pack(tokens: Tensor) -> Tensor:
+    """Tokens [images, rows, width] as [images * rows + padding, width]."""
+    x = tokens.flatten(0, 1)
+    return F.pad(x, (0, 0, 0, -len(x) % ROW_MULTIPLE))
+
+
+def class_attention(query: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """Attention of the class token, `query` [heads, dim], to every row, itself first, mean over heads: [rows] in float32. Where
+    rows stand for `sizes` [rows] places, to each of a row's places."""
     logits = (keys.float() @ query.float()[:, :, None])[:, :, 0] * query.shape[-1] ** -0.5
-    return logits.softmax(-1).mean(0)[1:]
+    if sizes is None:
+        return logits.softmax(-1).mean(0)
+    return (logits + sizes.log()).softmax(-1).mean(0) / sizes
 
 
 def check_supported(config: PreTrainedConfig) -> None:

@@ -42,7 +42,8 @@ class OperatingPoint:
 @dataclass(frozen=True)
 class Level:
     """What a request may ask for. With several `operating_points`, the whole model last, a router chooses among them by question;
-    `visual_ratio` is what they keep on average. Questions that follow an answer in their chat have a cost weight of their own."""
+    `visual_ratio` is what they keep on average. Questions that follow an answer in their chat have a cost weight of their own.
+    `patch_ratio` is the share of the patches that the vision tower's later layers see."""
 
     name: str
     description: str
@@ -51,6 +52,7 @@ class Level:
     cost_weight: float = 0.0
     follow_up_cost_weight: float = 0.0
     card: dict[str, Any] | None = None
+    patch_ratio: float = 1.0
 
     @property
     def routed(self) -> bool:
@@ -91,6 +93,30 @@ def fixed_menu(
         text = f"{ratio:.0%} of the visual tokens, {layers - skipped} of {layers} layers" if ratio < 1 else "the whole model"
         menu[name] = Level(name, text, ratio, (OperatingPoint(ratio, skipped),), card=(cards or {}).get(name))
     return menu
+
+
+def check_patch_ratio(ratios: Mapping[str, float]) -> None:
+    """Raise ValueError for a level that may not see less, or a share that is none. `off` is what all others are compared with, and
+    `auto` promises what was measured with the whole tower."""
+    allowed = [name for name, *_ in SIZES if name != "off"]
+    for name, ratio in ratios.items():
+        if name not in allowed:
+            raise ValueError(f"patch_ratio {name}: the levels that may have one are {', '.join(allowed)}")
+        if not 0 < ratio <= 1:
+            raise ValueError(f"patch_ratio {name}: must be above 0 and at most 1, not {ratio:g}")
+
+
+def read_patch_ratio(given: Sequence[str]) -> dict[str, float]:
+    """What the command line says, such as ["strong=0.5"]. Raises ValueError."""
+    ratios = {}
+    for one in given:
+        name, _, share = one.partition("=")
+        try:
+            ratios[name] = float(share)
+        except ValueError as error:
+            raise ValueError(f"patch_ratio must be LEVEL=SHARE, such as strong=0.5, not {one[:40]!r}") from error
+    check_patch_ratio(ratios)
+    return ratios
 
 
 def layers_to_run(layers: int, skipped: int, layer_change: Sequence[float] | None) -> tuple[bool, ...]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
+from models.errors import CheckpointError
 from models.families import Layout
 from models.flops import flops_ratio, prefill_flops
+from models.manifest import MANIFEST
 from models.route import Route
 from models.vision.features import ImageFeatures
-from pruning.dynamic.levels import AUTO, Level, OperatingPoint, fixed_menu, layers_to_freeze, layers_to_run
+from pruning.dynamic.levels import AUTO, Level, OperatingPoint, check_patch_ratio, fixed_menu, layers_to_freeze, layers_to_run
 from pruning.dynamic.router import RequestRouting, RouterFailed, score_request, text_window
 from pruning.dynamic.router_file import RouterRecord, load_router
 from pruning.dynamic.token_merging import KeptTokens, merge_tokens
@@ -123,12 +126,27 @@ class Planner:
 
 
 def load_menu(checkpoint: Checkpoint, *, routed: bool = True) -> dict[str, Level]:
-    """The menu that a checkpoint's manifest describes; without the router (`routed`) its budgets are not what was measured."""
+    """The menu that a checkpoint's manifest describes; without the router (`routed`) its budgets are not what was measured.
+
+    Raises CheckpointError for what it says of levels that there are not.
+    """
     manifest = checkpoint.manifest
     menu = fixed_menu(manifest.layer_change, checkpoint.model.num_layers, manifest.cards)
-    record = RouterRecord.of(manifest) if routed else None
-    if record is None:
-        return menu
+    if record := RouterRecord.of(manifest) if routed else None:
+        menu |= _routed_menu(record, manifest.cards)
+    try:
+        check_patch_ratio(manifest.patch_ratio)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.directory / MANIFEST}: {error}") from error
+    layer = checkpoint.model.vision.tower.merge_layer
+    for name, ratio in manifest.patch_ratio.items():
+        text = f"{menu[name].description}; the vision tower sees {ratio:.0%} of its patches from layer {layer} on"
+        menu[name] = replace(menu[name], description=text, patch_ratio=ratio)
+    return menu
+
+
+def _routed_menu(record: RouterRecord, cards: Mapping[str, dict[str, Any]]) -> dict[str, Level]:
+    menu = {}
     for name, weights in record.levels.items():
         first = weights.first
         target = f"{record.training['target_agreement']:.0%}"
@@ -136,7 +154,7 @@ def load_menu(checkpoint: Checkpoint, *, routed: bool = True) -> dict[str, Level
         text = f"{wanted}: on average {first.visual_ratio:.0%} of the visual tokens and {first.flops_ratio:.0%} of the FLOPs"
         menu[name] = Level(
             name, text, first.visual_ratio, record.operating_points, first.cost_weight, weights.follow_up.cost_weight,
-            manifest.cards.get(name),
+            cards.get(name),
         )  # fmt: skip
     return menu
 

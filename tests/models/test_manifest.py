@@ -41,6 +41,7 @@ def test_a_checkpoint_without_a_manifest_loads(broken):
         (put("calibration", "mood", value="good"), "calibration.mood"),
         (put("calibration", "layer_change", value=[0.1]), "calibration.layer_change"),
         (put("cards", value={"strong": 3}), "cards.strong"),
+        (put("patch_ratio", value={"strong": 0}), "patch_ratio.strong"),
         (put("router", value=[]), "router"),
         (put("files", value=["model.safetensors"]), "files"),
     ],

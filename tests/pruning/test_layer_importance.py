@@ -35,5 +35,8 @@ def test_it_is_measured_on_the_data_and_stored_in_the_manifest(tmp_path: Path) -
     found = calibrate(directory, data, 1, 5, quiet=True)
     assert read_manifest(directory).calibration == found
     assert (found.data, found.samples, found.seed, len(found.layer_change)) == (data, 1, 5, LAYERS)
+    calibrate(directory, data, 1, 5, quiet=True, patch_ratio={"strong": 0.5, "light": 0.75})
+    calibrate(directory, data, 1, 5, quiet=True, patch_ratio={"light": 1.0})
+    assert read_manifest(directory).patch_ratio == {"strong": 0.5}
     with pytest.raises(DataError, match="has 1 samples and 2 are asked for"):
         calibrate(directory, data, 2, 5, quiet=True)

@@ -114,7 +114,7 @@ def test_pictures_are_encoded_one_a_pass_while_answers_go_on(engine, monkeypatch
     submit(engine, max_tokens=40)
     engine.step()
     encoded, encode = [], engine.model.encode
-    monkeypatch.setattr(engine.model, "encode", lambda pixels, layout: encoded.append(1) or encode(pixels, layout))
+    monkeypatch.setattr(engine.model, "encode", lambda *picture: encoded.append(1) or encode(*picture))
     submit(engine, 1, 2, 3)
     counts = []
     for _ in range(4):

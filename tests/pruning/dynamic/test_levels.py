@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.dynamic.levels import Level, OperatingPoint, choose, fixed_menu, layers_to_freeze, layers_to_run
+from pruning.dynamic.levels import (
+    Level,
+    OperatingPoint,
+    choose,
+    fixed_menu,
+    layers_to_freeze,
+    layers_to_run,
+    read_patch_ratio,
+)
 
 changes = st.lists(st.floats(0, 2), min_size=1, max_size=48)
 share = st.floats(0, 1, width=32)
@@ -48,6 +56,17 @@ def test_cards_stand_on_the_menu():
     menu = fixed_menu(None, 8, {"strong": {"accuracy": 0.9}})
     assert menu["strong"].card == {"accuracy": 0.9}
     assert menu["off"].card is None
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("off=0.5", "are light, balanced, strong"), ("auto=0.5", "are light, balanced, strong"), ("strong=0", "at most 1, not 0"),
+     ("strong=1.5", "at most 1, not 1.5"), ("strong=nan", "not nan"), ("strong", "LEVEL=SHARE"), ("strong=half", "LEVEL=SHARE")],
+)  # fmt: skip
+def test_a_share_of_patches_that_is_none_is_refused(given, told):
+    assert read_patch_ratio(["light=1", "strong=0.5"]) == {"light": 1, "strong": 0.5}
+    with pytest.raises(ValueError, match=told):
+        read_patch_ratio([given])
 
 
 @given(data=st.data(), points=st.integers(2, 6))

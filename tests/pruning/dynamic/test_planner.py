@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.checkpoint import load
+from models.errors import CheckpointError
 from models.families import Layout
 from models.flops import flops_ratio
 from models.vision.features import ImageFeatures
@@ -152,6 +153,18 @@ def test_levels_are_the_cost_weights_that_were_found(plain, routed):
     assert [asdict(point) for point in record.operating_points] == checkpoint.manifest.router["operating_points"]
     assert AUTO not in load_menu(load(plain))
     assert AUTO not in load_menu(checkpoint, routed=False), "nobody is there to choose"
+
+
+def test_a_level_says_what_its_tower_sees(routed):
+    checkpoint = load(routed)
+    checkpoint.manifest = checkpoint.manifest.model_copy(update={"patch_ratio": {"strong": 0.5}})
+    for policy in (True, False):
+        menu = load_menu(checkpoint, routed=policy)
+        assert [menu[name].patch_ratio for name in ("off", "light", "balanced", "strong")] == [1, 1, 1, 0.5]
+        assert menu["strong"].description.endswith("the vision tower sees 50% of its patches from layer 1 on")
+    checkpoint.manifest = checkpoint.manifest.model_copy(update={"patch_ratio": {"off": 0.5}})
+    with pytest.raises(CheckpointError, match=r"espalier\.json: patch_ratio off: the levels that may have one are"):
+        load_menu(checkpoint)
 
 
 def test_the_routers_own_work_is_counted(planner):
