@@ -311,7 +311,7 @@ def test_a_penalty_forbids_repetition(engine, temperature):
 def test_a_picture_is_encoded_once_whatever_the_level(engine, monkeypatch):
     encoded = []
     vision = engine.model.vision
-    monkeypatch.setattr(engine.model, "vision", lambda pixels: encoded.append(len(pixels)) or vision(pixels))
+    monkeypatch.setattr(engine.model, "vision", lambda pixels, ratio: encoded.append(len(pixels)) or vision(pixels, ratio))
     for level in LEVELS:
         answer(engine, 0, level=level)
     answer(engine, 1)
