@@ -47,7 +47,7 @@ class VisionTransformer:
 
     @property
     def merge_layer(self) -> int:
-        """The middle one, behind whose attention patches are merged. `embedded` loses half a point there, and 3.5 a layer earlier."""
+        """The middle one, behind whose attention patches are merged: `embedded` loses half a point there, 3.5 a layer earlier."""
         return (len(self.layers) + 1) // 2
 
     def __call__(self, pixels: Tensor, patch_ratio: float = 1.0) -> ImageFeatures:
