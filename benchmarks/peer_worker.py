@@ -63,7 +63,7 @@ def vllm(directory: Path) -> Answer:
     renamed = _renamed(directory, directory / "vllm")
     model = LLM(
         str(renamed), dtype="bfloat16", max_model_len=1024, max_num_seqs=16, mm_processor_kwargs={"backend": "pil"},
-        gpu_memory_utilization=0.4,  # of the machine's memory, on a CPU too; the others take some of it
+        gpu_memory_utilization=0.25,  # of the machine's memory, on a CPU too; the others take some of it
     )  # fmt: skip
 
     def answer(pictures: list[Any], new_tokens: int) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -40,7 +42,9 @@ class Peer:
         self.system, self.log = system, directory / f"{system}.log"
         with self.log.open("w") as log:
             command = [python, "-P", str(WORKER), system, str(directory)]  # -P: or our http.py would hide Python's
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            )
         try:
             self._read("ready")
         except RuntimeError:
@@ -63,8 +67,8 @@ class Peer:
         raise RuntimeError(f"{self.system} ended: {' '.join(self.log.read_text().split()[-40:])}")
 
     def close(self) -> None:
-        with self.process:  # which closes its pipes
-            self.process.kill()
+        with self.process, suppress(ProcessLookupError):  # which closes its pipes
+            os.killpg(self.process.pid, signal.SIGKILL)  # vLLM's engine is a process of its own
 
 
 def run(
