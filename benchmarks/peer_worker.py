@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,20 @@ QUESTION = "What is in the picture? Say where each thing is and what it does."
 PROMPT = f"USER: <image>\n{QUESTION} ASSISTANT:"
 
 
-def espalier(directory: Path) -> Answer:
+def espalier(directory: Path, level: str = "off") -> Answer:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from transformers import AutoProcessor
 
     from benchmarks.runners import EspalierRunner, Prompts
     from models.checkpoint import load
     from models.route import Route
+    from pruning.dynamic.levels import fixed_menu
 
     model, processor = load(directory).model, AutoProcessor.from_pretrained(directory)
-    runner = EspalierRunner(model, Route.full(model.visual_tokens_per_image, model.num_layers))
+    (point,) = fixed_menu(None, model.num_layers)[level].operating_points
+    visual = model.visual_tokens_per_image
+    route = Route(visual, tuple(range(point.kept(visual))), (True,) * model.num_layers)
+    runner = EspalierRunner(model, route, merging=True)
 
     def answer(pictures: list[Any], new_tokens: int) -> None:
         inputs = processor(text=[PROMPT] * len(pictures), images=pictures, return_tensors="pt")
@@ -88,7 +93,8 @@ def openvino(directory: Path) -> Answer:
 
 
 SYSTEMS: dict[str, Callable[[Path], Answer]] = {
-    "espalier": espalier, "transformers": transformers, "vllm": vllm, "openvino": openvino,
+    "espalier": espalier, "espalier at strong": partial(espalier, level="strong"), "transformers": transformers, "vllm": vllm,
+    "openvino": openvino,
 }  # fmt: skip
 
 

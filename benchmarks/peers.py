@@ -81,7 +81,7 @@ def run(
     SHORT and of `new_tokens` tokens are timed; a further token is the difference of their medians over the tokens between.
     """
     console = Console(stderr=True, quiet=quiet)
-    systems = {"espalier": sys.executable, "transformers": sys.executable, **pythons}
+    systems = {**dict.fromkeys(("espalier", "espalier at strong", "transformers"), sys.executable), **pythons}
     skipped = {name: "no interpreter was given" for name, python in systems.items() if not python}
     with ExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="peers-")))

@@ -27,6 +27,7 @@ from models.vision.vit import VisionTransformer, feature_layers
 from models.weight_format import choose_format
 from pruning.answers import Prompt
 from pruning.dynamic.router import Router, score_request, text_window
+from pruning.dynamic.token_merging import merge_tokens
 
 TEXT_TOKENS = 40
 PAIRS = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool)
@@ -78,11 +79,13 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class EspalierRunner:
-    """Our forward: all prompts in one batch. A `router` chooses the visual tokens, as many as the route keeps."""
+    """Our forward: all prompts in one batch. A `router` chooses the visual tokens, as many as the route keeps; or they are merged
+    to as many, as levels do without a router."""
 
     model: Llava
     route: Route
     router: Router | None = None
+    merging: bool = False
 
     @torch.inference_mode()
     def run(self, prompts: Prompts, new_tokens: int) -> Timing:
@@ -111,12 +114,17 @@ class EspalierRunner:
         return Timing.of(start, token_times, output_ids, **stages)
 
     def _route(self, ids: Tensor, visual: Tensor) -> tuple[Route, Tensor]:
-        """The route with the tokens that the router keeps, and the visual tokens [visual tokens, width] as it leaves them."""
-        if not (self.router and self.route.dropped):
+        """The route with the tokens that are kept, and the visual tokens [visual tokens, width] as the router or merging leaves
+        them."""
+        keep = len(self.route.kept_tokens)
+        if not self.route.dropped or not (self.router or self.merging):
             return self.route, visual
-        prompt = Prompt(ids.tolist(), visual)
-        routing = score_request(self.router, self.model, [prompt.image], text_window(prompt.ids, self.model.config.image_token_id))
-        (kept,) = routing.keep_tokens(len(self.route.kept_tokens))
+        if self.router:
+            prompt = Prompt(ids.tolist(), visual)
+            text = text_window(prompt.ids, self.model.config.image_token_id)
+            (kept,) = score_request(self.router, self.model, [prompt.image], text).keep_tokens(keep)
+        else:
+            kept = merge_tokens(visual, keep)
         return replace(self.route, kept_tokens=tuple(kept.indices.tolist()), token_sizes=kept.sizes), kept.tokens
 
 
