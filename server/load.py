@@ -11,7 +11,7 @@ PRESSURE, CALM, WINDOW_S = 1.0, 0.5, 2.0
 """Saturation above which the default level goes down, and below which it comes back; one step in a window at most."""
 SMOOTHING = 0.1
 """Weight of the newest measurement."""
-STRETCH = 1.5
+STRETCH = 1.0
 """How much longer prompts may make a pass, over one in which all only answer; so many times more if more wait than are answered."""
 LEAST_TOKENS, LEAST_NATIVE_TOKENS = 16, 8
 """Tokens of prompts that a pass runs beside answers however long it takes: layer by layer, and in one native call."""

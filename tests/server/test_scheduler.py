@@ -302,6 +302,6 @@ def test_prompts_leave_answers_their_pace() -> None:
 def test_parts_are_as_large_as_one_native_call_takes() -> None:
     work = WorkRate()
     work.observe_pass(0.1, prefill_rows=0, new_tokens=4)
-    work.observe_pass(1.5 * 0.1, prefill_rows=60, new_tokens=0)
+    work.observe_pass(STRETCH * 0.1, prefill_rows=60, new_tokens=0)
     sizes = {native: work.pass_tokens(1, 1000, 1.0, native) for native in (4, 8, 30, 31, 59, 60, 100)}
     assert sizes == {4: 60, 8: 60, 30: 60, 31: 31, 59: 59, 60: 60, 100: 60}
