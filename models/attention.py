@@ -1,14 +1,21 @@
-"""Attention of one sequence's rows over its keys and values: torch's SDPA, or our own products where they are faster."""
+"""Attention of a sequence's rows over its keys and values: torch's SDPA, or our own products where they are faster; and of several
+sequences in one call, on a GPU."""
 
 from __future__ import annotations
 
-from functools import cache
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models import kernels
+from models.upload import upload
 
 QUERY_BLOCK = 128
 """Query rows a block: the scores of all heads stay in the L2 cache. On a CPU without AMX, blocks take half the time of torch's
@@ -110,3 +117,79 @@ def _blockwise(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None,
         mixed = torch.bmm(scores.softmax(-1).view(kv_heads, -1, visible), values[:, :visible])
         out[start:stop] = mixed.view(kv_heads, group, count, dim).permute(2, 0, 1, 3).reshape(count, heads, dim)
     return out
+
+
+# ---- several sequences in one call, on a GPU
+
+BIAS_DIMS = 3
+"""Head dimensions that hold a bias: 3 pieces of 8 bits each in bfloat16 are all 24 bits of a float32."""
+FLASH_DIMS, FLASH_ALIGNMENT = 256, 8
+"""Flash kernels take so many head dimensions at most, and multiples of that."""
+
+
+@cache
+def flash_attention() -> Callable[..., Any] | None:
+    """torch's flash attention of packed sequences with a scale and a window of its own: from torch 2.11 on; else None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    parameters = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= parameters.keys():
+        return None
+    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in parameters else varlen_attn
+
+
+def packs(query: Tensor, kv_heads: int) -> bool:
+    """Whether `attend_packed` takes query rows [rows, heads, dim] like these."""
+    if query.device.type != "cuda" or query.dtype == torch.float32 or (flash := flash_attention()) is None:
+        return False
+    grouped = query.shape[1] == kv_heads or isinstance(flash, partial)
+    capable = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return grouped and capable and query.shape[2] + BIAS_DIMS <= FLASH_DIMS
+
+
+def attend_packed(
+    query: Tensor, keys: Tensor, values: Tensor, query_lengths: Sequence[int], lengths: Sequence[int], *, scale: float,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Causal attention of several sequences, each one's last rows over all its rows, in one call of a flash kernel.
+
+    query [sum of query_lengths, heads, dim]; keys, values [sum of lengths, kv_heads, dim]; `bias` [sum of lengths] is added to the
+    scores of every row of its sequence. Returns [sum of query_lengths, heads, dim].
+    """
+    flash, dim = flash_attention(), query.shape[2]
+    assert flash is not None, "callers ask `packs` first"
+    widened = widen_heads(query, keys, values, bias, scale)
+    starts = [_starts(tuple(counts), query.device) for counts in (query_lengths, lengths)]
+    # The window's right end closes at the diagonal, which flash kernels align with the last row and the last key.
+    mixed: Tensor = flash(*widened, *starts, max(query_lengths), max(lengths), scale=scale, window_size=(-1, 0))
+    return mixed[..., :dim]
+
+
+def widen_heads(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query [rows, heads, dim], keys and values [length, kv_heads, dim], with as many head dimensions as flash kernels ask for.
+
+    Among them lies `bias` [length], which those kernels do not take: the query has a power of two there, which is exact, and keys
+    have what it takes to make the bias of it, in pieces, as one number would be rounded. Ours.
+    """
+    dim = query.shape[2]
+    used = dim if bias is None else dim + BIAS_DIMS
+    if more := used - dim + -used % FLASH_ALIGNMENT:
+        query, keys, values = (F.pad(rows, (0, more)) for rows in (query, keys, values))
+    if bias is not None:
+        power = 2.0 ** round(-math.log2(scale))
+        rest = bias.float() / (scale * power)
+        query[..., dim:used] = power
+        for place in range(dim, used):
+            keys[..., place] = rest[:, None]
+            rest = rest - rest.to(keys.dtype).float()
+    return query, keys, values
+
+
+@lru_cache(maxsize=16)  # the same in most layers of a pass
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each sequence starts among packed rows, and where the last one ends: [sequences + 1], int32."""
+    return upload(list(accumulate(lengths, initial=0)), device, torch.int32)

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models.attention import attend
+from models.attention import attend, attend_packed, packs
 from models.kv_cache import RequestCache
 from models.llava import DecoderLayer, Llava
 from models.ops import apply_rope, rms_norm, swiglu
 from models.route import Route
+from models.upload import upload
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,14 @@ class SequenceInput:
 
     def query_rows(self, layer: int) -> Tensor | None:
         """The rows that attend and change in a layer, all the others being read only; None for all rows."""
+        count = self.last_rows(layer)
+        return self.text_rows if count is None else None if count == len(self) else self.logit_rows
+
+    def last_rows(self, layer: int) -> int | None:
+        """How many those are, if they are the last ones."""
         if layer == self.route.last_layer and len(self) > self.logits_to_keep:
-            return self.logit_rows
-        return self.text_rows if layer in self.route.frozen_layers else None
+            return self.logits_to_keep
+        return None if self.text_rows is not None and layer in self.route.frozen_layers else len(self)
 
     def first(self, rows: int) -> SequenceInput:
         """A prompt's beginning, of which no logits are wanted unless it is the whole."""
@@ -87,7 +93,15 @@ def prefill_input(
 
 def decode_input(model: Llava, ids: Tensor, position: int, route: Route, cache: RequestCache) -> SequenceInput:
     """The row of one new token, `ids` [1], at its position in the whole prompt and answer."""
-    return SequenceInput(model.embed(ids), torch.tensor([position], device=ids.device), route, cache)
+    return decode_inputs(model, ids, [position], [(route, cache)])[0]
+
+
+def decode_inputs(
+    model: Llava, ids: Tensor, positions: Sequence[int], requests: Sequence[tuple[Route, RequestCache]]
+) -> list[SequenceInput]:
+    """The same of several requests, `ids` [requests], at once."""
+    hidden, places = model.embed(ids).split(1), upload(positions, ids.device).split(1)
+    return [SequenceInput(*row, *request) for row, request in zip(zip(hidden, places, strict=True), requests, strict=True)]
 
 
 @torch.inference_mode()
@@ -140,7 +154,7 @@ def _attention(
     model: Llava, layer: DecoderLayer, index: int, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Sequence[SequenceInput],
     queries: Sequence[Tensor | None],
 ) -> Tensor:  # fmt: skip
-    """Rotate, cache and attend, request by request: qkv [rows, (heads + 2 kv_heads) * dim] to [query rows, heads * dim]."""
+    """Rotate, cache and attend: qkv [rows, (heads + 2 kv_heads) * dim] to [query rows, heads * dim]."""
     heads, kv_heads, dim = layer.heads, layer.kv_heads, model.head_dim
     scale = dim**-0.5
     qkv = qkv.view(len(qkv), heads + 2 * kv_heads, dim)
@@ -150,15 +164,32 @@ def _attention(
     new = zip(batch, key.split(lengths), value.split(lengths), strict=True)
     cached = [sequence.cache.append(index, k, v) for sequence, k, v in new]
     biases = [sequence.cache.bias(index) for sequence in batch]
+    last_rows = [count for sequence in batch if (count := sequence.last_rows(index)) is not None]
+    if packs(query, kv_heads) and len(last_rows) == len(batch):
+        last = torch.cat([q[len(q) - count :] for q, count in zip(query.split(lengths), last_rows, strict=True)])
+        return _packed_attention(last, cached, biases, last_rows, scale)
     mixed = []
     for q, (keys, values), bias, rows in zip(query.split(lengths), cached, biases, queries, strict=True):
-        before = keys.shape[1] - len(q)
+        places = None if rows is None else rows + (keys.shape[1] - len(q))
         q = q if rows is None else q[rows]
-        rows = rows if rows is None else rows + before
         if len(q):
-            q = attend(q, keys, values, scale=scale, query_positions=rows, bias=bias)
+            q = attend(q, keys, values, scale=scale, query_positions=places, bias=bias)
         mixed.append(q.reshape(-1, heads * dim))
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+
+
+def _packed_attention(
+    query: Tensor, cached: Sequence[tuple[Tensor, Tensor]], biases: Sequence[Tensor | None], last_rows: Sequence[int], scale: float
+) -> Tensor:
+    """Attention of each request's last rows, query [sum of last_rows, heads, dim], in one call: [sum of last_rows, heads * dim]."""
+    if not len(query):  # parts of prompts, of which only keys and values are wanted
+        return query.flatten(1)
+    lengths = [keys.shape[1] for keys, _ in cached]
+    keys, values = (torch.cat([part.transpose(0, 1) for part in parts]) for parts in zip(*cached, strict=True))
+    bias = None
+    if any(one is not None for one in biases):
+        bias = torch.cat([query.new_zeros(n) if one is None else one for n, one in zip(lengths, biases, strict=True)])
+    return attend_packed(query, keys, values, last_rows, lengths, scale=scale, bias=bias).flatten(1)
 
 
 def _packed(batch: Sequence[SequenceInput], rows: Sequence[Tensor | None]) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from models.attention import _sdpa, attend
+from models import attention
+from models.attention import _sdpa, attend, attend_packed, packs, widen_heads
 
 
 def parts(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -37,3 +42,70 @@ def test_attention_matches_torch(length, rows, biased, causal):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
         # What a GPU runs, and a CPU with AMX.
         torch.testing.assert_close(_sdpa(query, keys, values, bias, 0.3, causal=causal), wanted, rtol=1e-4, atol=1e-5)
+
+
+def flash(query, keys, values, starts, key_starts, rows, length, *, scale, window_size, enable_gqa):
+    """What `torch.nn.attention.varlen.varlen_attn` is told to compute, of which torch has no kernel on a CPU."""
+    assert window_size == (-1, 0) and enable_gqa and starts.dtype == key_starts.dtype == torch.int32
+    assert query.shape[2] == keys.shape[2] == values.shape[2] and query.shape[2] % 8 == 0
+    counts, lengths = starts.diff().tolist(), key_starts.diff().tolist()
+    assert (max(counts), max(lengths)) == (rows, length)
+    parts = zip(query.split(counts), keys.split(lengths), values.split(lengths), strict=True)
+    return torch.cat([
+        _sdpa(q, k.transpose(0, 1), v.transpose(0, 1), None, scale, causal=True) if len(q) else q for q, k, v in parts
+    ])  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(
+    dim=st.sampled_from([8, 12, 64, 80, 128]), group=st.integers(1, 3), rows=st.integers(1, 40), seed=st.integers(0, 1000),
+    sizes=st.lists(st.integers(1, 600), min_size=2, max_size=40),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+)  # fmt: skip
+def test_a_bias_as_head_dimensions_equals_one_added(dim, group, sizes, rows, dtype, seed):
+    """Products and sums are in float32, as in flash kernels; what is rounded are queries, keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(min(rows, len(sizes)), 2 * group, dim, generator=generator).to(dtype)
+    keys, values = torch.randn(2, len(sizes), 2, dim, generator=generator).to(dtype)
+    bias, scale = torch.tensor(sizes, dtype=torch.float32).log(), dim**-0.5
+    widened = widen_heads(query, keys, values, bias, scale)
+    assert all(part.dtype == dtype and part.shape[2] % 8 == 0 for part in widened)
+    q, k, v = (part.float() for part in widened)
+    found = _sdpa(q, k.transpose(0, 1), v.transpose(0, 1), None, scale, causal=True)[..., :dim]
+    q, k, v = (part.float() for part in (query, keys, values))
+    wanted = _sdpa(q, k.transpose(0, 1), v.transpose(0, 1), bias, scale, causal=True)
+    torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
+    scores = scale * (widened[0].float()[0, 0, dim:] @ widened[1].float()[:, 0, dim:].T)
+    torch.testing.assert_close(scores, bias, rtol=1e-6, atol=1e-6)
+
+
+def packed_and_alone(dim: int, biased: bool, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    counts, lengths, generator = [5, 0, 1, 9], [5, 4, 7, 30], torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    query, keys, values = draw(sum(counts), 4, dim), draw(sum(lengths), 2, dim), draw(sum(lengths), 2, dim)
+    bias = draw(sum(lengths)).abs() if biased else None
+    own = [None] * len(lengths) if bias is None else bias.split(lengths)
+    alone = [
+        attend(q, k.transpose(0, 1), v.transpose(0, 1), scale=0.3, bias=b)
+        for q, k, v, b in zip(query.split(counts), keys.split(lengths), values.split(lengths), own, strict=True) if len(q)
+    ]  # fmt: skip
+    return attend_packed(query, keys, values, counts, lengths, scale=0.3, bias=bias), torch.cat(alone)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dim", [8, 12])
+def test_packed_sequences_attend_as_each_alone(dim, biased, monkeypatch):
+    monkeypatch.setattr(attention, "flash_attention", lambda: partial(flash, enable_gqa=True))
+    torch.testing.assert_close(*packed_and_alone(dim, biased, "cpu", torch.float32), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dim", [64, 100, 128])
+def test_a_flash_kernel_attends_as_each_sequence_alone(dim, biased):
+    if not packs(torch.empty(1, 4, dim, device="cuda", dtype=torch.bfloat16), 2):
+        pytest.skip("this torch or this card has no such kernel")
+    torch.testing.assert_close(*packed_and_alone(dim, biased, "cuda", torch.bfloat16), rtol=0.02, atol=0.02)

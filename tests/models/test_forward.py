@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from models.linear import Linear
 from models.llava import from_transformers
 from models.random_llava import random_model, tiny_config
 from models.route import Route
+from tests.models.test_attention import flash
 from tests.models.tiny_llava import IMAGE, VISUAL, Session, greedy, pair, pixels, prompt
 
 
@@ -123,6 +125,32 @@ def test_dropping_equals_a_reference_that_masks(name):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_prompts_in_one_call_of_a_flash_kernel_answer_alike(in_parts, monkeypatch):
+    """The kernel is torch's SDPA in its place."""
+    _, model = pair()
+    calls = []
+
+    def packed(*args: object, **options: object) -> torch.Tensor:
+        calls.append(args)
+        return flash(*args, **options)
+
+    def logits() -> torch.Tensor:
+        sessions = [Session(model, prompt(1, 3 + i, seed=i), pixels(1, seed=i), route) for i, route in enumerate(routes().values())]
+        inputs = [replace(session.input, logits_to_keep=1 + i % 3) for i, session in enumerate(sessions)]
+        if in_parts:
+            assert not len(forward(model, [one.first(6) for one in inputs]))
+            inputs = [one.behind(6) for one in inputs]
+        return forward(model, inputs)
+
+    wanted = logits()
+    monkeypatch.setattr("models.attention.flash_attention", lambda: partial(packed, enable_gqa=True))
+    monkeypatch.setattr("models.forward.packs", lambda query, kv_heads: True)
+    monkeypatch.setattr(kernels, "decoding_library", lambda: None)
+    torch.testing.assert_close(logits(), wanted, rtol=1e-4, atol=1e-4)
+    assert calls
+
+
 def test_dropped_tokens_and_skipped_layers_cost_nothing(monkeypatch):
     """Layer by layer; tests of the native step see to it that it reads no layer that is skipped."""
     monkeypatch.setattr(kernels, "decoding_library", lambda: None)
@@ -175,15 +203,21 @@ def test_weights_are_held_once():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_the_gpu_answers_as_the_cpu_does(kind):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
+def test_the_gpu_answers_as_the_cpu_does(kind, dtype, tolerance):
     config = tiny_config(kind)
     asked = [(prompt(1, 3 + i, seed=i), pixels(1, seed=i), route) for i, route in enumerate(routes().values())]
     logits = []
     for device in ("cpu", "cuda"):
-        model = from_transformers(random_model(config, seed=1).to(device))
-        sessions = [Session(model, ids, pics.to(device), route) for ids, pics, route in asked]
-        logits.append(forward(model, [s.input for s in sessions]).cpu())
-    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+        model = from_transformers(random_model(config, seed=1, dtype=dtype).to(device))
+        sessions = [Session(model, ids, pics.to(device, dtype), route) for ids, pics, route in asked]
+        made = [forward(model, [s.input for s in sessions]).cpu()]
+        for step in range(3):
+            for session in sessions:
+                session.push(20 + step)
+            made.append(forward(model, [s.input for s in sessions]).cpu())
+        logits.append(torch.cat(made))
+    torch.testing.assert_close(*logits, rtol=tolerance, atol=tolerance)
 
 
 def test_grouped_decode_attention_matches_repeated_heads():

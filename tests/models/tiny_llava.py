@@ -40,7 +40,8 @@ class Session:
         self.input = prefill_input(model, torch.tensor(ids, device=model.device), visual, self.route, self.cache)
 
     def push(self, token: int) -> None:
-        self.input = decode_input(self.model, torch.tensor([token]), len(self.ids), self.route, self.cache)
+        ids = torch.tensor([token], device=self.model.device)
+        self.input = decode_input(self.model, ids, len(self.ids), self.route, self.cache)
         self.ids.append(token)
 
 
