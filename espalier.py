@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pruning.dynamic.training.config import TrainingConfig
+from pruning.static.finetune_config import FinetuneConfig
 from pruning.static.recipe import Recipe
 from server.settings import Settings, read_settings
 from server.threads import limit_threads
@@ -239,6 +240,32 @@ def prune(
         if read_manifest(source).router:
             console.print(f"the router of {checkpoint} is for other weights; train one with `espalier route {out} --out DIR`")
         console.print(f"pruned into {out}; look at it with `espalier inspect {out}`")
+
+
+@app.command()
+@options_from(FinetuneConfig)
+def finetune(
+    checkpoint: CHECKPOINT,
+    out: Annotated[Path, typer.Option(help="The directory to make.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense checkpoint that it was pruned from: learn from it, not from the data's answers.")
+    ] = None,
+    given: Any = None,
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Train a checkpoint further; weights that are zero stay zero. A run that was stopped goes on when it is started again."""
+    from checkpoints.shipped import resolve
+    from evals.inspect import held_out_line
+    from pruning.static.finetune import run
+
+    with _plain_errors():
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        taught_by = resolve(teacher) if teacher else None
+        pruning = run(FinetuneConfig(**given), resolve(checkpoint), out, taught_by, device, dtype).pruning
+        if pruning and pruning.held_out:
+            console.print(held_out_line(pruning.held_out))
+        console.print(f"trained into {out}; look at it with `espalier inspect {out}`")
 
 
 @app.command()

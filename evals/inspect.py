@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -38,6 +39,8 @@ def run(
     elif (zeros := model.sparsity())["language"] > FOREIGN_ZEROS:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in zeros.items())
         console.print(f"pruned elsewhere, for nothing is told of it; zeros: {shares}")
+    if manifest.finetuning:
+        console.print(finetuning_line(manifest.finetuning))
     _show_formats(checkpoint)
     console.print(tower_line(model))
     _show_layer_change(manifest.layer_change)
@@ -87,6 +90,15 @@ def held_out_line(found: HeldOut) -> str:
     return (
         f"{found.questions} held-out questions: {found.agreement:.1%} ({low:.1%} to {high:.1%}) of the answers are the dense "
         f"model's; their perplexity is {found.perplexity:.3f}, dense {found.dense_perplexity:.3f}"
+    )
+
+
+def finetuning_line(told: Mapping[str, Any]) -> str:
+    """How a checkpoint was trained further, in one line."""
+    learned = f"what {told['teacher']} says" if told["teacher"] else "the answers of its data"
+    return (
+        f"trained further from {told['source']}: {told['samples']} pictures of {told['data']}, {told['epochs']} times, on {learned}; "
+        f"loss {told['loss'][0]:.3g} to {told['loss'][-1]:.3g}"
     )
 
 

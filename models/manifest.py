@@ -67,6 +67,9 @@ class Manifest(BaseModel):
         default_factory=dict, description="Share of the patches that the vision tower's later layers see, by level; else all."
     )
     pruning: Pruning | None = None
+    finetuning: dict[str, Any] | None = Field(
+        default=None, description="How `espalier finetune` trained it: its options, and the mean loss of each tenth of the steps."
+    )
     router: dict[str, Any] | None = Field(default=None, description="The router beside the weights, as `pruning.dynamic` reads it.")
     cards: dict[str, dict[str, Any]] = Field(default_factory=dict, description="What each level was measured to do.")
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of the weight files.")

@@ -1,0 +1,150 @@
+"""`espalier finetune` on a tiny checkpoint: what is learned, what stays zero, what is refused, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
+
+from models.checkpoint import load, open_transformers
+from models.errors import CheckpointError
+from models.manifest import read_manifest
+from models.run_state import RunStateError
+from pruning import samples
+from pruning.samples import DataError
+from pruning.static import finetune, held_out, pipeline
+from pruning.static.blocks import linears
+from pruning.static.finetune import FinetuneError, Finetuning
+from pruning.static.finetune_config import FinetuneConfig
+from pruning.static.fitness import Divergence
+from pruning.static.packing import pack
+from pruning.static.recipe import read
+from pruning.static.scores import answer_loss
+from tests.pruning.kills import Killed, die_at
+from tests.server.tiny import answer, new_engine, write
+
+QUICK: dict[str, Any] = {"samples": 32, "batch_size": 4, "rank": 4, "learning_rate": 0.02}
+
+
+@pytest.fixture(scope="module", name="dense")
+def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("dense") / "dense")
+
+
+@pytest.fixture(scope="module", name="pruned", params=["unstructured", "2:4", "structured"])
+def pruned_checkpoint(request: pytest.FixtureRequest, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pruned") / "pruned"
+    recipe = read(None, {"samples": 4, "pattern": request.param, "sparsity": 0.5, "criterion": "wanda"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_out, "PICTURES", 2)
+        pipeline.run(recipe, dense, out, quiet=True)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_out, "PICTURES", 2)
+
+
+def tune(checkpoint: Path, out: Path, teacher: Path | None = None, **given: Any) -> Any:
+    return finetune.run(FinetuneConfig(**QUICK | given), checkpoint, out, teacher, quiet=True)
+
+
+def matrices(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: linear.weight for name, linear in linears(open_transformers(directory).model).items()}
+
+
+def divergence(directory: Path, dense: Path) -> float:
+    """From the dense checkpoint, on pictures that no run is trained on."""
+    teacher, student = open_transformers(dense), open_transformers(directory)
+    packed = [pack(teacher.preprocessor, sample) for sample in samples.read(samples.WORLD, 8, 99)]
+    with torch.no_grad():
+        return float(Divergence(student.model, Divergence.from_dense(teacher.model, packed).references)(range(8)).mean())
+
+
+def test_a_pruned_model_comes_closer_to_its_teacher(pruned, dense, tmp_path):
+    manifest = tune(pruned, tmp_path / "out", dense)
+    assert divergence(tmp_path / "out", dense) < 0.9 * divergence(pruned, dense)
+    assert manifest.finetuning["loss"][-1] < manifest.finetuning["loss"][0]
+    assert manifest.pruning.held_out.questions == 2
+    assert manifest.pruning.held_out != read_manifest(pruned).pruning.held_out
+
+
+def test_what_is_zero_stays_zero_and_the_rest_learns(pruned, dense, tmp_path):
+    tune(pruned, tmp_path / "out", dense)
+    before, after = matrices(pruned), matrices(tmp_path / "out")
+    assert all(torch.equal(before[name] == 0, after[name] == 0) for name in before)
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    engine = new_engine(load(tmp_path / "out", dtype="float32"))
+    assert answer(engine, 0).finished.receipt.visual_tokens
+
+
+def test_without_a_teacher_the_answers_are_learned(dense, tmp_path):
+    tune(dense, tmp_path / "out")
+    losses = []
+    for directory in (dense, tmp_path / "out"):
+        source = open_transformers(directory)
+        packed = [pack(source.preprocessor, sample) for sample in samples.read(samples.WORLD, 8, 99)]
+        with torch.no_grad():
+            losses.append(sum(float(answer_loss(source.model, sample)) for sample in packed))
+    assert losses[1] < 0.95 * losses[0]
+
+
+def test_its_own_rows_are_learned_over_and_over(dense, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    rows = [{"image": "red.png", "question": f"What color is {n}?", "answer": "red"} for n in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    losses = tune(dense, tmp_path / "out", data=str(tmp_path / "data.jsonl"), samples=4, epochs=30).finetuning["loss"]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "SAVE_EVERY", 3)
+    whole = tune(dense, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, Finetuning, "_step", 5)
+        tune(dense, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    steps = die_at(monkeypatch, Finetuning, "_step", 99)
+    assert tune(dense, tmp_path / "out").files == whole.files
+    assert steps == [8 - 3]
+
+
+def test_transformers_reads_what_was_trained(dense, tmp_path):
+    tune(dense, tmp_path / "out", samples=4)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert all(torch.equal(linear.weight, matrices(tmp_path / "out")[name]) for name, linear in linears(model).items())
+
+
+def test_bad_input_is_refused_before_the_work(dense, tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FinetuneError, match="there exists; name a directory that does not"):
+        tune(dense, tmp_path / "there")
+    with pytest.raises(FinetuneError, match="is not a directory; create it first"):
+        tune(dense, tmp_path / "no" / "out")
+    with pytest.raises(FinetuneError, match="3 samples fill no batch of 4"):
+        tune(dense, tmp_path / "out", samples=3)
+    with pytest.raises(DataError, match="is not a file"):
+        tune(dense, tmp_path / "out", data="nothing.jsonl")
+    with pytest.raises(CheckpointError):
+        tune(dense, tmp_path / "out", tmp_path / "there")
+    other = write(tmp_path / "other")
+    model = LlavaForConditionalGeneration.from_pretrained(other, dtype=torch.float32)
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(other)
+    with pytest.raises(FinetuneError, match="other has another head"):
+        tune(dense, tmp_path / "out", other)
+
+
+def test_another_run_in_the_same_place_is_refused(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "SAVE_EVERY", 1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, Finetuning, "_step", 2)
+        tune(dense, tmp_path / "out")
+    with pytest.raises(RunStateError, match="unfinished run of another recipe"):
+        tune(dense, tmp_path / "out", rank=2)
