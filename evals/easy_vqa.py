@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 from PIL import Image
 
@@ -27,6 +30,20 @@ def questions(split: str) -> Iterator[tuple[Image.Image, Item]]:
     for text, answer, number in zip(*asked, strict=True):
         with Image.open(paths[number]) as picture:
             yield picture.convert("RGB"), Item("easy-vqa", _type(answer), text, answer, exactly(answer))
+
+
+def write_rows(folder: Path) -> Path:
+    """Write the training split as `espalier finetune --data` takes it, a picture and all its questions a line; returns the file."""
+    import easy_vqa
+
+    asked, paths = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
+    turns: dict[int, list[dict[str, str]]] = defaultdict(list)
+    for text, answer, number in zip(*asked, strict=True):
+        turns[number] += [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = folder / "easy-vqa-train.jsonl"
+    rows.write_text("".join(json.dumps({"image": paths[number], "conversations": said}) + "\n" for number, said in turns.items()))
+    return rows
 
 
 def _type(answer: str) -> str:

@@ -97,8 +97,8 @@ def finetuning_line(told: Mapping[str, Any]) -> str:
     """How a checkpoint was trained further, in one line."""
     learned = f"what {told['teacher']} says" if told["teacher"] else "the answers of its data"
     return (
-        f"trained further from {told['source']}: {told['samples']} pictures of {told['data']}, {told['epochs']} times, on {learned}; "
-        f"loss {told['loss'][0]:.3g} to {told['loss'][-1]:.3g}"
+        f"trained further from {told['source']}: {told['samples']} pictures of {told['data']}, {told['epochs']} times, on "
+        f"{learned}; loss {told['loss'][0]:.3g} to {told['loss'][-1]:.3g}"
     )
 
 

@@ -78,8 +78,10 @@ def _about(one: Document) -> tuple[str, ...]:
 
 def _weights(one: Document) -> str:
     variant = one.get("variant", "smol")
-    said = {"smol": "dense", "half": "50 % zeros"}.get(variant, f"dense, {variant.replace('-', ' ')}")
-    return one.get("quantization") or said
+    zeros = "50 % zeros" if variant.startswith("half") else "dense"
+    tuned = f", finetuned on {one['finetuned_on']} pictures" if "finetuned_on" in one else ""
+    router = f", {variant.replace('-', ' ')}" if variant.startswith("router") else ""
+    return one.get("quantization") or zeros + tuned + router
 
 
 def _families(one: Document) -> Sequence[str]:

@@ -1,7 +1,8 @@
 """Everything that docs/smol_results.md claims, run by one command: `python -m evals.smol_sweep`, or `make smol-results`.
 
-Of smol as it ships, of three routers trained for it, of pruned and of quantised weights. One JSON document a run is stored as it
-ends; what is stored is not run again, and a router or a mask that was made is used again, so a sweep that was stopped goes on.
+Of smol as it ships, of three routers trained for it, of pruned, finetuned and quantised weights. One JSON document a run is
+stored as it ends; what is stored is not run again, and a router or a mask that was made is used again, so a sweep that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import typer
 from rich.console import Console
 
 from checkpoints.shipped import resolve
-from evals import exam, pruning_sweep, routing_sweep
+from evals import easy_vqa, exam, pruning_sweep, routing_sweep
 from evals.runs import store, stored
 from evals.tasks import open_task
+from models.manifest import read_manifest
 from pruning.dynamic.training.config import TrainingConfig
 from pruning.dynamic.training.train import run as train_router
+from pruning.static.finetune import run as finetune
+from pruning.static.finetune_config import FinetuneConfig
 from pruning.static.pipeline import run as prune
 from pruning.static.recipe import read
 
@@ -27,6 +31,10 @@ ROUTERS = 3
 LEVELS = ("light", "balanced", "strong")
 HALF = {"sparsity": 0.5, "allocation": "search"}
 """The recipe of the masks that the levels are combined with."""
+TUNED_HALF, TUNED_EASY_VQA = "half-finetuned", "easy-vqa-finetuned"
+"""What `espalier finetune` makes of those masks, and of dense weights on the training split of easy-VQA."""
+EASY_VQA_PICTURES = 4000
+"""All of that split."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,10 @@ def exams() -> Iterator[Exam]:
             yield Exam("smol", task, level, "test", "seen" if task == "things" else None)
     for quantization in ("int8", "nf4"):
         yield Exam("smol", "things", "off", "test", "seen", quantization)
-    for level in ("off", "balanced"):
-        yield Exam("half", "things", level, "test", "seen")
+    for variant in ("half", TUNED_HALF):
+        for level in ("off", "balanced"):
+            yield Exam(variant, "things", level, "test", "seen")
+    yield Exam(TUNED_EASY_VQA, "easy-vqa", "off", "test")
     for seed in range(ROUTERS):
         for level in (*LEVELS, "auto"):
             yield Exam(f"router-{seed}", "things", level, "test", "seen")
@@ -74,6 +84,12 @@ def made(variant: str, work: Path, device: str, dtype: str, pictures: int) -> Pa
         work.mkdir(parents=True, exist_ok=True)
         if variant == "half":
             prune(read(None, HALF), resolve("smol"), out, device, dtype)
+        elif variant == TUNED_HALF:
+            half = made("half", work, device, dtype, pictures)
+            finetune(FinetuneConfig(), half, out, resolve("smol"), device, dtype)
+        elif variant == TUNED_EASY_VQA:
+            rows = easy_vqa.write_rows(work)
+            finetune(FinetuneConfig(data=str(rows), samples=EASY_VQA_PICTURES), resolve("smol"), out, None, device, dtype)
         else:
             config = TrainingConfig.model_validate({"seed": int(variant.removeprefix("router-")), "pictures": pictures})
             train_router(config, resolve("smol"), out, device, dtype)
@@ -98,7 +114,8 @@ def main(
         directory = made(one.variant, work, device, dtype, pictures)
         task = open_task(one.task, questions, **one.options)
         document = exam.run(directory, task, one.level, None, device, dtype, False, one.quantization)
-        store(path, [document | {"variant": one.variant}])
+        tuned = read_manifest(directory).finetuning or {}
+        store(path, [document | {"variant": one.variant} | ({"finetuned_on": tuned["samples"]} if tuned else {})])
     if only:
         return
     console.rule("masks")

@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 from checkpoints import things as world
 from espalier import OfficialTask, OwnTask, app
 from evals import photographs
+from evals.easy_vqa import write_rows
 from evals.exam import Item, Task, run
 from evals.tasks import SOURCES, open_task
+from pruning.samples import read
 from tests.server.tiny import write
 
 STAMPS = {
@@ -168,8 +170,8 @@ def easy_vqa_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = SimpleNamespace(
         get_test_questions=lambda: tuple(map(list, zip(*questions, strict=True))),
         get_test_image_paths=lambda: {number: str(tmp_path / f"{number}.png") for number in (0, 1)},
-        get_train_questions=lambda: ([], [], []),
-        get_train_image_paths=dict,
+        get_train_questions=lambda: (["what color is it?", "is there a circle?"], ["teal", "no"], [3, 3]),
+        get_train_image_paths=lambda: {3: str(tmp_path / "1.png")},
     )
     monkeypatch.setitem(sys.modules, "easy_vqa", package)
 
@@ -183,9 +185,15 @@ def test_easy_vqa_is_asked_whole_and_matched_exactly(easy_vqa_package):
     ]
     assert {picture.mode for picture, _ in asked} == {"RGB"}
     assert asked[0][1].judge("Teal.") and not asked[0][1].judge("turquoise")
-    assert first(9, "easy-vqa", split="train") == []
+    assert [item.answer for _, item in first(9, "easy-vqa", split="train")] == ["teal", "no"]
     with pytest.raises(ValueError, match="split 'known' is not one of test, train"):
         first(1, "easy-vqa", split="known")
+
+
+def test_the_training_split_becomes_rows_to_finetune_on(easy_vqa_package, tmp_path):
+    (sample,) = read(str(write_rows(tmp_path / "rows")), 1, seed=0)
+    assert sample.turns == [("what color is it?", "teal"), ("is there a circle?", "no")]
+    assert sample.image.size == (64, 64)
 
 
 def test_a_task_shorter_than_its_limit_ends(easy_vqa_package, tmp_path, capsys):
