@@ -86,10 +86,10 @@ def made(variant: str, work: Path, device: str, dtype: str, pictures: int) -> Pa
             prune(read(None, HALF), resolve("smol"), out, device, dtype)
         elif variant == TUNED_HALF:
             half = made("half", work, device, dtype, pictures)
-            finetune(FinetuneConfig(), half, out, resolve("smol"), device, dtype)
+            finetune(FinetuneConfig.model_validate({}), half, out, resolve("smol"), device, dtype)
         elif variant == TUNED_EASY_VQA:
-            rows = easy_vqa.write_rows(work)
-            finetune(FinetuneConfig(data=str(rows), samples=EASY_VQA_PICTURES), resolve("smol"), out, None, device, dtype)
+            given = {"data": str(easy_vqa.write_rows(work)), "samples": EASY_VQA_PICTURES}
+            finetune(FinetuneConfig.model_validate(given), resolve("smol"), out, None, device, dtype)
         else:
             config = TrainingConfig.model_validate({"seed": int(variant.removeprefix("router-")), "pictures": pictures})
             train_router(config, resolve("smol"), out, device, dtype)
