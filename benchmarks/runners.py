@@ -15,7 +15,7 @@ from torch import Size, Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
-from models.forward import decode_input, forward, prefill_input
+from models.forward import decode_inputs, forward, prefill_input
 from models.layer_shapes import LayerShape, layer_shapes, slice_to_shape, towers
 from models.linear import Linear
 from models.llava import Llava, from_transformers
@@ -105,10 +105,7 @@ class EspalierRunner:
             ids = forward(model, inputs).argmax(-1)
             steps.append(ids.tolist())  # waits for the device, as a server must to send the token
             token_times.append(time.perf_counter())
-            inputs = [
-                decode_input(model, token, position, own.route, own.cache)
-                for token, own in zip(ids.split(1), inputs, strict=True)
-            ]
+            inputs = decode_inputs(model, ids, [position] * len(ids), [(own.route, own.cache) for own in inputs])
         output_ids = [list(tokens) for tokens in zip(*steps, strict=True)]
         stages = {"encode": encoded - start, "route": routed_at - encoded, "kv_bytes": caches[0].nbytes}
         return Timing.of(start, token_times, output_ids, **stages)

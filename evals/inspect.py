@@ -121,9 +121,8 @@ def _show_formats(checkpoint: Checkpoint) -> None:
             table.add_row(f"language.{index}", *(f"{m.format} {m.nonzeros / m.size:.1%}" for m in matrices.values()))
         console.print(table)
     console.print("weights: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in model.bytes_by_format().items()))
-    if model.device.type == "cpu":
-        plan = model.decode_plan
-        console.print(f"decoding: {f'one native call a step, {plan.instructions}' if plan else 'layer by layer'}")
+    plan = model.decode_plan
+    console.print(f"decoding: {f'one native call a step, {plan.instructions}' if plan else 'layer by layer'}")
 
 
 def tower_line(model: Llava) -> str:

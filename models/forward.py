@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from models.attention import attend, attend_packed, packs
+from models.decode_graph import GraphPlan
 from models.kv_cache import RequestCache
 from models.llava import DecoderLayer, Llava
-from models.ops import apply_rope, rms_norm, swiglu
+from models.ops import apply_rope, rms_norm
 from models.route import Route
 from models.upload import upload
 
@@ -145,8 +146,7 @@ def _layer(
             return hidden
         rows = changing if rows is None else rows[changing]
         x = hidden[rows]
-    x = layer.out(mixed).add_(x)
-    x = layer.down(swiglu(layer.gate_up(rms_norm(x, layer.post_norm, model.eps)))).add_(x)
+    x = layer.behind_attention(x, mixed, model.eps)
     return x if rows is None else hidden.index_copy(0, rows, x)
 
 
@@ -161,6 +161,11 @@ def _attention(
     rotated = apply_rope(qkv[:, : heads + kv_heads], cos, sin)
     query, key, value = rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :]
     lengths = [len(sequence) for sequence in batch]
+    if max(lengths) == 1 and all(rows is None for rows in queries) and isinstance(model.decode_plan, GraphPlan):
+        from models.kernels.attention_triton import append_and_attend
+
+        table = upload([sequence.cache.append_row(index) for sequence in batch], query.device)
+        return append_and_attend(query, key, value, table, 0, scale).flatten(1)
     new = zip(batch, key.split(lengths), value.split(lengths), strict=True)
     cached = [sequence.cache.append(index, k, v) for sequence, k, v in new]
     biases = [sequence.cache.bias(index) for sequence in batch]

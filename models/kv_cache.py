@@ -72,7 +72,6 @@ class RequestCache:
         self.lengths[layer] = stop
         return slab[0, :, :stop], slab[1, :, :stop]
 
-
     def append_rows(self, rows: int) -> ctypes.Array[ctypes.c_int64]:
         """Count `rows` more in each layer that runs, which the caller writes; returns the rows before them, by layer."""
         before = (ctypes.c_int64 * len(self.lengths))(*self.lengths)
@@ -81,6 +80,18 @@ class RequestCache:
                 raise _no_room(layer, capacity, length + rows)
         self.lengths[:] = [length + rows * (capacity > 0) for length, capacity in zip(self.lengths, self.capacity, strict=True)]
         return before
+
+    def append_row(self, layer: int) -> tuple[int, int, int, int]:
+        """Count one more row in a layer, which the caller writes at its `place`, which is returned."""
+        if self.lengths[layer] == self.capacity[layer]:
+            raise _no_room(layer, self.capacity[layer], self.lengths[layer] + 1)
+        place = self.place(layer)
+        self.lengths[layer] += 1
+        return place
+
+    def place(self, layer: int) -> tuple[int, int, int, int]:
+        """Where a layer's slab lies, its rows, how many are written, and where the bias lies or 0, as kernels on a GPU read it."""
+        return self.slab_pointers[layer] or 0, self.capacity[layer], self.lengths[layer], self.bias_pointer or 0
 
     @property
     def bias_pointer(self) -> int | None:

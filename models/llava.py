@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from models.decode import DecodePlan
+from models.decode_graph import GraphPlan
 from models.families import Layout, arrange, check_tiles, family_of, layout_of
 from models.kv_cache import RequestCache
 from models.layer_shapes import head_dim, layer_shapes, query_heads
 from models.linear import Linear, fuse
-from models.ops import rms_norm
+from models.ops import rms_norm, swiglu
 from models.quantized import Int8Linear
 from models.sparse import AnyLinear
 from models.vision import TOWERS
@@ -48,6 +49,11 @@ class DecoderLayer:
 
     def linears(self) -> dict[str, AnyLinear]:
         return {"qkv": self.qkv, "out": self.out, "gate_up": self.gate_up, "down": self.down}
+
+    def behind_attention(self, x: Tensor, mixed: Tensor, eps: float) -> Tensor:
+        """The rest of the layer: its input x [rows, width] and what attention mixed [rows, heads * head_dim] to [rows, width]."""
+        x = self.out(mixed).add_(x)
+        return self.down(swiglu(self.gate_up(rms_norm(x, self.post_norm, eps)))).add_(x)
 
 
 @dataclass
@@ -88,8 +94,10 @@ class Llava:
         return float(self.config.text_config.rms_norm_eps)
 
     @cached_property
-    def decode_plan(self) -> DecodePlan | None:
-        """For decoding in one native call; None where it runs layer by layer."""
+    def decode_plan(self) -> DecodePlan | GraphPlan | None:
+        """For decoding in one native call, or one CUDA graph; None where it runs layer by layer."""
+        if self.device.type == "cuda":
+            return GraphPlan.of(self)
         return DecodePlan.of(
             self.decoder_layers, self.norm, self.head, self.inv_freq, self.rope_scaling, self.head_dim, self.eps
         )

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.forward import SequenceInput, decode_input, forward
+from models.forward import SequenceInput, decode_input, decode_inputs, forward
 from models.llava import Llava
+from models.upload import upload
 from server.running import Running
 from server.scheduler import share
 
@@ -59,7 +60,7 @@ def run_pass(model: Llava, answers: Sequence[Part], prompts: Sequence[Part]) -> 
 
 
 def run_batch(model: Llava, batch: Sequence[Part]) -> Sequence[Tensor | Exception | None]:
-    """Logits [vocab] of each request, None where its prompt goes on, or what went wrong with it.
+    """Logits [vocab] of each request on the CPU, None where its prompt goes on, or what went wrong with it.
 
     If the common pass fails, each one runs alone to find out whose.
     """
@@ -67,7 +68,7 @@ def run_batch(model: Llava, batch: Sequence[Part]) -> Sequence[Tensor | Exceptio
         return []
     lengths = [list(part.one.cache.lengths) for part in batch]
     try:
-        logits = iter(forward(model, [part.input for part in batch]))
+        logits = iter(forward(model, [part.input for part in batch]).cpu())  # a GPU is waited for here, once for all requests
     except Exception as error:
         if len(batch) == 1:
             return [error]
@@ -82,11 +83,13 @@ def run_batch(model: Llava, batch: Sequence[Part]) -> Sequence[Tensor | Exceptio
     return results
 
 
-def lay_out(model: Llava, one: Running, token: int) -> None:
-    """The token just drawn is what the request brings to the next pass."""
-    place = len(one.request.prompt) + len(one.output_ids) - 1
-    ids = torch.tensor([token], device=model.device)
-    one.input = decode_input(model, ids, place, one.plan.route, one.cache)
+def lay_out(model: Llava, answers: Sequence[Running]) -> None:
+    """The tokens just drawn are what these requests bring to the next pass."""
+    ids = upload([one.output_ids[-1] for one in answers], model.device)
+    places = [len(one.request.prompt) + len(one.output_ids) - 1 for one in answers]
+    inputs = decode_inputs(model, ids, places, [(one.plan.route, one.cache) for one in answers])
+    for one, row in zip(answers, inputs, strict=True):
+        one.input = row
 
 
 def follow(model: Llava, one: Running, tokens: Sequence[int]) -> Tensor:
@@ -96,6 +99,6 @@ def follow(model: Llava, one: Running, tokens: Sequence[int]) -> Tensor:
         for place, token in enumerate(tokens, len(one.request.prompt)):
             ids = torch.tensor([token], device=model.device)
             logits = forward(model, [decode_input(model, ids, place, one.plan.route, one.cache)])
-        return logits[0]
+        return logits[0].cpu()
     finally:
         one.cache.lengths[:] = lengths

@@ -432,18 +432,18 @@ class Engine:
         for part, logits in zip([*answers, *prompts], results, strict=True):
             if logits is not None:
                 self._guard(part.one.request, self._take, part.one, logits)
+        if answering := [one for one in self._running.values() if one.answering]:
+            lay_out(self.model, answering)
         self._work.observe_pass(time.monotonic() - started, rows, len(answers))
 
     def _take(self, request: Request, one: Running, logits: torch.Tensor | Exception) -> None:
-        """The answer's next token; it ends the request, or is its next row."""
+        """The answer's next token, which may end the request."""
         if isinstance(logits, Exception):
             raise logits
         if not one.answering:
             self._prefill.keep_prefix(one)
         if reason := self._answers.take(one, logits):
             self._complete(one, reason)
-        else:
-            lay_out(self.model, one, one.output_ids[-1])
 
     def _complete(self, one: Running, reason: FinishReason) -> None:
         request = one.request

@@ -16,6 +16,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported anywhere: its kernels run on the CPU
+
 torch.set_num_threads(1)  # models this small only wait for each other's threads
 
 # A slow machine is not a failure; a failure prints what reproduces it.
