@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,8 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 530.0
 """For all of it."""
-PACKAGES = ("transformers", "safetensors", "numpy", "pillow", "rich", "pytest", "hypothesis")
-BATCHES = (1, 8)
+BATCHES = (1, 8, 32)
 PIP_LIMIT_S = 60.0
 ERROR_LINES = 12
 
@@ -38,7 +39,7 @@ class Part:
     limit_s: float
 
 
-def parts(geometry: str, device: str, dtype: str) -> list[Part]:
+def parts(geometry: str, served: str, device: str, dtype: str) -> list[Part]:
     """What matters most comes first: time may run out."""
 
     def call(function: str, **options: Any) -> list[str]:
@@ -55,9 +56,11 @@ def parts(geometry: str, device: str, dtype: str) -> list[Part]:
     # Warnings of versions other than ours are no failures here.
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", *marked]
     return [
-        Part("gpu tests", tests, 90),
+        Part("gpu tests", tests, 120),
         Part("parity at off", call("benchmarks.parity:run", geometry=geometry, device=device, dtype=dtype), 60),
-        Part("dense", bench(), 110),
+        Part("dense", bench(), 130),
+        Part("served", call("benchmarks.curve:run", geometry=served, device=device), 120),
+        Part("nf4", bench(quantization="nf4"), 110),
         Part("2:4", bench(sparsity=0.5, pattern="2:4"), 150),
         Part("50 %", bench(sparsity=0.5), 240),  # its weights are compressed on the CPU
     ]
@@ -114,13 +117,25 @@ def _document(line: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def packages() -> list[str]:
+    """What the parts need beside torch."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    names = [re.split("[^a-z0-9-]", wanted)[0] for wanted in project["dependencies"]]
+    return [*(name for name in names if name != "torch"), "pytest", "hypothesis", "httpx", "bitsandbytes"]
+
+
 def install_missing() -> dict[str, Any] | None:
     """Install what is missing at the versions in constraints.txt; None if nothing is. torch is never touched."""
-    missing = [name for name in PACKAGES if _version(name) is None]
+    missing = [name for name in packages() if _version(name) is None]
     if not missing:
         return None
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt", *missing]
-    return run_part(Part("pip", command, PIP_LIMIT_S), PIP_LIMIT_S) | {"packages": missing}
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as others:  # bitsandbytes would bring the torch that is pinned
+        pinned = (ROOT / "constraints.txt").read_text("utf-8").splitlines(keepends=True)
+        others.writelines(line for line in pinned if not line.startswith("torch="))
+        others.flush()
+        quick = ["--quiet", "--disable-pip-version-check", "--retries", "0"]
+        command = [sys.executable, "-m", "pip", "install", *quick, "-c", others.name, *missing]
+        return run_part(Part("pip", command, PIP_LIMIT_S), PIP_LIMIT_S) | {"packages": missing}
 
 
 def _version(package: str) -> str | None:
@@ -136,9 +151,13 @@ def tables(document: dict[str, Any]) -> str:
     lines += [f"| {name} | {entry['status']} | {entry['seconds']:g} |" for name, entry in document["parts"].items()]
     lines += ["", f"| part | batch | route |{' {} ms | × transformers | × roofline |' * 2} requests/s |".format("TTFT", "TPOT")]
     lines += ["|---" * 10 + "|"]
+    curve = ["", "| at once | level | requests/s | tokens/s | TTFT s, p50 and p95 | end to end s, p50 and p95 |", "|---" * 6 + "|"]
     others = []
     for name, entry in document["parts"].items():
         for result in entry["results"]:
+            if "concurrency" in result:
+                curve += [_curve_line(result["concurrency"], *row) for row in result["levels"].items()]
+                continue
             if "routes" not in result:
                 others += ["", f"{name}: {result if isinstance(result, str) else json.dumps(result)}"]
                 continue
@@ -148,7 +167,12 @@ def tables(document: dict[str, Any]) -> str:
                 lines.append(f"| {name} | {result['batch']} | {route} | {' | '.join(times)} | {row['requests_per_s']:.3g} |")
         if "error" in entry:
             others += ["", f"## {name}: {entry['status']}", "", *(f"    {line}" for line in entry["error"].splitlines())]
-    return "\n".join(lines + others)
+    return "\n".join(lines + curve + others)
+
+
+def _curve_line(concurrency: int, level: str, row: dict[str, Any]) -> str:
+    times = [f"{row[key]['p50']:.3g}, {row[key]['p95']:.3g}" for key in ("ttft_s", "e2e_s")]
+    return f"| {concurrency} | {level} | {row['requests_per_s']:.3g} | {row['tokens_per_s']:.4g} | {' | '.join(times)} |"
 
 
 def run(wanted: Sequence[Part], document: dict[str, Any], out: Path, deadline_s: float) -> dict[str, Any]:
@@ -190,6 +214,7 @@ def find_card(device: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--geometry", default="llava-1.5-7b", help="of `espalier bench engine`")
+    parser.add_argument("--served", default="tinyllava-1.1b", help="geometry of the served curve; the other's loads too long")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to try the command itself")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu.json", help="the document; tables go beside it, in .md")
@@ -198,9 +223,10 @@ def main() -> None:
     pip = install_missing()
     document = {
         "geometry": asked.geometry, "device": asked.device, "dtype": asked.dtype, "card": card, "pip": pip,
-        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in ("torch", "triton", *PACKAGES)}},
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in ("torch", "triton", *packages())}},
     }  # fmt: skip
-    run(parts(asked.geometry, asked.device, asked.dtype), document, asked.out, DEADLINE_S - (time.monotonic() - start))
+    wanted = parts(asked.geometry, asked.served, asked.device, asked.dtype)
+    run(wanted, document, asked.out, DEADLINE_S - (time.monotonic() - start))
     sys.stdout.write(tables(document) + "\n\n" + json.dumps(document) + "\n")
     sys.exit(any(entry["status"] != "ok" for entry in document["parts"].values()))
 

@@ -52,11 +52,18 @@ def test_after_the_deadline_parts_are_skipped(tmp_path: Path) -> None:
 
 
 def test_the_parts_in_order_of_worth() -> None:
-    parts = gpu.parts("llava-1.5-7b", "cuda", "bfloat16")
-    assert [part.name for part in parts] == ["gpu tests", "parity at off", "dense", "2:4", "50 %"]
-    assert all("'batches': (1, 8)" in part.command[-1] for part in parts[2:])
-    assert any("test_forward.py" in word for word in parts[0].command)
-    assert all("'llava-1.5-7b'" in part.command[-1] for part in parts[1:])
+    parts = gpu.parts("llava-1.5-7b", "tinyllava-1.1b", "cuda", "bfloat16")
+    assert [part.name for part in parts] == ["gpu tests", "parity at off", "dense", "served", "nf4", "2:4", "50 %"]
+    timed = [part for part in parts if part.name in ("dense", "nf4", "2:4", "50 %")]
+    assert all("'batches': (1, 8, 32)" in part.command[-1] for part in timed)
+    assert all("'llava-1.5-7b'" in part.command[-1] for part in [parts[1], *timed])
+    for file in ("test_forward.py", "test_attention_triton.py", "test_decode_graph.py"):
+        assert any(file in word for word in parts[0].command)
+
+
+def test_packages_are_the_projects_own_but_never_torch() -> None:
+    found = gpu.packages()
+    assert {"transformers", "pydantic-settings", "fastapi", "pytest", "bitsandbytes"} <= set(found) and "torch" not in found
 
 
 def test_a_python_without_a_card_says_so() -> None:
@@ -76,11 +83,13 @@ def test_the_model_and_its_benchmark_need_no_server_packages() -> None:
 
 @pytest.mark.slow
 def test_the_whole_command_runs_on_a_cpu(tmp_path: Path) -> None:
-    options = ["--geometry", "tiny", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "gpu.json")]
+    options = ["--geometry", "tiny", "--served", "tiny", "--device", "cpu", "--dtype", "float32"]
+    options += ["--out", str(tmp_path / "gpu.json")]
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *options], cwd=ROOT, capture_output=True, text=True)
     document = json.loads(done.stdout.splitlines()[-1])
     statuses = {name: (entry["status"], entry.get("error")) for name, entry in document["parts"].items()}
     assert set(statuses.values()) == {("ok", None)}, statuses
     assert done.returncode == 0
+    assert "| 64 | strong |" in done.stdout and "| nf4 | 32 | 4x3 nf4 |" in done.stdout
     assert "| dense | 8 | 16x3 |" in done.stdout and "| 2:4 | 1 | 4x3 sparse |" in done.stdout
     assert document["parts"]["parity at off"]["results"][0]["tiny"]["equal_tokens"] == 16

@@ -17,6 +17,7 @@ from tests.models.tiny_llava import VISUAL, Session, pixels, prompt
 
 attention_triton = pytest.importorskip("models.kernels.attention_triton", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 WHOLE = {name: route for name, route in routes().items() if all(route.layers) and name != "few"}
 

@@ -10,6 +10,7 @@ from models.kv_cache import RequestCache
 
 attention_triton = pytest.importorskip("models.kernels.attention_triton", exc_type=ImportError)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 # Triton 3.9's interpreter multiplies the bits of bfloat16 as whole numbers.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01} | ({torch.bfloat16: 0.05} if DEVICE.type == "cuda" else {})
 

@@ -10,6 +10,7 @@ from models.sparse import SparseLinear
 
 bitmask_triton = pytest.importorskip("models.kernels.bitmask_triton", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 @pytest.mark.parametrize(
