@@ -30,7 +30,7 @@ class Rows(Protocol):
     @property
     def cache(self) -> RequestCache: ...
     @property
-    def text_rows(self) -> Tensor | None: ...
+    def text_spans(self) -> tuple[tuple[int, int], ...] | None: ...
     @property
     def logits_to_keep(self) -> int: ...
 
@@ -125,7 +125,7 @@ class DecodePlan:
     def takes(self, batch: Sequence[Rows]) -> bool:
         """Whether this is faster than layer by layer."""
         few = sum(map(len, batch)) <= self.max_rows
-        return few and all(one.text_rows is None and one.hidden.dtype == self.dtype for one in batch)
+        return few and all(one.text_spans is None and one.hidden.dtype == self.dtype for one in batch)
 
     @property
     def max_rows(self) -> int:

@@ -67,7 +67,7 @@ class GraphPlan:
     def takes(self, batch: Sequence[Rows]) -> bool:
         """Whether these are new tokens, one each, of requests that run every layer: no layer's cache is empty or smaller."""
         return len(batch) <= BUCKETS[-1] and all(
-            len(one) == one.logits_to_keep == 1 and one.text_rows is None and len(set(one.cache.capacity)) == 1
+            len(one) == one.logits_to_keep == 1 and one.text_spans is None and len(set(one.cache.capacity)) == 1
             and one.hidden.dtype == self.hidden.dtype
             for one in batch
         )  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import attend, attend_packed, packs
@@ -21,37 +22,43 @@ from models.ops import apply_rope, rms_norm
 from models.route import Route
 from models.upload import upload
 
+Spans = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True)
 class SequenceInput:
     """One request's new rows: the kept tokens of its prompt, or one token when decoding.
 
-    hidden [n, width]; positions [n], int64, those in the whole prompt. `text_rows` are the indices of the rows that are no visual
-    tokens, where the route freezes layers. Logits are computed for the last `logits_to_keep` rows: one to go on from, more to score
-    an answer. Rows that the cache holds already stand before these: a prompt's beginning, which has run before. A prompt may run in
-    parts, whatever its route: all that is dropped, merged, frozen or skipped is known before its first row runs.
+    hidden [n, width]; positions [n], int64, those in the whole prompt. `text_spans` are where rows of no visual tokens start and
+    stop, in order, where the route freezes layers. Logits are computed for the last `logits_to_keep` rows: one to go on from, more
+    to score an answer. Rows that the cache holds already stand before these: a prompt's beginning, which has run before. A prompt
+    may run in parts, whatever its route: all that is dropped, merged, frozen or skipped is known before its first row runs.
     """
 
     hidden: Tensor
     positions: Tensor
     route: Route
     cache: RequestCache
-    text_rows: Tensor | None = None
+    text_spans: Spans | None = None
     logits_to_keep: int = 1
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def query_rows(self, layer: int) -> Tensor | None:
-        """The rows that attend and change in a layer, all the others being read only; None for all rows."""
-        count = self.last_rows(layer)
-        return self.text_rows if count is None else None if count == len(self) else self.logit_rows
-
-    def last_rows(self, layer: int) -> int | None:
-        """How many those are, if they are the last ones."""
+    def query_spans(self, layer: int) -> Spans:
+        """Where the rows that attend and change in a layer start and stop, in order; all the others are read only."""
         if layer == self.route.last_layer and len(self) > self.logits_to_keep:
-            return self.logits_to_keep
-        return None if self.text_rows is not None and layer in self.route.frozen_layers else len(self)
+            return ((len(self) - self.logits_to_keep, len(self)),)
+        if self.text_spans is not None and layer in self.route.frozen_layers:
+            return self.text_spans
+        return ((0, len(self)),)
+
+    def query_rows(self, layer: int) -> Tensor | None:
+        """The same as indices; None for all rows."""
+        spans = self.query_spans(layer)
+        if spans == ((0, len(self)),):
+            return None
+        return upload([row for start, stop in spans for row in range(start, stop)], self.positions.device)
 
     def first(self, rows: int) -> SequenceInput:
         """A prompt's beginning, of which no logits are wanted unless it is the whole."""
@@ -62,10 +69,11 @@ class SequenceInput:
         return self._part(rows, len(self))
 
     def _part(self, start: int, stop: int) -> SequenceInput:
-        text = self.text_rows
+        text = self.text_spans
         if text is not None:
-            text = text[(text >= start) & (text < stop)] - start
-        return replace(self, hidden=self.hidden[start:stop], positions=self.positions[start:stop], text_rows=text)
+            cut = [(max(first, start) - start, min(last, stop) - start) for first, last in text]
+            text = tuple((first, last) for first, last in cut if first < last)
+        return replace(self, hidden=self.hidden[start:stop], positions=self.positions[start:stop], text_spans=text)
 
     @property
     def logit_rows(self) -> Tensor:
@@ -88,8 +96,14 @@ def prefill_input(
         sizes = torch.ones(len(positions), dtype=hidden.dtype, device=ids.device)
         sizes[is_visual] = torch.tensor(route.token_sizes, dtype=hidden.dtype, device=ids.device)
         cache.set_bias(sizes.log())
-    text_rows = (~is_visual).nonzero()[:, 0] if route.frozen_layers else None
-    return SequenceInput(hidden, positions, route, cache, text_rows, logits_to_keep)
+    text_spans = _spans(~is_visual) if route.frozen_layers else None
+    return SequenceInput(hidden, positions, route, cache, text_spans, logits_to_keep)
+
+
+def _spans(chosen: Tensor) -> Spans:
+    """Where the true ones of a row of bools start and stop."""
+    edges = F.pad(chosen.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def decode_input(model: Llava, ids: Tensor, position: int, route: Route, cache: RequestCache) -> SequenceInput:
@@ -169,10 +183,9 @@ def _attention(
     new = zip(batch, key.split(lengths), value.split(lengths), strict=True)
     cached = [sequence.cache.append(index, k, v) for sequence, k, v in new]
     biases = [sequence.cache.bias(index) for sequence in batch]
-    last_rows = [count for sequence in batch if (count := sequence.last_rows(index)) is not None]
-    if packs(query, kv_heads) and len(last_rows) == len(batch):
-        last = torch.cat([q[len(q) - count :] for q, count in zip(query.split(lengths), last_rows, strict=True)])
-        return _packed_attention(last, cached, biases, last_rows, scale)
+    if packs(query, kv_heads):
+        spans = [sequence.query_spans(index) for sequence in batch]
+        return _packed_attention(query.split(lengths), cached, biases, spans, scale).flatten(1)
     mixed = []
     for q, (keys, values), bias, rows in zip(query.split(lengths), cached, biases, queries, strict=True):
         places = None if rows is None else rows + (keys.shape[1] - len(q))
@@ -184,17 +197,27 @@ def _attention(
 
 
 def _packed_attention(
-    query: Tensor, cached: Sequence[tuple[Tensor, Tensor]], biases: Sequence[Tensor | None], last_rows: Sequence[int], scale: float
-) -> Tensor:
-    """Attention of each request's last rows, query [sum of last_rows, heads, dim], in one call: [sum of last_rows, heads * dim]."""
-    if not len(query):  # parts of prompts, of which only keys and values are wanted
-        return query.flatten(1)
-    lengths = [keys.shape[1] for keys, _ in cached]
-    keys, values = (torch.cat([part.transpose(0, 1) for part in parts]) for parts in zip(*cached, strict=True))
-    bias = None
-    if any(one is not None for one in biases):
-        bias = torch.cat([query.new_zeros(n) if one is None else one for n, one in zip(lengths, biases, strict=True)])
-    return attend_packed(query, keys, values, last_rows, lengths, scale=scale, bias=bias).flatten(1)
+    queries: Sequence[Tensor], cached: Sequence[tuple[Tensor, Tensor]], biases: Sequence[Tensor | None], spans: Sequence[Spans],
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """Attention of all requests' spans of query rows in one call, each over the rows up to its own last: [rows, heads, dim]."""
+    biased = any(bias is not None for bias in biases)
+    rows, keys, values, added = [], [], [], []
+    for query, (all_keys, all_values), bias, own in zip(queries, cached, biases, spans, strict=True):
+        for start, stop in own:
+            if start == stop:  # a part of a prompt, of which only keys and values are wanted
+                continue
+            length = all_keys.shape[1] - len(query) + stop
+            rows.append(query[start:stop])
+            keys.append(all_keys[:, :length].transpose(0, 1))
+            values.append(all_values[:, :length].transpose(0, 1))
+            if biased:
+                added.append(query.new_zeros(length) if bias is None else bias[:length])
+    if not rows:
+        return queries[0][:0]
+    counts, lengths = ([len(part) for part in parts] for parts in (rows, keys))
+    bias = torch.cat(added) if biased else None
+    return attend_packed(torch.cat(rows), torch.cat(keys), torch.cat(values), counts, lengths, scale=scale, bias=bias)
 
 
 def _packed(batch: Sequence[SequenceInput], rows: Sequence[Tensor | None]) -> Tensor:

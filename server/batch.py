@@ -37,7 +37,7 @@ class Part:
 
 def native_tokens(model: Llava, running: Sequence[Running]) -> int:
     """Tokens of prompts that run with the answers in one native call."""
-    if model.decode_plan is None or any(one.input.text_rows is not None for one in running):
+    if model.decode_plan is None or any(one.input.text_spans is not None for one in running):
         return 0
     return max(0, model.decode_plan.max_rows - sum(one.answering for one in running))
 

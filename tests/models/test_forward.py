@@ -127,7 +127,7 @@ def test_dropping_equals_a_reference_that_masks(name):
 
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_prompts_in_one_call_of_a_flash_kernel_answer_alike(in_parts, monkeypatch):
-    """The kernel is torch's SDPA in its place."""
+    """The kernel is torch's SDPA in its place; nothing is left to be run request by request."""
     _, model = pair()
     calls = []
 
@@ -146,6 +146,7 @@ def test_prompts_in_one_call_of_a_flash_kernel_answer_alike(in_parts, monkeypatc
     wanted = logits()
     monkeypatch.setattr("models.attention.flash_attention", lambda: partial(packed, enable_gqa=True))
     monkeypatch.setattr("models.forward.packs", lambda query, kv_heads: True)
+    monkeypatch.setattr("models.forward.attend", None)
     monkeypatch.setattr(kernels, "decoding_library", lambda: None)
     torch.testing.assert_close(logits(), wanted, rtol=1e-4, atol=1e-4)
     assert calls

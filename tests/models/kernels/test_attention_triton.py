@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -66,3 +71,32 @@ def test_nan_in_a_cache_is_not_hidden_and_harms_no_other():
     rows = torch.ones(2, 1, 16, device=DEVICE)
     found = attention_triton.append_and_attend(rows, rows, rows, torch.tensor([c.place(0) for c in caches], device=DEVICE), 0, 1.0)
     assert torch.isfinite(found[0]).all() and found[1].isnan().all()
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from models.kernels.attention_triton import _attend, _join
+
+def ptx(kernel, types, constants):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    multiples = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] not in ("constexpr", "fp32")}
+    return compile(ASTSource(kernel, signature, values, multiples), target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+floats = dict.fromkeys(("mixed", "tops", "weights"), "*fp32")
+rows = dict.fromkeys(("query", "key", "value", "out"), "*bf16")
+counts = dict.fromkeys(("query_stride", "key_stride", "value_stride", "heads_before"), "i32")
+types = floats | rows | counts | {"table": "*i64", "scale": "fp32"}
+sizes = {"DIM": 128, "WIDTH": 128, "SPLITS": 8}
+heads = {"KV_HEADS": 8, "GROUP": 4, "GROUP_WIDTH": 16, "ROWS": 64, "ALIGNMENT": 16}
+assert "cp.async.cg" in ptx(_attend, types, sizes | heads), "keys and values are not copied by 16 bytes"
+ptx(_join, types, sizes)
+"""
+
+
+def test_the_kernels_compile_for_a_card_that_is_not_there():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
