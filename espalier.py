@@ -269,6 +269,29 @@ def finetune(
 
 
 @app.command()
+def quantize(
+    checkpoint: CHECKPOINT,
+    out: Annotated[Path, typer.Option(help="The directory to make.")],
+    data: DATA = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 64,
+    seed: Annotated[int, typer.Option(help="Which samples.")] = 0,
+    device: DEVICE = "cpu",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Write a checkpoint in 4 bits, rounded by what calibration samples put into each matrix. A run that was stopped goes on."""
+    from checkpoints.shipped import resolve
+    from evals.inspect import held_out_line
+    from pruning.static.quantize import run
+
+    with _plain_errors():
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        quantization = run(resolve(checkpoint), out, data, samples, seed, device, dtype).quantization
+        if quantization and quantization.held_out:
+            console.print(held_out_line(quantization.held_out))
+        console.print(f"in 4 bits in {out}; look at it with `espalier inspect {out}`")
+
+
+@app.command()
 @options_from(TrainingConfig)
 def route(
     checkpoint: CHECKPOINT,

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from evals.statistics import wilson
 from models.checkpoint import Checkpoint, load
 from models.llava import Llava, most_visual_tokens_per_image
-from models.manifest import HeldOut, Pruning
+from models.manifest import HeldOut, Pruning, Quantization
 from pruning.dynamic.levels import Level, OperatingPoint
 from pruning.dynamic.planner import load_menu
 from pruning.dynamic.router_file import RouterRecord
@@ -36,11 +36,13 @@ def run(
     )
     if manifest.pruning:
         _show_pruning(manifest.pruning)
-    elif (zeros := model.sparsity())["language"] > FOREIGN_ZEROS:
+    elif not checkpoint.quantization and (zeros := model.sparsity())["language"] > FOREIGN_ZEROS:  # rounding makes zeros too
         shares = ", ".join(f"{name} {share:.1%}" for name, share in zeros.items())
         console.print(f"pruned elsewhere, for nothing is told of it; zeros: {shares}")
     if manifest.finetuning:
         console.print(finetuning_line(manifest.finetuning))
+    if manifest.quantization:
+        _show_quantization(manifest.quantization)
     _show_formats(checkpoint)
     console.print(tower_line(model))
     _show_layer_change(manifest.layer_change)
@@ -75,8 +77,7 @@ def _show_pruning(pruning: Pruning) -> None:
     console.print(table)
     if pruning.held_out:
         console.print(held_out_line(pruning.held_out))
-    for name, damping in pruning.damping.items():
-        console.print(f"{name}: its Hessian needed a damping of {damping:g}")
+    _show_damping(pruning.damping)
     for turn in pruning.projector:
         console.print(
             f"projector tuned after generation {turn['generation']}: held-out divergence {turn['before']:.2g} to "
@@ -84,8 +85,22 @@ def _show_pruning(pruning: Pruning) -> None:
         )
 
 
+def _show_quantization(found: Quantization) -> None:
+    console.print(
+        f"rounded from {found.source} {found.fingerprint}: nf4, GPTQ on {found.samples} samples of {found.data}, seed {found.seed}"
+    )
+    if found.held_out:
+        console.print(held_out_line(found.held_out))
+    _show_damping(found.damping)
+
+
+def _show_damping(raised: Mapping[str, float]) -> None:
+    for name, damping in raised.items():
+        console.print(f"{name}: its Hessian needed a damping of {damping:g}")
+
+
 def held_out_line(found: HeldOut) -> str:
-    """What pruning cost, in one line."""
+    """What pruning or rounding cost, in one line."""
     low, high = wilson(round(found.agreement * found.questions), found.questions)
     return (
         f"{found.questions} held-out questions: {found.agreement:.1%} ({low:.1%} to {high:.1%}) of the answers are the dense "

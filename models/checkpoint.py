@@ -145,6 +145,8 @@ def _open(
     modules: Collection[str] = QUANTIZED_MODULES
     if saved:
         weights, modules = _dequantized(shards, config, dtype)
+        if manifest.quantization:
+            modules = {*modules, "embedding"}  # bitsandbytes' files have no form for one that is the head too
     model, info = _from_pretrained(config, directory, dtype, weights)
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted((*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])))

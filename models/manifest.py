@@ -28,13 +28,13 @@ class Calibration(BaseModel):
 
 
 class HeldOut(BaseModel):
-    """What pruning cost, on questions about pictures that calibration did not see."""
+    """What pruning or rounding cost, on questions about pictures that calibration did not see."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     questions: int
     agreement: float = Field(description="Share of them whose greedy answer is the dense model's, token by token.")
-    perplexity: float = Field(description="Of the dense model's answers, in the pruned model.")
+    perplexity: float = Field(description="Of the dense model's answers, in the changed model.")
     dense_perplexity: float = Field(description="Of the same answers in the dense model.")
 
 
@@ -51,6 +51,20 @@ class Pruning(BaseModel):
     projector: list[dict[str, Any]] = Field(default_factory=list, description="Held-out divergence before and after each tuning.")
     held_out: HeldOut | None = Field(default=None, description="None where the data had no rows left, or before it was measured.")
     notes: dict[str, Any] = Field(default_factory=dict, description="What else was decided on the way.")
+
+
+class Quantization(BaseModel):
+    """How the weights were rounded to 4 bits, and what came of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(description="Name of the dense checkpoint.")
+    fingerprint: str = Field(description="Of the dense checkpoint.")
+    data: str
+    samples: int
+    seed: int
+    damping: dict[str, float] = Field(default_factory=dict, description="Where a Hessian needed more than usual.")
+    held_out: HeldOut | None = Field(default=None, description="None where the data had no rows left, or before it was measured.")
 
 
 class Manifest(BaseModel):
@@ -70,6 +84,7 @@ class Manifest(BaseModel):
     finetuning: dict[str, Any] | None = Field(
         default=None, description="How `espalier finetune` trained it: its options, and the mean loss of each tenth of the steps."
     )
+    quantization: Quantization | None = None
     router: dict[str, Any] | None = Field(default=None, description="The router beside the weights, as `pruning.dynamic` reads it.")
     cards: dict[str, dict[str, Any]] = Field(default_factory=dict, description="What each level was measured to do.")
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of the weight files.")

@@ -157,6 +157,12 @@ def dequantize_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     return dense.view(state.shape)
 
 
+def nf4_values(device: torch.device | str) -> Tensor:
+    """The 16 values that a weight can have, in units of its block's scale: float32, ascending, -1 and 1 at the ends."""
+    values: Tensor = bitsandbytes().functional.get_4bit_type("nf4", device=device)
+    return values
+
+
 QUANTIZED: dict[str, type[Int8Linear] | type[Nf4Linear]] = {"int8": Int8Linear, "nf4": Nf4Linear}
 """The formats, by the name that `--quantization` takes."""
 
@@ -223,3 +229,18 @@ def _dense(codes: Tensor, beside: dict[str, Tensor], key: str) -> Tensor:
     functional = bitsandbytes().functional
     state = functional.QuantState.from_dict({name.removeprefix(f"{key}."): value for name, value in beside.items()}, codes.device)
     return dequantize_4bit(codes, state, torch.float32)
+
+
+def stored_nf4(key: str, weight: Tensor) -> dict[str, Tensor]:
+    """A matrix [out, in] as bitsandbytes' modules save it, by the files' names."""
+    codes, state = bitsandbytes().functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    return {key: codes} | {f"{key}.{name}": value for name, value in state.as_dict(packed=True).items()}
+
+
+def nf4_config(dtype: torch.dtype, skipped: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` of such files: products in `dtype`, and all matrices but those of the modules `skipped`."""
+    return {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."), "bnb_4bit_use_double_quant": False,
+        "llm_int8_skip_modules": list(skipped),
+    }  # fmt: skip

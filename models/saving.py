@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"}
 
 
 def derive(
-    source: Path, out: Path, changed: Mapping[str, Tensor], manifest: Manifest, config: Mapping[str, dict[str, Any]] | None = None
-) -> None:
+    source: Path, out: Path, changed: Mapping[str, Tensor], manifest: Manifest, config: Mapping[str, dict[str, Any]] | None = None,
+    stored: Callable[[str, Tensor], Mapping[str, Tensor]] = lambda key, tensor: {key: tensor},
+) -> None:  # fmt: skip
     """Copy `source` to `out` with the tensors in `changed`, one shard in memory at a time. The directory appears when it is whole.
 
     Names in `changed` are `language.3.self_attn.q_proj.weight`, `vision.…` and `projector.linear_1.weight`, whatever the files call
-    them; the files' dtypes stay. `config` has changed keys of `config.json`, by section. Raises CheckpointError for a name that no
-    file has, FileExistsError where `out` exists.
+    them; the files' dtypes stay. `config` has changed keys of `config.json`, by section. `stored` says as what a file's tensor is
+    written, itself by default. Raises CheckpointError for a name that no file has, FileExistsError where `out` exists.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists")
@@ -44,17 +45,20 @@ def derive(
         if config:
             document = json.loads((part / "config.json").read_text())
             for section, keys in config.items():
-                document[section] |= keys
+                document[section] = document.get(section, {}) | keys
             (part / "config.json").write_text(json.dumps(document, indent=2) + "\n")
         missing, hashes, size = set(changed), {}, 0
+        weight_map: dict[str, str] = {}
         for shard in shards:
+            tensors: dict[str, Tensor] = {}
             with safe_open(shard, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-            for key, tensor in tensors.items():
-                name = plain_name(key)
-                if name in changed:
-                    tensors[key] = changed[name].detach().to("cpu", tensor.dtype).contiguous()
-                    missing.discard(name)
+                for key in file.keys():
+                    tensor, name = file.get_tensor(key), plain_name(key)
+                    if name in changed:
+                        tensor = changed[name].detach().to("cpu", tensor.dtype).contiguous()
+                        missing.discard(name)
+                    tensors |= stored(key, tensor)
+            weight_map |= dict.fromkeys(tensors, shard.name)
             size += sum(tensor.nbytes for tensor in tensors.values())
             save_tensors(tensors, part / shard.name)
             hashes[shard.name] = sha256(part / shard.name)
@@ -64,6 +68,7 @@ def derive(
         if index.exists():
             document = json.loads(index.read_text())
             document["metadata"] = document.get("metadata", {}) | {"total_size": size}
+            document["weight_map"] = weight_map
             index.write_text(json.dumps(document, indent=2) + "\n")
         write_manifest(part, manifest.model_copy(update={"files": hashes}))
         part.replace(out)

@@ -95,7 +95,7 @@ def test_shipped_checkpoints_are_not_written_to(command: list[str]) -> None:
     assert "embedded ships with Espalier and stays as it is" in result.output
 
 
-@pytest.mark.parametrize("command", [["calibrate"], ["prune", "--out", "out"], ["route", "--out", "out"]])
+@pytest.mark.parametrize("command", [["calibrate"], *([name, "--out", "out"] for name in ("prune", "quantize", "route"))])
 def test_other_checkpoints_are_told_to_bring_their_data(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:

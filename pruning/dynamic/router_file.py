@@ -79,10 +79,11 @@ def load_router(checkpoint: Checkpoint) -> Router | None:
     record = RouterRecord.of(checkpoint.manifest)
     if record is None:
         return None
-    path, model = checkpoint.directory / FILE, checkpoint.model
-    if record.checkpoint != checkpoint.fingerprint:
+    path, model, rounded = checkpoint.directory / FILE, checkpoint.model, checkpoint.manifest.quantization
+    weights = rounded.fingerprint if rounded else checkpoint.fingerprint  # routers hold for rounded weights too
+    if record.checkpoint != weights:
         raise CheckpointError(
-            f"{path} was trained for checkpoint {record.checkpoint} and this one is {checkpoint.fingerprint}: its scores predict "
+            f"{path} was trained for checkpoint {record.checkpoint} and this one is {weights}: its scores predict "
             "another model; run `espalier route`"
         )
     try:

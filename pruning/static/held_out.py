@@ -1,4 +1,4 @@
-"""What pruning cost a checkpoint: its answers beside the dense model's, about pictures that calibration did not see."""
+"""What pruning or rounding cost a checkpoint: its answers beside the dense model's, about pictures that calibration did not see."""
 
 from __future__ import annotations
 
@@ -30,15 +30,25 @@ Answers = list[list[int]]
 def measure(
     dense: Path, run_state: RunState, samples: Sequence[Sample], seed: int, device: str, dtype: str, console: Console
 ) -> None:
-    """Ask the dense checkpoint and the draft about `samples`, one of the models in memory at a time, and write what came of it into
-    the draft's manifest.
+    """Write what pruning cost into the draft's manifest."""
+    found = cost(dense, run_state, samples, seed, device, dtype, console)
+    manifest = read_manifest(run_state.draft)
+    assert manifest.pruning
+    pruning = manifest.pruning.model_copy(update={"held_out": found})
+    write_manifest(run_state.draft, manifest.model_copy(update={"pruning": pruning}))
 
-    One pass over the dense model's greedy answers is enough: the pruned model gives the same one if and only if each of its tokens
+
+def cost(
+    dense: Path, run_state: RunState, samples: Sequence[Sample], seed: int, device: str, dtype: str, console: Console
+) -> HeldOut | None:
+    """Ask the dense checkpoint and the draft about `samples`, one of the models in memory at a time. None where there are none.
+
+    One pass over the dense model's greedy answers is enough: the changed model gives the same one if and only if each of its tokens
     is the likeliest.
     """
     if not samples:
-        console.print("what pruning cost is not measured: calibration takes all rows of the data; give some more")
-        return
+        console.print("what it cost is not measured: calibration takes all rows of the data; give some more")
+        return None
     asked = run_state.read("dense-answers")
     if asked is None:
         source = load(dense, device, dtype)
@@ -48,14 +58,10 @@ def measure(
         del source
     same, likelihood = _compare(load(run_state.draft, device, dtype), samples, asked["answers"], seed, console)
     tokens = sum(len(answer) for answer in asked["answers"])
-    found = HeldOut(
+    return HeldOut(
         questions=len(samples), agreement=round(same / len(samples), 4), perplexity=round(exp(-likelihood / tokens), 4),
         dense_perplexity=round(exp(-asked["likelihood"] / tokens), 4),
     )  # fmt: skip
-    manifest = read_manifest(run_state.draft)
-    assert manifest.pruning
-    pruning = manifest.pruning.model_copy(update={"held_out": found})
-    write_manifest(run_state.draft, manifest.model_copy(update={"pruning": pruning}))
 
 
 @torch.inference_mode()

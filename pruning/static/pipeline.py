@@ -67,18 +67,29 @@ def check(recipe: Recipe, directory: Path, out: Path, dtype: str) -> None:
     check_files(directory)
     if read_manifest(directory).pruning:
         raise RecipeError(f"{directory} is pruned already; prune the dense checkpoint that it was made from")
+    check_out(out)
+    known = samples.FAMILIES.get(samples.choose(recipe.data, directory), ())
+    if unknown := set(recipe.families) - set(known):
+        raise RecipeError(f"families: {', '.join(sorted(unknown))} is not one of {', '.join(known) or 'any: the data has none'}")
+    check_room(out, plan.disk(recipe, directory, dtype).most)
+
+
+def check_out(out: Path) -> None:
+    """Raises RecipeError where a directory cannot be made."""
     if out.exists():
         raise RecipeError(f"{out} exists; name a directory that does not, or remove it")
     if not out.parent.is_dir():
         raise RecipeError(f"{out.parent} is not a directory; create it first")
-    known = samples.FAMILIES.get(samples.choose(recipe.data, directory), ())
-    if unknown := set(recipe.families) - set(known):
-        raise RecipeError(f"families: {', '.join(sorted(unknown))} is not one of {', '.join(known) or 'any: the data has none'}")
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Raises RecipeError where the disk has not so many bytes, those of an unfinished run counted."""
     there = sum(path.stat().st_size for path in run_directory(out).rglob("*") if path.is_file())
-    needed = plan.disk(recipe, directory, dtype).most - there
     free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise RecipeError(f"{out.parent} has {free / 1e9:.1f} GB free and up to {needed / 1e9:.1f} GB are needed; make room")
+    if free < needed - there:
+        raise RecipeError(
+            f"{out.parent} has {free / 1e9:.1f} GB free and up to {(needed - there) / 1e9:.1f} GB are needed; make room"
+        )
 
 
 def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, ray: str | None, console: Console) -> RunState:
@@ -96,14 +107,19 @@ def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, 
     if not run_state.resumed:
         size, needed = plan.disk(recipe, directory, dtype), plan.memory(recipe, source.model, packed, directory)
         console.print(plan.told(size, needed, plan.seconds(recipe, source.model, packed, size)), highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with progress_bar(console) as progress:
         changed, report = PruningRun(recipe, source.model, packed, run_state, progress, source.directory, ray).run()
     pruning = Pruning(recipe=recipe.model_dump(mode="json"), source=identity, **report)
     # What was measured on the dense checkpoint does not hold for this one.
     manifest = source.manifest.derive(pruning=pruning, calibration=None)
     derive(source.directory, run_state.draft, changed, manifest, structured.update_config(source.model))
     return run_state
+
+
+def progress_bar(console: Console) -> Progress:
+    """Of tasks that have a name and a number of steps."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
 
 
 class PruningRun:
