@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import LlavaConfig
 
 from models.flops import prefill_flops
+from models.layer_shapes import head_dim, layer_shapes
 from models.llava import Llava
 from models.route import Route
 from models.sparse import AnyLinear
@@ -99,6 +100,8 @@ def vision_flops(config: LlavaConfig) -> int:
     patches, width = (clip.image_size // clip.patch_size) ** 2, clip.hidden_size
     rows = patches + 1
     embedding = patches * width * clip.num_channels * clip.patch_size**2
-    layer = rows * (4 * width**2 + 2 * width * clip.intermediate_size) + 2 * rows**2 * width
+    shapes, dim = layer_shapes(clip)[: max(wanted)], head_dim(clip)
+    heads, neurons = sum(shape.kv_heads for shape in shapes), sum(shape.ffn for shape in shapes)
+    layers = rows * width * (4 * dim * heads + 2 * neurons) + 2 * rows**2 * dim * heads
     projector = patches * (len(wanted) * width * text.hidden_size + text.hidden_size**2)
-    return 2 * (embedding + max(wanted) * layer + projector)
+    return 2 * (embedding + layers + projector)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,17 @@ def _visual_tokens(model: Llava) -> str:
 
 def _show_pruning(pruning: Pruning) -> None:
     recipe = pruning.recipe
+    tower = f"tower {recipe['tower']:g}, " if recipe.get("tower") else ""
     console.print(
         f"pruned from {pruning.source}: {recipe['criterion']}, {recipe['pattern']}, sparsity {recipe['sparsity']:g}, "
-        f"allocation {recipe['allocation']}, {recipe['samples']} samples, seed {recipe['seed']}"
+        f"{tower}allocation {recipe['allocation']}, {recipe['samples']} samples, seed {recipe['seed']}"
     )
-    layers, matrices = by_layer(pruning)
-    table = Table(Column("layer", no_wrap=True), *matrices, title="Share of zeros or of weights removed")
-    for layer, found in layers.items():
-        table.add_row(layer, *(f"{found[matrix]:.1%}" if matrix in found else "" for matrix in matrices))
-    console.print(table)
+    for _, module in groupby(pruning.sparsity.items(), key=lambda entry: entry[0].partition(".")[0]):
+        layers, matrices = by_layer(dict(module))
+        table = Table(Column("layer", no_wrap=True), *matrices, title="Share of zeros or of weights removed")
+        for layer, found in layers.items():
+            table.add_row(layer, *(f"{found[matrix]:.1%}" if matrix in found else "" for matrix in matrices))
+        console.print(table)
     if pruning.held_out:
         console.print(held_out_line(pruning.held_out))
     _show_damping(pruning.damping)
@@ -117,12 +120,12 @@ def finetuning_line(told: Mapping[str, Any]) -> str:
     )
 
 
-def by_layer(pruning: Pruning) -> tuple[dict[str, dict[str, float]], list[str]]:
+def by_layer(shares: Mapping[str, float]) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Sparsity as layers and their matrices: ({"language.3": {"q_proj": 0.5}}, ["q_proj"])."""
     layers: dict[str, dict[str, float]] = defaultdict(dict)
-    for name, sparsity in pruning.sparsity.items():
-        tower, index, *_, matrix = name.split(".")
-        layers[f"{tower}.{index}"][matrix] = sparsity
+    for name, share in shares.items():
+        module, index, *_, matrix = name.split(".")
+        layers[f"{module}.{index}"][matrix] = share
     return dict(layers), list(dict.fromkeys(matrix for found in layers.values() for matrix in found))
 
 
@@ -204,7 +207,7 @@ def draw(pruning: Pruning, cards: dict[str, dict[str, float]], path: Path) -> No
     measured = {name: card["accuracy"] for name, card in cards.items() if "accuracy" in card}
     count = 1 + bool(pruning.search) + bool(measured)
     figure, axes = pyplot.subplots(1, count, figsize=(6 * count, 4), squeeze=False)
-    layers, matrices = by_layer(pruning)
+    layers, matrices = by_layer(pruning.sparsity)
     values = [[found.get(matrix, float("nan")) for matrix in matrices] for found in layers.values()]
     first, *rest = axes[0]
     shown = first.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis")

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.vision.vit import feature_layers
 from pruning.static.packing import PackedSample
 
-GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-"""The matrices of a block; those of a group have the same input. In the order in which a block runs them."""
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "language": (QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
+    "vision": (QKV, ("self_attn.out_proj",), ("mlp.fc1",), ("mlp.fc2",)),
+}
+"""The matrices of a block, by module; those of a group have the same input. In the order in which a block runs them."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer of the language model and its matrices, which are called `language.3.self_attn.q_proj`."""
+    """One layer of the language model or of a vision transformer, and its matrices, which are called `language.3.self_attn.q_proj`
+    or `vision.3.mlp.fc1`."""
 
+    module: str
     index: int
     layer: nn.Module
-    groups: tuple[tuple[str, ...], ...] = GROUPS
+    groups: tuple[tuple[str, ...], ...]
 
     @property
     def name(self) -> str:
-        return f"language.{self.index}"
+        return f"{self.module}.{self.index}"
 
     def linear(self, short: str) -> nn.Linear:
         found = self.layer.get_submodule(short)
@@ -42,25 +45,30 @@ class Block:
         return {f"{self.name}.{short}": self.linear(short) for group in self.groups for short in group}
 
 
-def blocks(model: PreTrainedModel) -> list[Block]:
-    """The layers of the language model, front to back."""
-    return [Block(i, layer) for i, layer in enumerate(model.model.language_model.layers)]
+def blocks(model: PreTrainedModel, module: str = "language") -> list[Block]:
+    """The layers of the language model, or those of a vision transformer that run: none behind the feature layer. Front to back."""
+    layers = model.model.language_model.layers
+    if module == "vision":
+        layers = model.model.vision_tower.encoder.layers[: max(feature_layers(model.config))]
+    return [Block(module, i, layer, GROUPS[module]) for i, layer in enumerate(layers)]
 
 
-def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Every matrix that can be pruned, by name. Embeddings, norms, vision tower, projector and head are not among them."""
-    return {name: linear for block in blocks(model) for name, linear in block.linears().items()}
+def linears(model: PreTrainedModel, modules: Iterable[str] = ("language",)) -> dict[str, nn.Linear]:
+    """Every matrix of these modules' blocks, by name. Embeddings, norms, projector and head are not among them."""
+    return {name: linear for module in modules for block in blocks(model, module) for name, linear in block.linears().items()}
 
 
 @dataclass
 class BlockInput:
-    """What a block is called with for one sample: hidden states [1, n, width] and the rest of its arguments."""
+    """What a block is called with for one sample: hidden states [1, n, width], in the tower [tiles, n, width], and the rest of its
+    arguments."""
 
     hidden_states: Tensor
-    arguments: dict[str, Any]
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
 
     def run(self, block: Block) -> Tensor:
-        out = block.layer(self.hidden_states, **self.arguments)
+        out = block.layer(self.hidden_states, *self.positional, **self.named)
         return out if isinstance(out, Tensor) else out[0]
 
 
@@ -69,16 +77,16 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
-def first_inputs(model: PreTrainedModel, samples: Sequence[PackedSample]) -> list[BlockInput]:
-    """The inputs of the first block, by sample."""
+def first_inputs(model: PreTrainedModel, samples: Sequence[PackedSample], module: str = "language") -> list[BlockInput]:
+    """The inputs of a module's first block, by sample."""
     inputs: list[BlockInput] = []
 
-    def catch(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        arguments = {key: value for key, value in named.items() if key not in ("hidden_states", "past_key_values")}
-        inputs.append(BlockInput((positional[0] if positional else named["hidden_states"]).detach(), arguments))
+    def catch(layer: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        others = {key: value for key, value in named.items() if key not in ("hidden_states", "past_key_values")}
+        inputs.append(BlockInput((positional[0] if positional else named["hidden_states"]).detach(), positional[1:], others))
         raise _Stop
 
-    handle = blocks(model)[0].layer.register_forward_pre_hook(catch, with_kwargs=True)
+    handle = blocks(model, module)[0].layer.register_forward_pre_hook(catch, with_kwargs=True)
     try:
         for sample in samples:
             try:
@@ -92,17 +100,23 @@ def first_inputs(model: PreTrainedModel, samples: Sequence[PackedSample]) -> lis
 
 @torch.no_grad()
 def input_statistics(
-    block: Block, inputs: Sequence[BlockInput], empty: Callable[[int, torch.device], Any], accumulate: Callable[[Any, Tensor], None]
-) -> list[Any]:
-    """Run a block on every input and gather the statistics of each group's input."""
+    block: Block, inputs: Sequence[BlockInput], empty: Callable[[int, torch.device], Any],
+    accumulate: Callable[[Any, Tensor], None], *, biases: bool = False,
+) -> list[Any]:  # fmt: skip
+    """Run a block on every input and gather the statistics of each group's input.
+
+    With `biases`, a matrix's bias is taken for the weight of one more input, the last, which is always one.
+    """
     statistics: list[Any] = []
     handles = []
     for position, group in enumerate(block.groups):
         first = block.linear(group[0])
-        statistics.append(empty(first.in_features, first.weight.device))
+        bias = biases and first.bias is not None
+        statistics.append(empty(first.in_features + bias, first.weight.device))
 
-        def gather(module: nn.Module, rows: tuple[Tensor, ...], position: int = position) -> None:
-            accumulate(statistics[position], rows[0].flatten(0, -2))
+        def gather(module: nn.Module, given: tuple[Tensor, ...], position: int = position, bias: bool = bias) -> None:
+            rows = given[0].flatten(0, -2)
+            accumulate(statistics[position], F.pad(rows, (0, 1), value=1.0) if bias else rows)
 
         handles.append(first.register_forward_pre_hook(gather))
     try:
@@ -115,11 +129,12 @@ def input_statistics(
 
 
 def sequential(
-    model: PreTrainedModel, samples: Sequence[PackedSample]
+    model: PreTrainedModel, samples: Sequence[PackedSample], module: str = "language"
 ) -> Iterator[tuple[Block, list[BlockInput]]]:
-    """Each block with its inputs. Change the block's weights, and the next one sees what they put out (as SparseGPT does)."""
-    inputs = first_inputs(model, samples)
-    for block in blocks(model):
+    """Each block of a module with its inputs. Change the block's weights, and the next one sees what they put out (as SparseGPT
+    does)."""
+    inputs = first_inputs(model, samples, module)
+    for block in blocks(model, module):
         yield block, inputs
         with torch.no_grad():
             for one in inputs:

@@ -71,6 +71,8 @@ def check(recipe: Recipe, directory: Path, out: Path, dtype: str) -> None:
     known = samples.FAMILIES.get(samples.choose(recipe.data, directory), ())
     if unknown := set(recipe.families) - set(known):
         raise RecipeError(f"families: {', '.join(sorted(unknown))} is not one of {', '.join(known) or 'any: the data has none'}")
+    if recipe.tower and not plan.matrix_weights(directory)["vision"]:
+        raise RecipeError(f"tower: {directory} has no vision transformer, whose heads and neurons could go; leave tower out")
     check_room(out, plan.disk(recipe, directory, dtype).most)
 
 
@@ -135,16 +137,19 @@ class PruningRun:
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors that changed, by plain name, and the manifest's record."""
-        sizes = {name: linear.weight.numel() for name, linear in linears(self.model).items()}
+        shares = self.recipe.shares
+        sizes = {name: linear.weight.numel() for name, linear in linears(self.model, shares).items()}
         if self.recipe.pattern == "structured":
-            self._prune_structured()
+            for module, share in shares.items():
+                self._prune_structured(module, share)
         elif self.recipe.allocation == "search":
             self._search()
         else:
             self._prune(self._allocate(sizes))
-        nonzeros = {name: int(linear.weight.count_nonzero()) for name, linear in linears(self.model).items()}
+        nonzeros = {name: int(linear.weight.count_nonzero()) for name, linear in linears(self.model, shares).items()}
         self.report["sparsity"] = {name: round(1 - nonzeros[name] / size, 6) for name, size in sizes.items()}
-        changed = {name: tensor for block in blocks(self.model) for name, tensor in structured.tensors(block).items()}
+        pruned = [block for module in shares for block in blocks(self.model, module)]
+        changed = {name: tensor for block in pruned for name, tensor in structured.tensors(block).items()}
         if self.recipe.allocation == "search":
             changed |= {f"projector.{key}": value for key, value in self.model.model.multi_modal_projector.state_dict().items()}
         return changed, self.report
@@ -247,12 +252,13 @@ class PruningRun:
         _write(block, pruned)
         return damping
 
-    def _prune_structured(self) -> None:
-        """Remove heads and neurons. They are whole: what a block loses too much or too little, the next one makes up."""
-        task = self.progress.add_task("blocks", total=len(blocks(self.model)))
+    def _prune_structured(self, module: str, share: float) -> None:
+        """Remove a share of a module's heads and neurons. They are whole: what a block loses too much or too little, the next one
+        makes up."""
+        task = self.progress.add_task(f"{module} blocks", total=len(blocks(self.model, module)))
         target = 0.0
-        for block, inputs in sequential(self.model, self.samples):
-            target += structured.weight_count(block) * (1 - self.recipe.sparsity)
+        for block, inputs in sequential(self.model, self.samples, module):
+            target += structured.weight_count(block) * (1 - share)
             stored = self.run_state.read_tensors(_stored_name(block))
             if stored is None:
                 removals = structured.removals(block, inputs, self.recipe.criterion)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from models.checkpoint import DTYPES, weight_bytes, weight_files
 from models.saving import tensor_places, tensor_shapes
-from pruning.static import search
+from pruning.static import search, structured
 from pruning.static.blocks import GROUPS, blocks, first_inputs, linears
 from pruning.static.compressed import compressed_bytes
 from pruning.static.criteria import CRITERIA, pruned_weights
@@ -26,7 +26,7 @@ from pruning.static.packing import PackedSample
 from pruning.static.recipe import Recipe
 from pruning.static.scores import answer_loss
 
-MATRICES = {f"{name}.weight" for group in GROUPS for name in group}
+MATRICES = {module: {f"{name}.weight" for group in groups for name in group} for module, groups in GROUPS.items()}
 TRIAL = 4
 """Samples on which a block is pruned to see how long that takes."""
 BACKWARD = 3
@@ -50,24 +50,37 @@ class Disk:
 
 def disk(recipe: Recipe, checkpoint: Path, dtype: str) -> Disk:
     """For a run in `dtype`. Reads the heads of the checkpoint's files alone."""
-    shapes = {name: shape for name, shape in tensor_shapes(checkpoint).items() if _is_pruned(name)}
-    weights, itemsize = sum(shape.numel() for shape in shapes.values()), _itemsize(checkpoint, dtype)
-    density, size = 1 - recipe.sparsity, weight_bytes(checkpoint)
-    entry = compressed_bytes(weights, density, itemsize)
+    weights, itemsize, size = matrix_weights(checkpoint), _itemsize(checkpoint, dtype), weight_bytes(checkpoint)
+    if recipe.pattern == "structured":
+        return Disk(round(sum(weights[module] * (1 - share) * itemsize for module, share in recipe.shares.items())), 0, size)
+    density = 1 - recipe.sparsity
+    entry = compressed_bytes(weights["language"], density, itemsize)
     if recipe.allocation != "search":
-        return Disk(round(weights * density * itemsize) if recipe.pattern == "structured" else entry, 0, size)
-    return Disk(entry, (2 * search.levels(weights, density, itemsize, size) + 1) * entry, size)
+        return Disk(entry, 0, size)
+    return Disk(entry, (2 * search.levels(weights["language"], density, itemsize, size) + 1) * entry, size)
 
 
-def _is_pruned(name: str) -> bool:
-    return name.startswith("language.") and name.split(".", 2)[2] in MATRICES
+def matrix_weights(checkpoint: Path) -> dict[str, int]:
+    """Of the matrices that can be pruned, by module: none of a convolutional tower, and those of a transformer's layers that do not
+    run too. Reads the heads of the checkpoint's files alone."""
+    found = dict.fromkeys(MATRICES, 0)
+    for name, shape in tensor_shapes(checkpoint).items():
+        if module := _module(name):
+            found[module] += shape.numel()
+    return found
+
+
+def _module(name: str) -> str | None:
+    """Of a tensor's plain name, if it can be pruned."""
+    module, _, matrix = name.partition(".")
+    return module if matrix.partition(".")[2] in MATRICES.get(module, ()) else None
 
 
 def _itemsize(checkpoint: Path, dtype: str) -> int:
     """Bytes of a weight: of the dtype asked for, or that of the files."""
     if dtype in DTYPES:
         return DTYPES[dtype].itemsize
-    shard, key = next(place for name, place in tensor_places(checkpoint).items() if _is_pruned(name))
+    shard, key = next(place for name, place in tensor_places(checkpoint).items() if _module(name))
     with safe_open(shard, "pt") as file:
         return 4 if file.get_slice(key).get_dtype() == "F32" else 2
 
@@ -91,14 +104,10 @@ def memory(recipe: Recipe, model: PreTrainedModel, samples: Sequence[PackedSampl
     text, itemsize = model.config.text_config, model.dtype.itemsize
     rows, answers = max(len(sample.ids) for sample in samples), max(len(sample.before_answers) for sample in samples)
     width, ffn = text.hidden_size, text.intermediate_size
-    inputs = [block.linear(group[0]).in_features for block in blocks(model)[:1] for group in block.groups]
-    largest = max(linear.weight.numel() for linear in linears(model).values())
-    statistics = sum(4 * size**2 for size in inputs) if recipe.criterion == "obs" or recipe.pattern == "structured" else 0
-    inverse = max(inputs) ** 2 * (32 if recipe.pattern == "structured" else 16 if statistics else 0)
-    run = rows * (3 * ffn + 8 * width) * itemsize
+    run, gather, prune = _block_bytes(recipe, model, "language", rows)
     answer = 16 * answers * text.vocab_size
     steps = [
-        run + statistics, statistics + max(inverse, inverse // 4 + 12 * largest), run + answer,
+        run + gather, prune, run + answer,
         2 * max(shard.stat().st_size for shard in weight_files(checkpoint)),  # when the result is written
     ]  # fmt: skip
     if recipe.allocation == "search":
@@ -110,8 +119,27 @@ def memory(recipe: Recipe, model: PreTrainedModel, samples: Sequence[PackedSampl
     if recipe.allocation == "search":
         vision = model.config.vision_config.hidden_size
         held += [len(s.before_answers) * width * itemsize + s.picture.layout.visual_tokens * vision * itemsize for s in samples]
+    kept = sum(held)
+    if recipe.tower:
+        patches = model.model.vision_tower.embeddings.position_embedding.num_embeddings
+        tiles = [len(s.picture.pixels) for s in samples]
+        run, gather, prune = _block_bytes(recipe, model, "vision", max(tiles) * patches)
+        steps += [run + gather, prune]
+        inputs = sum(tiles) * patches * model.config.vision_config.hidden_size * itemsize
+        kept = max(kept, inputs + sum(s.picture.pixels.nbytes for s in samples))
     weights = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
-    return Memory(sum(weights.values()), sum(held), max(steps))
+    return Memory(sum(weights.values()), kept, max(steps))
+
+
+def _block_bytes(recipe: Recipe, model: PreTrainedModel, module: str, rows: int) -> tuple[int, int, int]:
+    """What a block of a module takes to run on so many `rows`, to hold its statistics, and to be pruned with them."""
+    block = blocks(model, module)[0]
+    inputs = [block.linear(group[0]).in_features for group in block.groups]
+    largest = max(linear.weight.numel() for linear in block.linears().values())
+    statistics = sum(4 * size**2 for size in inputs) if recipe.criterion == "obs" or recipe.pattern == "structured" else 0
+    inverse = max(inputs) ** 2 * (32 if recipe.pattern == "structured" else 16 if statistics else 0)
+    run = rows * (3 * max(inputs) + 8 * min(inputs)) * model.dtype.itemsize
+    return run, statistics, statistics + max(inverse, inverse // 4 + 12 * largest)
 
 
 @torch.no_grad()
@@ -120,9 +148,13 @@ def seconds(recipe: Recipe, model: PreTrainedModel, samples: Sequence[PackedSamp
     middle = sorted(samples, key=lambda sample: len(sample.ids))[len(samples) // 2]
     answer_loss(model, middle)  # whatever happens once
     one = _timed(lambda: answer_loss(model, middle), model)
-    count, layers = len(samples), len(blocks(model))
-    block = _block_seconds(recipe, model, samples)
-    found = {"blocks": 2 * count * one + layers * block}
+    count, layers, found = len(samples), len(blocks(model)), {}
+    if recipe.tower:
+        seen = _timed(lambda: model.model.get_image_features(**middle.image(model)), model)
+        found["tower"] = 2 * count * seen + len(blocks(model, "vision")) * _block_seconds(recipe, model, samples, "vision")
+    if recipe.sparsity:
+        block = _block_seconds(recipe, model, samples, "language")
+        found["blocks"] = 2 * count * one + layers * block
     if recipe.allocation == "ecoflap":
         found["scores"] = count * one * (len(linears(model)) if recipe.score == "zo" else BACKWARD)
     elif recipe.allocation == "owl":
@@ -133,16 +165,19 @@ def seconds(recipe: Recipe, model: PreTrainedModel, samples: Sequence[PackedSamp
     return found
 
 
-def _block_seconds(recipe: Recipe, model: PreTrainedModel, samples: Sequence[PackedSample]) -> float:
+def _block_seconds(recipe: Recipe, model: PreTrainedModel, samples: Sequence[PackedSample], module: str) -> float:
     """Of one level of the first block, from few samples. An error is left to the run, which has more of them."""
-    block, pattern = blocks(model)[0], "2:4" if recipe.pattern == "2:4" else "unstructured"
-    inputs = first_inputs(model, samples[:TRIAL])
+    block, pattern = blocks(model, module)[0], "2:4" if recipe.pattern == "2:4" else "unstructured"
+    inputs = first_inputs(model, samples[:TRIAL], module)
     counts = {name: [linear.weight.numel() // 2] for name, linear in block.linears().items()}
     keep: Callable[[str, int, Tensor], None] = lambda name, place, weight: None  # noqa: E731
 
     def prune() -> None:
         with suppress(ValueError):
-            pruned_weights(block, inputs, CRITERIA[recipe.criterion], counts, cast(Pattern, pattern), keep)
+            if recipe.pattern == "structured":
+                structured.removals(block, inputs, recipe.criterion)
+            else:
+                pruned_weights(block, inputs, CRITERIA[recipe.criterion], counts, cast(Pattern, pattern), keep)
 
     return _timed(prune, model)
 

@@ -28,7 +28,8 @@ class Recipe(BaseModel):
     pattern: Literal["unstructured", "2:4", "structured"] = Field(
         "unstructured", description="Any weight, two of every four in a row, or whole attention heads and FFN neurons."
     )
-    sparsity: float = Field(0.5, gt=0, lt=1, description="Share of the weights of the language model's blocks that goes.")
+    sparsity: float = Field(0.5, ge=0, lt=1, description="Share of the weights of the language model's blocks that goes.")
+    tower: float = Field(0, ge=0, lt=1, description="structured: share of the weights of the vision transformer's layers, too.")
     allocation: Literal["uniform", "ecoflap", "owl", "search"] = Field(
         "uniform", description="How the sparsity is spread over the blocks, or by search over the matrices."
     )
@@ -42,6 +43,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
+        if self.tower and self.pattern != "structured":
+            raise ValueError("tower needs pattern structured")
+        if not (self.sparsity or self.tower):
+            raise ValueError("sparsity 0 prunes nothing, unless tower is above 0")
         if self.pattern != "unstructured" and self.allocation != "uniform":
             raise ValueError(f"pattern {self.pattern} needs allocation uniform")
         if self.pattern == "2:4" and self.sparsity != 0.5:
@@ -49,6 +54,11 @@ class Recipe(BaseModel):
         if self.allocation == "search" and self.samples < MIN_SEARCH_SAMPLES:
             raise ValueError(f"allocation search needs samples {MIN_SEARCH_SAMPLES} or more; 64 is usual")
         return self
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the weights that go, by module. The tower comes first: the language model is pruned on what it then shows."""
+        return {module: share for module, share in (("vision", self.tower), ("language", self.sparsity)) if share}
 
 
 def read(path: Path | None, options: dict[str, Any]) -> Recipe:

@@ -1,9 +1,11 @@
-"""Structured pruning: whole attention heads and whole FFN neurons go, and the matrices become smaller.
+"""Structured pruning: whole attention heads and whole FFN neurons go, and the matrices become smaller. Of the language model, and
+of a vision transformer alike.
 
 Heads are read by the output projection alone and neurons by the down projection alone, each through columns of its own. Those
 columns are removed by structured OBS (ZipLM, Kurtic et al. 2023, arXiv 2302.04089), and the others are changed to make up for them:
 the exact least squares on what is kept (as in OSSCAR, Meng et al. 2024, arXiv 2403.12983). The rows that made what nobody reads any
-more are then cut without further error. With grouped-query attention a KV head goes together with its query heads.
+more are then cut without further error. With grouped-query attention a KV head goes together with its query heads. A bias is the
+weight of an input that is always one and never goes: so it takes over what the removed units gave on average (ours).
 
 The three criteria are one method under three metrics H: the identity (`magnitude`), the diagonal of the Hessian (`wanda`), and the
 damped Hessian (`obs`). Under the first two, what stays is not changed.
@@ -16,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.linalg import cholesky, solve_triangular
 from transformers import PreTrainedModel
 
@@ -38,6 +40,12 @@ ROUND = 64
 """One of so many units goes before the others are scored again, and at least one."""
 ALIGN = 8
 """FFN widths are multiples of this, as fast matrix products ask for."""
+
+
+def weight_and_bias(linear: nn.Linear) -> Tensor:
+    """[out, in], and one more column for a bias: float64."""
+    bias = [] if linear.bias is None else [linear.bias[:, None]]
+    return torch.cat([linear.weight, *bias], dim=1).detach().double()
 
 
 def inverse_metric(prepared: Tensor | obs.Factor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +103,7 @@ class Removal:
     """The order in which the heads or the neurons of a block are removed, and what that costs."""
 
     coupled: CoupledUnits
-    inverse: Tensor  # [in, in] float64
+    inverse: Tensor  # [in, in] float64; one row and column more for a bias
     order: Tensor  # [units]
     losses: Tensor  # [units]
 
@@ -107,11 +115,13 @@ class Removal:
         """The `count` units that stay, ascending."""
         return self.order[self.coupled.units - count :].sort().values
 
-    def weight(self, count: int) -> Tensor:
-        """The weight of the matrix that reads them, at full size, zero where nothing is left to read."""
-        weight = self.coupled.consumer.weight.detach()
-        removed = unit_indices(self.order[: self.coupled.units - count], weight.shape[1] // self.coupled.units)
-        return compensate(weight.double(), self.inverse, removed).to(weight.dtype)
+    def parameters(self, count: int) -> dict[str, Tensor]:
+        """The `weight` of the matrix that reads them, at full size, zero where nothing is left to read, and its `bias`."""
+        consumer = self.coupled.consumer
+        removed = unit_indices(self.order[: self.coupled.units - count], consumer.in_features // self.coupled.units)
+        columns = compensate(weight_and_bias(consumer), self.inverse, removed).to(consumer.weight.dtype)
+        weight, bias = columns.tensor_split([consumer.in_features], dim=1)
+        return {"weight": weight} if consumer.bias is None else {"weight": weight, "bias": bias[:, 0]}
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ class BlockRemovals:
     def apply(self, shape: LayerShape) -> None:
         """Cut the block to this shape."""
         for removal, count in ((self.heads, shape.kv_heads), (self.neurons, shape.ffn)):
-            removal.coupled.consumer.weight.copy_(removal.weight(count))
+            removal.coupled.consumer.load_state_dict(removal.parameters(count))
         slice_layer(self.block.layer, self.heads.kept(shape.kv_heads), self.neurons.kept(shape.ffn))
 
 
@@ -162,16 +172,17 @@ def removals(block: Block, inputs: Sequence[BlockInput], name: str) -> BlockRemo
     """In which order the criterion `name` removes heads and neurons, from one pass over `inputs`. Errors name the matrix."""
     criterion = CRITERIA[name]
     consumers = replace(block, groups=(block.groups[1], block.groups[3]))
-    statistics = input_statistics(consumers, inputs, criterion.empty, criterion.accumulate)
+    statistics = input_statistics(consumers, inputs, criterion.empty, criterion.accumulate, biases=True)
     found, damping = [], {}
     for matrix, coupled, gathered in zip(consumers.linears(), coupled_units(block.layer), statistics, strict=True):
-        weight = coupled.consumer.weight.double()
+        weight, width = weight_and_bias(coupled.consumer), coupled.consumer.in_features
         try:
             if not weight.isfinite().all():
                 raise ValueError("the weights are not finite")
             prepared = criterion.prepare(gathered)
             inverse, dead = inverse_metric(prepared, weight)
-            order, losses = removal_order(weight.masked_fill(dead, 0), inverse, weight.shape[1] // coupled.units)
+            live = weight.masked_fill(dead, 0)[:, :width]
+            order, losses = removal_order(live, inverse[:width, :width], width // coupled.units)
         except ValueError as error:
             raise type(error)(f"{matrix}: {error}") from error
         except torch.linalg.LinAlgError as error:

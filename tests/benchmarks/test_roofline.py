@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.roofline import Roofline, decode_bytes, vision_flops
-from benchmarks.runners import share_weights
+from benchmarks.runners import cut_out, share_weights
 from models import kernels
 from models.flops import prefill_flops
 from models.random_llava import random_model, tiny_config
@@ -32,12 +32,13 @@ def test_rooflines_follow_the_route():
     assert arithmetic.tpot(model, full, 3) == 3 * 2 * decode_bytes(model, full) / 4
 
 
-def test_vision_flops_are_those_of_torch(monkeypatch):
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_vision_flops_are_those_of_torch(share, monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: None)  # torch counts its own products alone
     monkeypatch.setattr(kernels, "many_rows", lambda: "bfloat16")  # and does not count its fused attention on a CPU
     config = tiny_config()
     config.vision_config.image_size = 160  # so many rows that the tower's few spare ones do not count
-    model = share_weights(random_model(config))
+    model = cut_out(share_weights(random_model(config)), share)
     with FlopCounterMode(display=False) as counter:
         model.vision(torch.zeros(1, 3, 160, 160))
-    assert vision_flops(config) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert vision_flops(model.config) == pytest.approx(counter.get_total_flops(), rel=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -40,19 +41,24 @@ def test_flops_and_memory_are_those_of_the_shapes():
         [{"kv_heads": 2, "ffn": "9"}] * 3,
     ],
 )
-def test_a_malformed_key_is_refused(value, tmp_path):
+@pytest.mark.parametrize("section", ["text_config", "vision_config"])
+def test_a_malformed_key_is_refused(section, value, tmp_path):
     path = write(tmp_path / "broken") / "config.json"
     document = json.loads(path.read_text())
-    document["text_config"]["layer_shapes"] = value
+    document[section]["layer_shapes"] = value
     path.write_text(json.dumps(document))
     with pytest.raises(UnsupportedCheckpoint, match=r"config\.json: layer_shapes"):
         load(path.parent)
 
 
-def test_shapes_that_the_files_do_not_have_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("section", "neurons", "matrix"),
+    [("text_config", (96, 88, 96), "layers.1.mlp.gate_proj"), ("vision_config", (64, 56), "layers.1.mlp.fc1")],
+)
+def test_shapes_that_the_files_do_not_have_are_refused(section, neurons, matrix, tmp_path):
     path = write(tmp_path / "broken") / "config.json"
     document = json.loads(path.read_text())
-    document["text_config"]["layer_shapes"] = [{"kv_heads": 2, "ffn": n} for n in (96, 88, 96)]
+    document[section]["layer_shapes"] = [{"kv_heads": 2, "ffn": n} for n in neurons]
     path.write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match=r"another shape: layers\.1\.mlp\.gate_proj"):
+    with pytest.raises(CheckpointError, match=rf"another shape: .*{re.escape(matrix)}"):
         load(path.parent)

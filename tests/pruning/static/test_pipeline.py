@@ -263,11 +263,11 @@ def test_a_killed_structured_run_goes_on_too(dense, tmp_path, monkeypatch):
     recipe: dict[str, Any] = {"pattern": "structured", "sparsity": 0.4}
     whole = prune(dense, tmp_path / "whole", **recipe)
     with monkeypatch.context() as patch:
-        die_at(patch, pipeline.structured, "removals", 3)
+        die_at(patch, pipeline.structured.BlockRemovals, "apply", 3)
         with pytest.raises(Killed):
             prune(dense, tmp_path / "out", **recipe)
     with monkeypatch.context() as patch:
-        again = die_at(patch, pipeline.structured, "removals", -1)
+        again = die_at(patch, pipeline.structured.BlockRemovals, "apply", -1)
         assert prune(dense, tmp_path / "out", **recipe).files == whole.files
     assert again == [1]
 
@@ -288,7 +288,8 @@ def test_another_recipe_does_not_go_on_with_a_killed_run(dense, tmp_path, monkey
     ("given", "message"),
     [
         ({"sparsity": 1.0}, "sparsity: Input should be less than 1"),
-        ({"sparsity": 0.0}, "sparsity: Input should be greater than 0"),
+        ({"sparsity": 0.0}, "sparsity 0 prunes nothing, unless tower is above 0"),
+        ({"sparsity": -0.1}, "sparsity: Input should be greater than or equal to 0"),
         ({"samples": 1}, "samples: Input should be greater than or equal to 4"),
         ({"samples": 8, "allocation": "search"}, "allocation search needs samples 16 or more"),
         ({"pattern": "4:8"}, "pattern: Input should be 'unstructured', '2:4' or 'structured'"),

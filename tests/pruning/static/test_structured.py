@@ -181,8 +181,8 @@ def test_cutting_equals_zeroing(kind, options, name):
     for (block, inputs), (other, _) in zip(sequential(cut, samples()), sequential(zeroed, samples()), strict=True):
         removals = structured.removals(block, inputs, name)
         with torch.no_grad():
-            other.linear("self_attn.o_proj").weight.copy_(removals.heads.weight(1))
-            other.linear("mlp.down_proj").weight.copy_(removals.neurons.weight(40))
+            other.linear("self_attn.o_proj").load_state_dict(removals.heads.parameters(1))
+            other.linear("mlp.down_proj").load_state_dict(removals.neurons.parameters(40))
         removals.apply(LayerShape(1, 40))
         heads = tiny_config(kind, **options).text_config.num_attention_heads // coupled_units(other.layer)[0].units
         assert block.linear("self_attn.q_proj").weight.shape[0] == 12 * heads
