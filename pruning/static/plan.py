@@ -21,6 +21,7 @@ from pruning.static.blocks import GROUPS, blocks, first_inputs, linears
 from pruning.static.compressed import compressed_bytes
 from pruning.static.criteria import CRITERIA, pruned_weights
 from pruning.static.evolution import SPREAD_POLICIES
+from pruning.static.fitness import Divergence
 from pruning.static.masks import Pattern
 from pruning.static.packing import PackedSample
 from pruning.static.recipe import Recipe
@@ -144,23 +145,26 @@ def _block_bytes(recipe: Recipe, model: PreTrainedModel, module: str, rows: int)
 
 @torch.no_grad()
 def seconds(recipe: Recipe, model: PreTrainedModel, samples: Sequence[PackedSample], size: Disk) -> dict[str, float]:
-    """By part of the work, from a pass over a sample of middle length and from pruning the first block, which are timed."""
+    """By part of the work, from parts that are timed: passes over a sample of middle length, with the vision tower and without, and
+    pruning the first block."""
     middle = sorted(samples, key=lambda sample: len(sample.ids))[len(samples) // 2]
-    answer_loss(model, middle)  # whatever happens once
-    one = _timed(lambda: answer_loss(model, middle), model)
-    count, layers, found = len(samples), len(blocks(model)), {}
+    divergence = Divergence.from_dense(model, [middle])  # whatever happens once
+    whole, one = _timed(lambda: answer_loss(model, middle), model), _timed(lambda: divergence([0]), model)
+    count, layers = len(samples), len(blocks(model))
+    sequential = count * (whole + one)  # the tower, and two passes over all blocks
+    found: dict[str, float] = {}
     if recipe.tower:
         seen = _timed(lambda: model.model.get_image_features(**middle.image(model)), model)
         found["tower"] = 2 * count * seen + len(blocks(model, "vision")) * _block_seconds(recipe, model, samples, "vision")
     if recipe.sparsity:
         block = _block_seconds(recipe, model, samples, "language")
-        found["blocks"] = 2 * count * one + layers * block
+        found["blocks"] = sequential + layers * block
     if recipe.allocation == "ecoflap":
-        found["scores"] = count * one * (len(linears(model)) if recipe.score == "zo" else BACKWARD)
+        found["scores"] = count * (one * len(linears(model)) if recipe.score == "zo" else whole * BACKWARD)
     elif recipe.allocation == "owl":
-        found["scores"] = 2 * count * one
+        found["scores"] = sequential
     elif recipe.allocation == "search":
-        found["levels"] = 3 * count * one + layers * block * size.database / size.blocks
+        found["levels"] = count * whole + sequential + layers * block * size.database / size.blocks
         found["search"] = _passes(recipe, count) * one
     return found
 

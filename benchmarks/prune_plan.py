@@ -1,0 +1,81 @@
+"""What `espalier prune` foretells against what it takes: `python -m benchmarks.prune_plan`.
+
+A whole search on random weights at real geometry, made short: fewer generations, offspring and levels, no spread of the fitness.
+The plan knows of these and counts what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.loading import write
+from benchmarks.memory import peak_bytes
+from models.checkpoint import open_transformers
+from models.random_llava import geometry_config
+from models.run_state import RunState
+from pruning import samples
+from pruning.static import plan, recipe, search
+from pruning.static.evolution import EvolutionConfig
+from pruning.static.packing import pack
+from pruning.static.pipeline import PruningRun
+from pruning.static.projector import TuningConfig
+
+
+def main(
+    geometry: Annotated[str, typer.Option(help="tinyllava-1.1b, llava-1.5-7b or llava-1.5-13b.")] = "tinyllava-1.1b",
+    layers: Annotated[int | None, typer.Option(min=1, help="So many of its layers.", show_default="all")] = None,
+    generations: Annotated[int, typer.Option(min=2, help="Generations of the search.")] = 2,
+    folder: Annotated[Path | None, typer.Option(help="Where there is room for it.", show_default="temporary files")] = None,
+) -> None:
+    config = geometry_config(geometry)
+    config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
+    with tempfile.TemporaryDirectory(dir=folder) as directory:
+        checkpoint = Path(directory) / "dense"
+        checkpoint.mkdir()
+        write(checkpoint, config, round(5e9))
+        with multiprocessing.get_context("spawn").Pool(1) as alone:
+            found = alone.apply(measure, (checkpoint, generations))
+    shown = {"geometry": geometry, "layers": config.text_config.num_hidden_layers, "threads": torch.get_num_threads(), **found}
+    Console(soft_wrap=True, highlight=False, markup=False).print(json.dumps(shown))
+
+
+def measure(checkpoint: Path, generations: int) -> dict[str, Any]:
+    """Bytes and seconds, foretold and taken. What the process held before it opened the model is no part of its memory."""
+    search.LEVELS, search.TUNING = 1, TuningConfig(steps=4)
+    search.EVOLUTION = EvolutionConfig(generations=generations, offspring=6)
+    asked = recipe.read(None, {"allocation": "search", "samples": recipe.MIN_SEARCH_SAMPLES, "eta": 0.0, "data": samples.WORLD})
+    cpu = torch.device("cpu")
+    before = peak_bytes(lambda: None, cpu)
+    source = open_transformers(checkpoint, "cpu", "float32")
+    source.model.requires_grad_(False)
+    packed = [pack(source.preprocessor, sample) for sample in samples.read(asked.data, asked.samples, asked.seed)]
+    disk = plan.disk(asked, checkpoint, "float32")
+    foretold = {
+        "disk_bytes": disk.blocks + disk.database, "memory_bytes": plan.memory(asked, source.model, packed, checkpoint).most,
+        "parts_s": plan.seconds(asked, source.model, packed, disk),
+    }  # fmt: skip
+    state = RunState(checkpoint.with_name("pruned"), asked.model_dump(mode="json"), source.fingerprint)
+    started = time.perf_counter()
+    with Progress(console=Console(stderr=True)) as progress:
+        run = PruningRun(asked, source.model, packed, state, progress, checkpoint, None)
+        peak = peak_bytes(run.run, cpu) - before
+    taken = {"memory_bytes": peak, "seconds": round(time.perf_counter() - started, 1)}
+    seconds = sum(foretold["parts_s"].values())
+    return {
+        "foretold": foretold | {"seconds": round(seconds, 1)}, "taken": taken,
+        "seconds_ratio": round(taken["seconds"] / seconds, 3), "memory_ratio": round(peak / foretold["memory_bytes"], 3),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
