@@ -15,7 +15,7 @@ class FinetuneConfig(BaseModel):
     epochs: int = Field(1, ge=1, description="Times through the data; drawn pictures are new each time.")
     batch_size: int = Field(8, ge=1, description="Pictures of a step.")
     rank: int = Field(32, ge=1, description="Of what is added to a matrix (LoRA).")
-    learning_rate: float = Field(1e-3, gt=0, description="The highest; it rises for a tenth of the steps and falls to nothing.")
+    learning_rate: float = Field(5e-4, gt=0, description="The highest; it rises for a tenth of the steps and falls to nothing.")
     seed: int = Field(0, description="Which samples in which order, and where LoRA starts.")
 
     @property
