@@ -60,21 +60,19 @@ def measure(checkpoint: Path, generations: int) -> dict[str, Any]:
     source.model.requires_grad_(False)
     packed = [pack(source.preprocessor, sample) for sample in samples.read(asked.data, asked.samples, asked.seed)]
     disk = plan.disk(asked, checkpoint, "float32")
-    foretold = {
-        "disk_bytes": disk.blocks + disk.database, "memory_bytes": plan.memory(asked, source.model, packed, checkpoint).most,
-        "parts_s": plan.seconds(asked, source.model, packed, disk),
-    }  # fmt: skip
+    memory, parts = plan.memory(asked, source.model, packed, checkpoint).most, plan.seconds(asked, source.model, packed, disk)
     state = RunState(checkpoint.with_name("pruned"), asked.model_dump(mode="json"), source.fingerprint)
     started = time.perf_counter()
     with Progress(console=Console(stderr=True)) as progress:
         run = PruningRun(asked, source.model, packed, state, progress, checkpoint, None)
         peak = peak_bytes(run.run, cpu) - before
-    taken = {"memory_bytes": peak, "seconds": round(time.perf_counter() - started, 1)}
-    seconds = sum(foretold["parts_s"].values())
+    took = time.perf_counter() - started
     return {
-        "foretold": foretold | {"seconds": round(seconds, 1)}, "taken": taken,
-        "seconds_ratio": round(taken["seconds"] / seconds, 3), "memory_ratio": round(peak / foretold["memory_bytes"], 3),
+        "foretold": {"memory_bytes": memory, "seconds": round(sum(parts.values()), 1), "parts_s": parts},
+        "taken": {"memory_bytes": peak, "seconds": round(took, 1)},
+        "memory_ratio": round(peak / memory, 3), "seconds_ratio": round(took / sum(parts.values()), 3),
     }  # fmt: skip
+
 
 
 if __name__ == "__main__":
