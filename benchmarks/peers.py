@@ -50,13 +50,21 @@ class Peer:
         except RuntimeError:
             self.close()
             raise
+        self._rest()
 
     def seconds(self, requests: int, new_tokens: int) -> float:
         """Of so many requests at once, from pictures and text to the last token."""
         assert self.process.stdin is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
         self.process.stdin.write(f"{requests} {new_tokens}\n")
         self.process.stdin.flush()
-        return float(self._read("seconds"))
+        seconds = float(self._read("seconds"))
+        self._rest()
+        return seconds
+
+    def _rest(self) -> None:
+        """Stop until it is asked again: vLLM's scheduler takes a core even while nothing is to be done."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
     def _read(self, word: str) -> str:
         """What stands behind a word on the next line that begins with it: peers print lines of their own."""
