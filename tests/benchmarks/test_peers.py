@@ -36,12 +36,10 @@ def test_a_worker_that_fails_says_why(tmp_path):
 def test_what_a_worker_has_started_ends_with_it(tmp_path):
     """vLLM's engine is such a process, and holds the weights."""
     python, alive = tmp_path / "python", tmp_path / "alive"
-    python.write_text(f"#!/bin/sh\n(while sleep 0.05; do date > {alive}; done) & echo ready; wait")
+    begun = f"while [ ! -e {alive} ]; do sleep 0.01; done"
+    python.write_text(f"#!/bin/sh\n(while sleep 0.05; do date > {alive}; done) & {begun}; echo ready; wait")
     python.chmod(0o755)
-    peer = peers.Peer("vllm", str(python), tmp_path)
-    while not alive.exists():
-        time.sleep(0.01)
-    peer.close()
+    peers.Peer("vllm", str(python), tmp_path).close()
     alive.unlink()
     time.sleep(0.3)
     assert not alive.exists()
