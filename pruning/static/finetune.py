@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedModel
@@ -30,6 +29,7 @@ from pruning.static.blocks import linears
 from pruning.static.finetune_config import FinetuneConfig
 from pruning.static.fitness import Divergence
 from pruning.static.packing import PackedSample, pack
+from pruning.static.pipeline import check_out, progress_bar
 from pruning.static.scores import answer_loss
 
 SAVE_EVERY = 20
@@ -48,8 +48,8 @@ def run(
     """Train `checkpoint` into the directory `out` and return its manifest: on the answers of the data or, with a `teacher`, to give
     each of their tokens the probabilities that the teacher gives.
 
-    Errors of the options, the data and the checkpoints come before the work: FinetuneError, DataError, CheckpointError. A run that
-    ends early goes on when it is started again: its last save waits in `out`.work.
+    Errors of the options, the data, the place and the checkpoints come before the work: FinetuneError, DataError, RecipeError,
+    CheckpointError. A run that ends early goes on when it is started again: its last save waits in `out`.work.
     """
     _check(config, checkpoint, out)
     config = config.model_copy(update={"data": samples.choose(config.data, checkpoint)})
@@ -67,10 +67,7 @@ def run(
 
 def _check(config: FinetuneConfig, checkpoint: Path, out: Path) -> None:
     check_files(checkpoint)
-    if out.exists():
-        raise FinetuneError(f"{out} exists; name a directory that does not, or remove it")
-    if not out.parent.is_dir():
-        raise FinetuneError(f"{out.parent} is not a directory; create it first")
+    check_out(out)
     if not config.steps:
         raise FinetuneError(f"{config.samples} samples fill no batch of {config.batch_size}; take more, or a smaller batch")
 
@@ -157,8 +154,7 @@ class Finetuning:
 
     def train(self, console: Console) -> list[float]:
         """Returns the mean loss of each tenth of the steps."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
+        with progress_bar(console) as progress:
             task = progress.add_task("finetune", total=self.config.steps, completed=len(self.losses))
             for batch in islice(self._batches(), len(self.losses), None):
                 self.losses.append(self._step([pack(self.preprocessor, sample) for sample in batch]))

@@ -23,7 +23,7 @@ from pruning.static.finetune import FinetuneError, Finetuning
 from pruning.static.finetune_config import FinetuneConfig
 from pruning.static.fitness import Divergence
 from pruning.static.packing import pack
-from pruning.static.recipe import read
+from pruning.static.recipe import RecipeError, read
 from pruning.static.scores import answer_loss
 from tests.pruning.kills import Killed, die_at
 from tests.server.tiny import answer, new_engine, write
@@ -123,9 +123,9 @@ def test_transformers_reads_what_was_trained(dense, tmp_path):
 
 def test_bad_input_is_refused_before_the_work(dense, tmp_path):
     (tmp_path / "there").mkdir()
-    with pytest.raises(FinetuneError, match="there exists; name a directory that does not"):
+    with pytest.raises(RecipeError, match="there exists; name a directory that does not"):
         tune(dense, tmp_path / "there")
-    with pytest.raises(FinetuneError, match="is not a directory; create it first"):
+    with pytest.raises(RecipeError, match="is not a directory; create it first"):
         tune(dense, tmp_path / "no" / "out")
     with pytest.raises(FinetuneError, match="3 samples fill no batch of 4"):
         tune(dense, tmp_path / "out", samples=3)
