@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,12 +36,21 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Turns; the fastest of each count.")] = 2,
     folder: Annotated[Path | None, typer.Option(help="Where there is room for it.", show_default="temporary files")] = None,
 ) -> None:
+    measure_alone(measure, repeats, geometry, layers, folder, shard_gb)
+
+
+def measure_alone(
+    work: Callable[[Path, int], dict[str, Any]], times: int, geometry: str, layers: int | None, folder: Path | None, shard_gb: float
+) -> None:
+    """Print what `work` finds out about a checkpoint with random weights, in a process of its own. It may write beside it."""
     config = geometry_config(geometry)
     config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
     with tempfile.TemporaryDirectory(dir=folder) as directory:
-        write(Path(directory), config, round(shard_gb * 1e9))
+        checkpoint = Path(directory) / "checkpoint"
+        checkpoint.mkdir()
+        write(checkpoint, config, round(shard_gb * 1e9))
         with multiprocessing.get_context("spawn").Pool(1) as alone:
-            found = alone.apply(measure, (Path(directory), repeats))
+            found = alone.apply(work, (checkpoint, times))
     shown = {"geometry": geometry, "layers": config.text_config.num_hidden_layers, **found}
     Console(soft_wrap=True, highlight=False, markup=False).print(json.dumps(shown))
 

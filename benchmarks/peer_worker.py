@@ -63,7 +63,7 @@ def transformers(directory: Path) -> Answer:
 
 
 def vllm(directory: Path) -> Answer:
-    # By itself it leaves a core to its server, and half of the threads of the others unused.
+    # By itself it leaves one core to its scheduler, and takes one thread of each other core.
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
     from PIL import Image

@@ -6,9 +6,6 @@ The plan knows of these and counts what is left.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,19 +13,20 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
-from benchmarks.loading import write
+from benchmarks.loading import measure_alone
 from benchmarks.memory import peak_bytes
 from models.checkpoint import open_transformers
-from models.random_llava import geometry_config
 from models.run_state import RunState
 from pruning import samples
+from pruning.progress import progress_bar
 from pruning.static import plan, recipe, search
 from pruning.static.evolution import EvolutionConfig
 from pruning.static.packing import pack
 from pruning.static.pipeline import PruningRun
 from pruning.static.projector import TuningConfig
+
+SHARD_GB = 5.0
 
 
 def main(
@@ -37,16 +35,7 @@ def main(
     generations: Annotated[int, typer.Option(min=2, help="Generations of the search.")] = 2,
     folder: Annotated[Path | None, typer.Option(help="Where there is room for it.", show_default="temporary files")] = None,
 ) -> None:
-    config = geometry_config(geometry)
-    config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
-    with tempfile.TemporaryDirectory(dir=folder) as directory:
-        checkpoint = Path(directory) / "dense"
-        checkpoint.mkdir()
-        write(checkpoint, config, round(5e9))
-        with multiprocessing.get_context("spawn").Pool(1) as alone:
-            found = alone.apply(measure, (checkpoint, generations))
-    shown = {"geometry": geometry, "layers": config.text_config.num_hidden_layers, "threads": torch.get_num_threads(), **found}
-    Console(soft_wrap=True, highlight=False, markup=False).print(json.dumps(shown))
+    measure_alone(measure, generations, geometry, layers, folder, SHARD_GB)
 
 
 def measure(checkpoint: Path, generations: int) -> dict[str, Any]:
@@ -63,16 +52,16 @@ def measure(checkpoint: Path, generations: int) -> dict[str, Any]:
     memory, parts = plan.memory(asked, source.model, packed, checkpoint).most, plan.seconds(asked, source.model, packed, disk)
     state = RunState(checkpoint.with_name("pruned"), asked.model_dump(mode="json"), source.fingerprint)
     started = time.perf_counter()
-    with Progress(console=Console(stderr=True)) as progress:
+    with progress_bar(Console(stderr=True)) as progress:
         run = PruningRun(asked, source.model, packed, state, progress, checkpoint, None)
         peak = peak_bytes(run.run, cpu) - before
     took = time.perf_counter() - started
     return {
+        "threads": torch.get_num_threads(),
         "foretold": {"memory_bytes": memory, "seconds": round(sum(parts.values()), 1), "parts_s": parts},
         "taken": {"memory_bytes": peak, "seconds": round(took, 1)},
         "memory_ratio": round(peak / memory, 3), "seconds_ratio": round(took / sum(parts.values()), 3),
     }  # fmt: skip
-
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class RunState:
     """The directory beside the output with what is finished of a run of `recipe` on `source`."""
 
     def __init__(self, out: Path, recipe: dict[str, Any], source: str) -> None:
-        self.directory = run_directory(out).resolve()
+        self.out, self.directory = out, run_directory(out).resolve()
         wanted = {"recipe": recipe, "source": source}
         path = self.directory / "recipe.json"
         self.resumed = path.exists()
@@ -41,6 +42,11 @@ class RunState:
     def draft(self) -> Path:
         """The whole new checkpoint, until it is renamed to the output."""
         return self.directory / "checkpoint"
+
+    def complete(self) -> None:
+        """The draft becomes the output; what the run had finished goes."""
+        self.draft.replace(self.out)
+        shutil.rmtree(self.directory)
 
     def read(self, name: str) -> Any:
         """What `write` stored, or None."""

@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from evals.official import answers
@@ -20,6 +19,7 @@ from evals.official.ask import Ask
 from evals.official.judge import Judge, JudgeError
 from evals.official.task import DataError, Question, Task, read_json
 from evals.statistics import difference_interval, interval
+from pruning.progress import progress_bar
 
 Document = dict[str, Any]
 
@@ -71,7 +71,7 @@ def _ask_missing(questions: Sequence[Question], ask: Ask, max_tokens: int, about
     known = answers.by_question(path, questions)
     missing = [question for question, one in zip(questions, known, strict=True) if one is None]
     failed: list[tuple[Question, str]] = []
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         done = len(questions) - len(missing)
         bar = progress.add_task(f"{about['task']} at {about['level']}", total=len(questions), completed=done)
         before = time.monotonic()
@@ -91,10 +91,6 @@ def _ask_missing(questions: Sequence[Question], ask: Ask, max_tokens: int, about
         )
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
-
-
 def _review(
     task: Task, judge: Judge | None, data: Path, questions: Sequence[Question], texts: Sequence[str], path: Path, console: Console
 ) -> list[dict[str, Any]]:
@@ -103,7 +99,7 @@ def _review(
         return []
     known = {one["key"]: one for one in answers.stored(path) if one["model"] == judge.model}
     found: list[dict[str, Any]] = []
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task(f"judged by {judge.model}", total=len(questions))
         for question, text in zip(questions, texts, strict=True):
             key = _key(question, text)

@@ -6,7 +6,6 @@ M is 1 where W₀ is not zero. It is merged into the weights, so that masks of a
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,12 +23,13 @@ from models.manifest import Manifest, read_manifest
 from models.run_state import RunState
 from models.saving import derive
 from pruning import layer_importance, samples
+from pruning.progress import progress_bar, tell_resumed
 from pruning.static import held_out
 from pruning.static.blocks import linears
 from pruning.static.finetune_config import FinetuneConfig
 from pruning.static.fitness import Divergence
 from pruning.static.packing import PackedSample, pack
-from pruning.static.pipeline import check_out, progress_bar
+from pruning.static.pipeline import check_out
 from pruning.static.scores import answer_loss
 
 SAVE_EVERY = 20
@@ -60,8 +60,7 @@ def run(
     layer_importance.calibrate(run_state.draft, config.data, calibrated, config.seed, device, quiet=quiet)
     if teacher and read_manifest(run_state.draft).pruning:
         held_out.measure(teacher, run_state, rest, config.seed, device, dtype, console)
-    run_state.draft.replace(out)
-    shutil.rmtree(run_state.directory)
+    run_state.complete()
     return read_manifest(out)
 
 
@@ -82,8 +81,7 @@ def _draft(
         raise FinetuneError(f"{teacher} has another head than {directory}; the teacher is the checkpoint that it was pruned from")
     names = [f"{one.name} {one.fingerprint}" for one in (source, taught) if one]
     run_state = RunState(out, config.model_dump(mode="json"), f"{' '.join(names)} {dtype} {samples.content(config.data)}")
-    if run_state.resumed:
-        console.print(f"going on with the run in {run_state.directory}", highlight=False)
+    tell_resumed(run_state, console)
     if run_state.draft.exists():
         return run_state
     finetuning = Finetuning(config, source, taught.model if taught else None, run_state)

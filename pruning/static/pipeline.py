@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +20,7 @@ from models.manifest import Manifest, Pruning, read_manifest
 from models.run_state import RunState, run_directory
 from models.saving import derive
 from pruning import layer_importance, samples
+from pruning.progress import progress_bar, tell_resumed
 from pruning.static import allocation, held_out, plan, scores, search, structured, wanda
 from pruning.static.allocation import Allocation
 from pruning.static.blocks import Block, BlockInput, blocks, input_statistics, linears, sequential
@@ -57,8 +58,7 @@ def run(
     run_state = _draft(recipe, checkpoint, out, device, dtype, ray, console)
     layer_importance.calibrate(run_state.draft, recipe.data, recipe.samples, recipe.seed, device, "auto", quiet, recipe.families)
     held_out.measure(checkpoint, run_state, rest, recipe.seed, device, dtype, console)
-    run_state.draft.replace(out)
-    shutil.rmtree(run_state.directory)
+    run_state.complete()
     return read_manifest(out)
 
 
@@ -102,8 +102,7 @@ def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, 
     read = samples.read(recipe.data, recipe.samples, recipe.seed, families=recipe.families)
     packed = [pack(source.preprocessor, sample) for sample in read]
     run_state = RunState(out, recipe.model_dump(mode="json"), f"{identity} {dtype} {samples.content(recipe.data)}")
-    if run_state.resumed:
-        console.print(f"going on with the run in {run_state.directory}", highlight=False)
+    tell_resumed(run_state, console)
     if run_state.draft.exists():  # stopped while it was completed
         return run_state
     if not run_state.resumed:
@@ -116,12 +115,6 @@ def _draft(recipe: Recipe, directory: Path, out: Path, device: str, dtype: str, 
     manifest = source.manifest.derive(pruning=pruning, calibration=None)
     derive(source.directory, run_state.draft, changed, manifest, structured.update_config(source.model))
     return run_state
-
-
-def progress_bar(console: Console) -> Progress:
-    """Of tasks that have a name and a number of steps."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
 
 
 class PruningRun:

@@ -17,11 +17,12 @@ from models.quantized import bitsandbytes, nf4_config, stored_nf4
 from models.run_state import RunState
 from models.saving import derive, plain_name
 from pruning import samples
+from pruning.progress import progress_bar, tell_resumed
 from pruning.static import gptq, held_out
 from pruning.static.blocks import Block, BlockInput, blocks, sequential
 from pruning.static.criteria import for_each_matrix
 from pruning.static.packing import PackedSample, pack
-from pruning.static.pipeline import check_out, check_room, progress_bar
+from pruning.static.pipeline import check_out, check_room
 
 QUANTIZED = re.compile(r"(language|vision)\.\d+\.(self_attn|mlp)\.|projector\.")
 """Plain names of matrices that are held in 4 bits. A convolutional tower has none of them, and the pooling head of a tower is not
@@ -50,8 +51,7 @@ def run(
     run_state = _draft(checkpoint, out, data, count, seed, device, dtype, console)
     cost = held_out.cost(checkpoint, run_state, rest, seed, device, "auto", console)
     _complete(run_state.draft, checkpoint, cost)
-    run_state.draft.replace(out)
-    shutil.rmtree(run_state.directory)
+    run_state.complete()
     return read_manifest(out)
 
 
@@ -64,8 +64,7 @@ def _draft(
     packed = [pack(source.preprocessor, sample) for sample in samples.read(data, count, seed)]
     recipe = {"quantize": "nf4", "data": data, "samples": count, "seed": seed}
     run_state = RunState(out, recipe, f"{source.name} {source.fingerprint} {dtype} {samples.content(data)}")
-    if run_state.resumed:
-        console.print(f"going on with the run in {run_state.directory}", highlight=False)
+    tell_resumed(run_state, console)
     if run_state.draft.exists():  # stopped while what it cost was measured
         return run_state
     with progress_bar(console) as progress:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, load, open_transformers, sha256
@@ -27,6 +27,7 @@ from pruning.dynamic.training.dataset import RouterDataset, collect
 from pruning.dynamic.training.distill import distillation_loss
 from pruning.dynamic.training.loop import score, score_loss, train
 from pruning.dynamic.training.profile import grid, profile
+from pruning.progress import progress_bar, tell_resumed
 
 
 def run(
@@ -45,22 +46,19 @@ def run(
     if source.preprocessor.tiled:
         raise ValueError(f"{checkpoint}: a router reads pictures of one tile; without one, levels merge tokens of all tiles")
     state = RunState(out, config.model_dump(), f"{source.name} {source.fingerprint} {dtype} {samples.content(config.data)}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True, quiet=quiet)
-    if state.resumed:
-        console.print(f"going on with the run in {state.directory}", highlight=False)
-    with Progress(*columns, console=console) as progress:
+    tell_resumed(state, console)
+    with progress_bar(console) as progress:
         data = collect(config, source, state, progress)
         router = teach(config, source, (device, dtype), data, state, progress)
         record = profile(config, source, router, data, state, progress)
-    draft = state.directory / "checkpoint"
+    draft = state.draft
     shutil.rmtree(draft, ignore_errors=True)
     derive(source.directory, draft, {}, source.manifest.derive())
     save_router(router, draft / FILE)
     files = read_manifest(draft).files | {FILE: sha256(draft / FILE)}
     write_manifest(draft, source.manifest.derive(router=record.model_dump(), files=files))
-    draft.replace(out)
-    shutil.rmtree(state.directory)
+    state.complete()
     return read_manifest(out)
 
 

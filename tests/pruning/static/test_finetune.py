@@ -31,11 +31,6 @@ from tests.server.tiny import answer, new_engine, write
 QUICK: dict[str, Any] = {"samples": 32, "batch_size": 4, "rank": 4, "learning_rate": 0.02}
 
 
-@pytest.fixture(scope="module", name="dense")
-def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("dense") / "dense")
-
-
 @pytest.fixture(scope="module", name="pruned", params=["unstructured", "2:4", "structured"])
 def pruned_checkpoint(request: pytest.FixtureRequest, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "pruned"

@@ -34,15 +34,10 @@ from pruning.static.packing import pack
 from pruning.static.projector import TuningConfig
 from pruning.static.recipe import Recipe, RecipeError, read
 from tests.pruning.kills import Killed, die_at
-from tests.server.tiny import VISUAL, answer, new_engine, write
+from tests.server.tiny import VISUAL, answer, new_engine
 
 QUICK: dict[str, Any] = {"samples": 4}
 SEARCH: dict[str, Any] = {"allocation": "search", "samples": 16}
-
-
-@pytest.fixture(scope="module", name="dense")
-def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("dense") / "dense")
 
 
 @pytest.fixture(scope="module", autouse=True)

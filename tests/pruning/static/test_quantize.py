@@ -31,7 +31,7 @@ from pruning.static.packing import pack
 from pruning.static.recipe import RecipeError
 from tests.models.hub import hub_config, write_hub
 from tests.pruning.kills import Killed, die_at
-from tests.server.tiny import answer, new_engine, write
+from tests.server.tiny import answer, new_engine
 
 library = pytest.importorskip("bitsandbytes")
 
@@ -39,11 +39,6 @@ library = pytest.importorskip("bitsandbytes")
 @pytest.fixture(autouse=True)
 def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_out, "PICTURES", 4)
-
-
-@pytest.fixture(scope="module", name="dense")
-def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("dense") / "dense")
 
 
 def run(checkpoint: Path, out: Path, **given: Any) -> Manifest:

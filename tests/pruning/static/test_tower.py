@@ -29,7 +29,7 @@ from tests.checkpoints.smol.test_shape import tiny_config as convolutional
 from tests.models.hub import hub_config, write_hub
 from tests.pruning.kills import Killed, die_at
 from tests.pruning.static.test_structured import least_squares
-from tests.server.tiny import VISUAL, answer, new_engine, processor, write
+from tests.server.tiny import VISUAL, answer, new_engine, processor
 
 FAMILIES = ["llava", "llava_next", "llava_onevision"]
 """CLIP, CLIP on tiles, SigLIP on tiles."""
@@ -106,11 +106,6 @@ def test_a_bias_is_the_weight_of_an_input_that_is_always_one(tmp_path):
 
 
 # ---- checkpoints
-
-
-@pytest.fixture(scope="module", name="dense")
-def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("dense") / "dense")
 
 
 @pytest.fixture(scope="module", autouse=True)
