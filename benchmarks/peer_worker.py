@@ -26,7 +26,7 @@ QUESTION = "What is in the picture? Say where each thing is and what it does."
 PROMPT = f"USER: <image>\n{QUESTION} ASSISTANT:"
 
 
-def espalier(directory: Path, level: str = "off") -> Answer:
+def espalier(directory: Path, level: str = "off", patch_ratio: float = 1.0) -> Answer:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from transformers import AutoProcessor
 
@@ -39,7 +39,7 @@ def espalier(directory: Path, level: str = "off") -> Answer:
     (point,) = fixed_menu(None, model.num_layers)[level].operating_points
     visual = model.visual_tokens_per_image
     route = Route(visual, tuple(range(point.kept(visual))), (True,) * model.num_layers)
-    runner = EspalierRunner(model, route, merging=True)
+    runner = EspalierRunner(model, route, merging=True, patch_ratio=patch_ratio)
 
     def answer(pictures: list[Any], new_tokens: int) -> None:
         inputs = processor(text=[PROMPT] * len(pictures), images=pictures, return_tensors="pt")
@@ -97,8 +97,9 @@ def openvino(directory: Path) -> Answer:
 
 
 SYSTEMS: dict[str, Callable[[Path], Answer]] = {
-    "espalier": espalier, "espalier at strong": partial(espalier, level="strong"), "transformers": transformers, "vllm": vllm,
-    "openvino": openvino,
+    "espalier": espalier, "espalier at strong": partial(espalier, level="strong"),
+    "espalier at strong, half of the patches": partial(espalier, level="strong", patch_ratio=0.5),
+    "transformers": transformers, "vllm": vllm, "openvino": openvino,
 }  # fmt: skip
 
 

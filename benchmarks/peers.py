@@ -20,6 +20,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
+from benchmarks.peer_worker import SYSTEMS
 from benchmarks.report import finish
 from models.random_llava import geometry_config, random_model
 
@@ -89,7 +90,7 @@ def run(
     SHORT and of `new_tokens` tokens are timed; a further token is the difference of their medians over the tokens between.
     """
     console = Console(stderr=True, quiet=quiet)
-    systems = {**dict.fromkeys(("espalier", "espalier at strong", "transformers"), sys.executable), **pythons}
+    systems = {**dict.fromkeys(SYSTEMS, sys.executable), **pythons}
     skipped = {name: "no interpreter was given" for name, python in systems.items() if not python}
     with ExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="peers-")))

@@ -80,19 +80,20 @@ class Runner(Protocol):
 @dataclass(frozen=True)
 class EspalierRunner:
     """Our forward: all prompts in one batch. A `router` chooses the visual tokens, as many as the route keeps; or they are merged
-    to as many, as levels do without a router."""
+    to as many, as levels do without a router. The tower's later layers see `patch_ratio` of the patches."""
 
     model: Llava
     route: Route
     router: Router | None = None
     merging: bool = False
+    patch_ratio: float = 1.0
 
     @torch.inference_mode()
     def run(self, prompts: Prompts, new_tokens: int) -> Timing:
         model, route, start = self.model, self.route, time.perf_counter()
         length = prompts.ids.shape[1]
         caches = [model.new_cache(route.rows(length, new_tokens - 1)) for _ in prompts.ids]
-        visual = model.vision(prompts.pixels).tokens
+        visual = model.vision(prompts.pixels, self.patch_ratio).tokens
         encoded = _finished(model)
         routed = [self._route(ids, tokens) for ids, tokens in zip(prompts.ids, visual, strict=True)]
         routed_at = _finished(model)
