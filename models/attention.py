@@ -121,6 +121,24 @@ def _blockwise(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None,
 
 # ---- several sequences in one call, on a GPU
 
+
+def attend_images(query: Tensor, keys: Tensor, values: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Attention of each image's rows over all of them. query, keys, values [images, rows, heads, dim]; `bias` [images, rows] is
+    added to the scores of every row of its image. Returns [images, rows, heads, dim]."""
+    if query.device.type == "cuda":
+        return _attend_images_together(query, keys, values, scale, bias)
+    heads_first = (rows.transpose(1, 2).contiguous() for rows in (keys, values))
+    biases = bias if bias is not None else [None] * len(query)
+    mixed = [attend(q, k, v, scale=scale, causal=False, bias=b) for q, k, v, b in zip(query, *heads_first, biases, strict=True)]
+    return torch.stack(mixed)
+
+
+def _attend_images_together(query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    mask = None if bias is None else bias[:, None, None].expand(-1, 1, query.shape[1], -1)
+    query, keys, values = (rows.transpose(1, 2) for rows in (query, keys, values))
+    return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale).transpose(1, 2)
+
+
 BIAS_DIMS = 3
 """Head dimensions that hold a bias: 3 pieces of 8 bits each in bfloat16 are all 24 bits of a float32."""
 FLASH_DIMS, FLASH_ALIGNMENT = 256, 8

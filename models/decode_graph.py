@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from models.cuda_graph import Captured, can_capture, capture
 from models.decode import Rows
 from models.ops import apply_rope, rms_norm
-from models.quantized import Int8Linear
 from models.upload import upload
 
 if TYPE_CHECKING:  # it holds the plan
@@ -38,7 +38,7 @@ class GraphPlan:
     hidden: Tensor
     positions: Tensor
     table: Tensor
-    graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor] | None] = field(default_factory=dict)
+    graphs: dict[int, Captured[Tensor] | None] = field(default_factory=dict)
     instructions: ClassVar = "CUDA graphs"
     max_rows: ClassVar = 0
     """Of answers and parts of prompts together: these run apart."""
@@ -86,11 +86,9 @@ class GraphPlan:
         self.table[:bucket] = upload([*places, *[NOBODY] * (bucket - count)], self.table.device)
         torch.cat([one.hidden for one in batch], out=self.hidden[:count])
         torch.cat([one.positions for one in batch], out=self.positions[:count])
-        if (made := self.graphs[bucket]) is None:
+        if (captured := self.graphs[bucket]) is None:
             return self._run(bucket)[:count]
-        graph, logits = made
-        graph.replay()
-        return logits[:count].clone()  # the next replay writes there again
+        return captured.replay()[:count].clone()  # the next replay writes there again
 
     def _run(self, requests: int) -> Tensor:
         from models.kernels.attention_triton import append_and_attend
@@ -107,24 +105,10 @@ class GraphPlan:
             heads_before += layer.kv_heads
         return model.logits(x)
 
-    def _capture(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+    def _capture(self, bucket: int) -> Captured[Tensor] | None:
         """A graph and the logits [bucket, vocab] that it writes."""
         matrices = [matrix for layer in self.model.decoder_layers for matrix in layer.linears().values()]
-        if self.hidden.device.type != "cuda" or any(isinstance(m, Int8Linear) for m in [*matrices, self.model.head]):
-            return None  # LLM.int8() asks the device where outliers are
-        self.table.zero_()  # nobody's cache is written
-        shared = next((made[0].pool() for made in self.graphs.values() if made), None)
-        try:
-            with torch.cuda.device(self.hidden.device):
-                stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-                stream.wait_stream(current)
-                with torch.cuda.stream(stream):
-                    self._run(bucket)  # compiles, and lets libraries take their memory: a graph can hold neither
-                current.wait_stream(stream)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=shared, stream=stream, capture_error_mode="thread_local"):
-                    logits = self._run(bucket)
-        except Exception:
-            log.exception("a step of %d requests runs without a CUDA graph", bucket)
+        if self.hidden.device.type != "cuda" or not can_capture([*matrices, self.model.head]):
             return None
-        return graph, logits
+        self.table.zero_()  # nobody's cache is written
+        return capture(lambda: self._run(bucket), f"steps of {bucket} requests", self.hidden.device, self.graphs.values())

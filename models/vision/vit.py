@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from models.attention import attend
+from models.attention import attend_images
 from models.layer_shapes import layer_shapes
 from models.linear import Linear, fuse
 from models.sparse import AnyLinear
@@ -99,21 +99,13 @@ class VisionTransformer:
         dim = width // vit.num_attention_heads
         qkv = layer.qkv(F.layer_norm(x, (width,), *layer.norm1, vit.layer_norm_eps))
         heads = qkv.shape[1] // (3 * dim)  # structured pruning may leave a layer fewer of them
-        mixed = x.new_zeros(len(x), heads * dim)
-        attention = []
-        for image in range(images):
-            here = slice(image * rows, (image + 1) * rows)
-            query, key, value = qkv[here].view(rows, 3, heads, dim).unbind(1)
-            key, value = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
-            sizes = merged.sizes[image] if merged else None
-            bias = None if sizes is None else sizes.log().to(x.dtype)
-            mixed[here] = attend(query, key, value, scale=dim**-0.5, causal=False, bias=bias).reshape(rows, -1)
-            if last and self.class_embedding is not None:
-                attention.append(class_attention(query[0], key, sizes))
-        keys = qkv[: images * rows].view(images, rows, 3, heads, dim)[:, :, 1]
-        if not attention:
+        query, keys, values = qkv[: images * rows].view(images, rows, 3, heads, dim).unbind(2)
+        sizes = merged.sizes if merged else None
+        bias = None if sizes is None else sizes.log().to(x.dtype)
+        mixed = _pack(attend_images(query, keys, values, scale=dim**-0.5, bias=bias).flatten(2))
+        if not last or self.class_embedding is None:
             return layer.out(mixed).add_(x), keys, torch.empty(0)
-        seen = torch.stack(attention)[..., None]
+        seen = class_attention(query[:, 0], keys, sizes)[..., None]
         return layer.out(mixed).add_(x), keys, (merged.unmerge(seen) if merged else seen)[:, 1:, 0]
 
     def _mlp(self, x: Tensor, layer: EncoderLayer) -> Tensor:
@@ -150,12 +142,12 @@ def _pack(tokens: Tensor) -> Tensor:
 
 
 def class_attention(query: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:
-    """Attention of the class token, `query` [heads, dim], to every row, itself first, mean over heads: [rows] in float32. Where
-    rows stand for `sizes` [rows] places, to each of a row's places."""
-    logits = (keys.float() @ query.float()[:, :, None])[:, :, 0] * query.shape[-1] ** -0.5
+    """Attention of the class token, `query` [images, heads, dim], to every row of `keys` [images, rows, heads, dim], itself first,
+    mean over heads: [images, rows] in float32. Where rows stand for `sizes` [images, rows] places, to each of a row's places."""
+    logits = torch.einsum("ihd,irhd->ihr", query.float(), keys.float()) * query.shape[-1] ** -0.5
     if sizes is None:
-        return logits.softmax(-1).mean(0)
-    return (logits + sizes.log()).softmax(-1).mean(0) / sizes
+        return logits.softmax(-1).mean(1)
+    return (logits + sizes.log()[:, None]).softmax(-1).mean(1) / sizes
 
 
 def check_supported(config: PreTrainedConfig) -> None:
