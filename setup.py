@@ -6,10 +6,10 @@ They are loaded through ctypes, so neither torch nor Python's headers take part,
 from setuptools import Extension, setup
 
 NAMES = (
-    "gemv_avx512", "gemm_avx512", "gemm_amx_small", "gemm_amx", "elementwise", "convolution", "decode", "decode_avx512",
+    "gemv_avx512", "gemm_avx512", "gemm_amx_small", "gemm_amx", "int8", "elementwise", "convolution", "decode", "decode_avx512",
     "decode_portable",
 )  # fmt: skip
-HEADERS = ("floats", "weights", "tiles", "amx", "gemv_avx512", "decode", "decode_kernels")
+HEADERS = ("floats", "weights", "tiles", "amx", "gemv_avx512", "int8", "decode", "decode_kernels")
 native = Extension(
     "models.kernels.native",
     [f"models/kernels/{name}.cpp" for name in NAMES],

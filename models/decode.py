@@ -14,9 +14,12 @@ from models import kernels
 from models.kernels import thresholds
 from models.kv_cache import RequestCache
 from models.linear import Linear
+from models.quantized import Int8Linear
 from models.sparse import AnyLinear, PackedLinear
 
 POINTER, COUNT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+FORMATS = {"dense": 0, "packed": 1, "int8": 2}
+"""`Format` of kernels/decode.h."""
 
 
 class Rows(Protocol):
@@ -49,7 +52,7 @@ class LayerWeights(Protocol):
 class _Matrix(ctypes.Structure):
     """`Matrix` of kernels/decode.h; the structures below have their names there too."""
 
-    _fields_ = [("weight", POINTER), ("bias", POINTER), ("inputs", COUNT), ("outputs", COUNT), ("packed", COUNT)]
+    _fields_ = [("weight", POINTER), ("bias", POINTER), ("inputs", COUNT), ("outputs", COUNT), ("format", COUNT)]
 
 
 class _Layer(ctypes.Structure):
@@ -100,14 +103,13 @@ class DecodePlan:
         held: list[object] = [*matrices, *norms, inv_freq]
 
         def point(matrix: AnyLinear) -> _Matrix:
-            packed = isinstance(matrix, PackedLinear)
-            if isinstance(matrix, PackedLinear):
-                held.append(table := matrix.native_table())
-                weight, (outputs, inputs) = ctypes.addressof(table), (len(matrix.masks), matrix.inputs)
-            else:
-                assert isinstance(matrix, Linear)
-                weight, (outputs, inputs) = matrix.weight.data_ptr(), matrix.weight.shape
-            return _Matrix(weight, None if matrix.bias is None else matrix.bias.data_ptr(), inputs, outputs, packed)
+            bias = None if matrix.bias is None else matrix.bias.data_ptr()
+            if isinstance(matrix, Linear):
+                outputs, inputs = matrix.weight.shape
+                return _Matrix(matrix.weight.data_ptr(), bias, inputs, outputs, FORMATS["dense"])
+            assert isinstance(matrix, PackedLinear | Int8Linear)
+            held.append(table := matrix.native_table())
+            return _Matrix(ctypes.addressof(table), bias, matrix.inputs, matrix.outputs, FORMATS[matrix.format])
 
         table = (_Layer * len(layers))(*(
             _Layer(
@@ -152,9 +154,13 @@ class DecodePlan:
 
 
 def _takes(matrix: AnyLinear, dtype: torch.dtype, avx512: bool) -> bool:
+    if matrix.bias is not None and not _plain(matrix.bias, dtype):
+        return False
     if isinstance(matrix, PackedLinear):
         return avx512 and dtype == torch.bfloat16
-    return isinstance(matrix, Linear) and _plain(matrix.weight, dtype) and (matrix.bias is None or _plain(matrix.bias, dtype))
+    if isinstance(matrix, Int8Linear):
+        return avx512 and kernels.int8_library() is not None and _plain(matrix.codes, torch.int8)
+    return isinstance(matrix, Linear) and _plain(matrix.weight, dtype)
 
 
 def _plain(weight: Tensor, dtype: torch.dtype) -> bool:

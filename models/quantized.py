@@ -6,12 +6,13 @@ that. Here a weight is brought into the form of its device once, when it is made
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from models import kernels
 from models.errors import CheckpointError
 from models.linear import Linear
 
@@ -77,9 +79,12 @@ class Int8Linear:
         return cls(codes, scales, linear.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        library, rows = bitsandbytes(), x.flatten(0, -2)
+        rows = x.flatten(0, -2)
         if not len(rows):
             return x.new_empty(*x.shape[:-1], len(self.codes))
+        if native := self._native(rows):
+            return kernels.int8_linear(native, rows, self.native_table(), self.outputs, self.bias).view(*x.shape[:-1], -1)
+        library = bitsandbytes()
         outlier = rows.abs() >= OUTLIER
         rounded, row_scales, _ = library.functional.int8_vectorwise_quant(rows.masked_fill(outlier, 0).half())
         product = torch.ops.bitsandbytes.int8_scaled_mm.default
@@ -90,9 +95,32 @@ class Int8Linear:
             out += rows.where(outlier, 0)[:, columns] @ weight.T
         return out.view(*x.shape[:-1], -1)
 
+    def _native(self, rows: Tensor) -> ctypes.CDLL | None:
+        """The CPU kernels, if they take such rows."""
+        if rows.device.type != "cpu" or rows.dtype not in (torch.bfloat16, torch.float32) or rows.requires_grad:
+            return None
+        return kernels.int8_library() if self.bias is None or self.bias.dtype == rows.dtype else None
+
+    def native_table(self) -> ctypes.Array[ctypes.c_int64]:
+        """`Weight` of kernels/int8.h; it does not keep the parts alive."""
+        return (ctypes.c_int64 * 3)(self.codes.data_ptr(), self.scales.data_ptr(), self._sums.data_ptr())
+
+    @cached_property
+    def _sums(self) -> Tensor:
+        """Of each output's codes."""
+        return self.codes.sum(1, dtype=torch.int32)
+
     def rows(self, ids: Tensor) -> Tensor:
         """The weights of these outputs, float32 [*ids, in]: what an embedding is asked for."""
         return self.codes[ids] * (self.scales[ids][..., None] / 127)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.codes)
+
+    @property
+    def inputs(self) -> int:
+        return self.codes.shape[1]
 
     @property
     def bytes(self) -> int:

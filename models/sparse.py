@@ -176,6 +176,10 @@ class PackedLinear:
         out = torch.empty(last - first, self.inputs, dtype=torch.bfloat16)
         return kernels.decompress(native, self._parts, first, out)
 
+    @property
+    def outputs(self) -> int:
+        return len(self.masks)
+
     def native_table(self) -> ctypes.Array[ctypes.c_int64]:
         """Where the parts lie, as the kernels take it; it does not keep them alive."""
         return kernels.packed_table(self._parts)

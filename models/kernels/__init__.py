@@ -2,11 +2,12 @@
 
 - gemv_avx512.cpp, gemm_avx512.cpp, gemm_amx_small.cpp and gemm_amx.cpp: products with a dense or a packed weight; `thresholds` says
   which runs when.
+- int8.cpp: products with a weight of 8 bits, of rows that are rounded to 8 bits; for prompts and for a decoding step.
 - decode*.cpp: a whole decoding step in one call (`models.decode`), in bfloat16 or float32, on AVX-512 and on any other processor.
 - convolution.cpp: an inverted bottleneck of EfficientNet in one pass, in float32 (`models.vision.convolution`).
 - elementwise.cpp: RMS norm, swish and RoPE, one pass each.
 
-The library is built at install where a C++ compiler is present. All but decoding needs AVX-512 BF16, VBMI and VBMI2. Callers ask
+The library is built at install where a C++ compiler is present. All but decoding needs AVX-512 BF16, VBMI, VBMI2 and VNNI. Callers ask
 `library()` first, or for decoding `decoding_library()`, and run through torch where it is None. No kernel is differentiable.
 """
 
@@ -55,7 +56,7 @@ def library() -> ctypes.CDLL | None:
     if (found := _built()) is None:
         return None
     if not found.avx512_supported():
-        log.info("this processor lacks AVX-512 BF16, VBMI or VBMI2: products run through torch")
+        log.info("this processor lacks AVX-512 BF16, VBMI, VBMI2 or VNNI: products run through torch")
         return None
     amx = bool(found.amx_supported())
     for name, types in (SIGNATURES | (AMX_SIGNATURES if amx else {})).items():
@@ -92,6 +93,19 @@ def convolution_library() -> ctypes.CDLL | None:
 
 
 @cache
+def int8_library() -> ctypes.CDLL | None:
+    """The same with `int8_linear` and 8-bit weights in `run_few_rows`."""
+    found = library()
+    if found is None:
+        return None
+    if not hasattr(found, "int8_linear"):
+        log.warning("native CPU kernels were built from older sources, and 8-bit weights are slower: install again")
+        return None
+    found.int8_linear.argtypes, found.int8_linear.restype = [POINTER] * 4 + [COUNT] * 3 + [INT] * 2, None
+    return found
+
+
+@cache
 def many_rows() -> thresholds.ManyRows:
     """What multiplies many rows fastest on this processor."""
     if (native := library()) is None:
@@ -114,6 +128,16 @@ def packed_linear(native: ctypes.CDLL, x: Tensor, parts: Sequence[Tensor], bias:
     y = x.new_empty(len(x), n)
     product = _product(native, "packed", len(x))
     product(x.data_ptr(), weight, _pointer(bias), y.data_ptr(), len(x), x.shape[1], n, torch.get_num_threads())
+    return y
+
+
+def int8_linear(native: ctypes.CDLL, x: Tensor, table: ctypes.Array[ctypes.c_int64], outputs: int, bias: Tensor | None) -> Tensor:
+    """The same product with an 8-bit weight, given as `models.quantized.Int8Linear.native_table()`; x and bias [out] may be float32."""
+    x = x.contiguous()
+    y = x.new_empty(len(x), outputs)
+    native.int8_linear(
+        x.data_ptr(), table, _pointer(bias), y.data_ptr(), *x.shape, outputs, x.dtype == torch.bfloat16, torch.get_num_threads()
+    )
     return y
 
 

@@ -4,7 +4,7 @@
 
 #include "tiles.h"
 
-#define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2,popcnt,amx-tile,amx-bf16")))
+#define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2,avx512vnni,popcnt,amx-tile,amx-bf16")))
 #define AMX_INLINE AMX __attribute__((always_inline)) inline
 
 constexpr int64_t TILE_BYTES = 1024;

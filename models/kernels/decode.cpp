@@ -32,6 +32,7 @@ namespace {
 constexpr int64_t CHUNK_BYTES = 64 << 10;  // of weights: about five microseconds
 constexpr int64_t CHUNKS_PER_THREAD = 4;   // at least, of small matrices
 constexpr int64_t CHUNK_MULTIPLE = 24;     // outputs: kernels compute three, four or eight at a time
+constexpr int64_t CHUNK_MULTIPLE_INT8 = 32;
 constexpr int64_t LINE = 64;               // bytes that two cores must not write side by side
 constexpr double PATIENCE = 2;             // times that chunks of this product took, before an unfinished one is computed once more
 constexpr auto LEAST_PATIENCE = std::chrono::microseconds(10);
@@ -237,9 +238,11 @@ class Step {
   }
 
   void add_product(Kind kind, const Stage& stage, const Matrix& matrix, int64_t outputs) {
-    const int64_t row_bytes = matrix.inputs * (model.bf16 ? 2 : 4) * matrix.outputs / outputs;
+    const bool few_bits = matrix.format == INT8;
+    const int64_t multiple = few_bits ? CHUNK_MULTIPLE_INT8 : CHUNK_MULTIPLE;
+    const int64_t row_bytes = matrix.inputs * (few_bits ? 1 : model.bf16 ? 2 : 4) * matrix.outputs / outputs;
     const int64_t most = std::min(CHUNK_BYTES / row_bytes, outputs / (CHUNKS_PER_THREAD * threads));
-    const int64_t step = CHUNK_MULTIPLE * std::max<int64_t>(1, most / CHUNK_MULTIPLE);
+    const int64_t step = multiple * std::max<int64_t>(1, most / multiple);
     add(kind, stage, (outputs + step - 1) / step, step);
   }
 

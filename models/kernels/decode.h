@@ -8,12 +8,15 @@
 
 namespace decode {
 
-// decode.py declares these three again: keep them the same.
+// decode.py declares these again: keep them the same.
+
+enum Format : int64_t { DENSE, PACKED, INT8 };
 
 struct Matrix {
-  const void* weight;  // [outputs, inputs], or a `Packed` of weights.h
+  const void* weight;  // [outputs, inputs], a `Packed` of weights.h or a `Weight` of int8.h
   const void* bias;    // [outputs], or null
-  int64_t inputs, outputs, packed;
+  int64_t inputs, outputs;
+  Format format;
 };
 
 struct Layer {

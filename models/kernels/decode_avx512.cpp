@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "gemv_avx512.h"
+#include "int8.h"
 
 #define TARGET AVX512
 #define TARGET_INLINE AVX512_INLINE
@@ -102,18 +103,30 @@ namespace decode {
 
 namespace {
 
+template <class T>
+void int8_product(const Matrix& m, const void* inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {
+  static thread_local int8::Rounded x;
+  x.round(static_cast<const T*>(inputs), rows, m.inputs);
+  int8::outputs(*static_cast<const int8::Weight*>(m.weight), x, static_cast<const T*>(m.bias), first, last, y, stride);
+}
+
+void float_product(const Matrix& m, const void* inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {
+  (m.format == INT8 ? int8_product<float> : dense_product<float>)(m, inputs, rows, first, last, y, stride);
+}
+
 void bf16_product(const Matrix& m, const void* inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {
+  if (m.format == INT8) return int8_product<bf16>(m, inputs, rows, first, last, y, stride);
   static thread_local Buffer own;
   uint8_t* const scratch = reinterpret_cast<uint8_t*>(own.reserve(decoded_bytes(MAX_OUTPUTS * m.inputs)));
   const ProductTo<float> p{static_cast<const bf16*>(inputs), static_cast<const bf16*>(m.bias), y - first, rows, m.inputs, stride};
-  if (m.packed) outputs(*static_cast<const Packed*>(m.weight), p, first, last, scratch);
+  if (m.format == PACKED) outputs(*static_cast<const Packed*>(m.weight), p, first, last, scratch);
   else outputs(Dense{static_cast<const bf16*>(m.weight), m.inputs}, p, first, last, scratch);
 }
 
 }  // namespace
 
 const Kernels* avx512_kernels(bool for_bf16) {
-  static constexpr Kernels BF16 = kernels<bf16>(bf16_product), FLOAT = kernels<float>(dense_product<float>);
+  static constexpr Kernels BF16 = kernels<bf16>(bf16_product), FLOAT = kernels<float>(float_product);
   return for_bf16 ? &BF16 : &FLOAT;
 }
 
