@@ -101,9 +101,9 @@ class Int8Linear:
             return None
         return kernels.int8_library() if self.bias is None or self.bias.dtype == rows.dtype else None
 
-    def native_table(self) -> ctypes.Array[ctypes.c_int64]:
-        """`Weight` of kernels/int8.h; it does not keep the parts alive."""
-        return (ctypes.c_int64 * 3)(self.codes.data_ptr(), self.scales.data_ptr(), self._sums.data_ptr())
+    def native_table(self) -> kernels.Int8Weight:
+        """Where the parts lie, as the kernels take it; it does not keep them alive."""
+        return kernels.Int8Weight(self.codes.data_ptr(), self.scales.data_ptr(), self._sums.data_ptr(), OUTLIER)
 
     @cached_property
     def _sums(self) -> Tensor:

@@ -131,13 +131,17 @@ def packed_linear(native: ctypes.CDLL, x: Tensor, parts: Sequence[Tensor], bias:
     return y
 
 
-def int8_linear(native: ctypes.CDLL, x: Tensor, table: ctypes.Array[ctypes.c_int64], outputs: int, bias: Tensor | None) -> Tensor:
-    """The same product with an 8-bit weight, given as `models.quantized.Int8Linear.native_table()`; x and bias [out] may be float32."""
-    x = x.contiguous()
-    y = x.new_empty(len(x), outputs)
-    native.int8_linear(
-        x.data_ptr(), table, _pointer(bias), y.data_ptr(), *x.shape, outputs, x.dtype == torch.bfloat16, torch.get_num_threads()
-    )
+class Int8Weight(ctypes.Structure):
+    """`Weight` of int8.h."""
+
+    _fields_ = [("codes", POINTER), ("scales", POINTER), ("sums", POINTER), ("outlier", FLOAT)]
+
+
+def int8_linear(native: ctypes.CDLL, x: Tensor, weight: Int8Weight, outputs: int, bias: Tensor | None) -> Tensor:
+    """The same product with a weight of 8 bits. x and bias [out] may be float32 too."""
+    x, bf16 = x.contiguous(), x.dtype == torch.bfloat16
+    y, table = x.new_empty(len(x), outputs), ctypes.byref(weight)
+    native.int8_linear(x.data_ptr(), table, _pointer(bias), y.data_ptr(), *x.shape, outputs, bf16, torch.get_num_threads())
     return y
 
 

@@ -106,8 +106,9 @@ namespace {
 template <class T>
 void int8_product(const Matrix& m, const void* inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {
   static thread_local int8::Rounded x;
-  x.round(static_cast<const T*>(inputs), rows, m.inputs);
-  int8::outputs(*static_cast<const int8::Weight*>(m.weight), x, static_cast<const T*>(m.bias), first, last, y, stride);
+  const int8::Weight& w = *static_cast<const int8::Weight*>(m.weight);
+  x.round(static_cast<const T*>(inputs), rows, m.inputs, w.outlier);
+  int8::outputs(w, x, static_cast<const T*>(m.bias), first, last, y, stride);
 }
 
 void float_product(const Matrix& m, const void* inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {

@@ -20,7 +20,6 @@ namespace int8 {
 
 namespace {
 
-constexpr float OUTLIER = 6.0f;         // as in models/quantized.py
 constexpr int64_t CODES = 64;           // in a register
 constexpr int64_t MANY_ROWS = 8;        // from which codes are laid out anew: as fast there, 1.4 times at 12 rows and 2.6 times at 168
 constexpr int FEW = 8, SOME = 6;        // outputs that are summed side by side, with up to two rows and with four: what registers hold
@@ -31,6 +30,9 @@ constexpr int64_t ROWS_BYTES = 1 << 20; // of rounded rows that run together: th
 
 AVX512_INLINE __m512 read(const float* at, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, at); }
 AVX512_INLINE __m512 read(const bf16* at, __mmask16 lanes) { return load_floats(at, lanes); }
+// What is rounded to 8 bits has 16 before, as in bitsandbytes: of float32 one code in a hundred would be another.
+AVX512_INLINE __m512 read_16_bits(const float* at, __mmask16 lanes) { return _mm512_cvtph_ps(_mm512_cvtps_ph(read(at, lanes), 0)); }
+AVX512_INLINE __m512 read_16_bits(const bf16* at, __mmask16 lanes) { return read(at, lanes); }
 AVX512_INLINE float value(float held) { return held; }
 AVX512_INLINE float value(bf16 held) { return to_float(held); }
 AVX512_INLINE void write(float* at, __m512 values, __mmask16 lanes) { _mm512_mask_storeu_ps(at, lanes, values); }
@@ -40,15 +42,16 @@ AVX512_INLINE __mmask16 lanes_of(int64_t left) {
   return left >= FLOAT_LANES ? ALL_LANES : left > 0 ? __mmask16((1u << left) - 1) : __mmask16(0);
 }
 
-AVX512_INLINE __mmask16 usual(__m512 x) { return _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(OUTLIER), _CMP_LT_OQ); }
+// Which of the values are rounded; what is no number is not.
+AVX512_INLINE __mmask16 usual(__m512 x, float outlier) { return _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(outlier), _CMP_LT_OQ); }
 
 template <class T>
-AVX512 void round_row(Rounded& to, const T* x, int64_t row) {
+AVX512 void round_row(Rounded& to, const T* x, int64_t row, float outlier) {
   const int64_t k = to.inputs;
   __m512 largest = _mm512_setzero_ps();
   for (int64_t i = 0; i < k; i += FLOAT_LANES) {
-    const __m512 some = read(x + i, lanes_of(k - i));
-    const __mmask16 kept = usual(some);
+    const __m512 some = read_16_bits(x + i, lanes_of(k - i));
+    const __mmask16 kept = usual(some, outlier);
     largest = _mm512_mask_max_ps(largest, kept, largest, _mm512_abs_ps(some));
     for (unsigned rest = uint16_t(~kept); rest; rest &= rest - 1) {
       const int64_t column = i + __builtin_ctz(rest);
@@ -62,8 +65,8 @@ AVX512 void round_row(Rounded& to, const T* x, int64_t row) {
   to.scales[row] = most / 127;
   const __m512 inverse = _mm512_set1_ps(most > 0 ? 127 / most : 0.0f);
   for (int64_t i = 0; i < k; i += FLOAT_LANES) {
-    const __m512 some = read(x + i, lanes_of(k - i));
-    const __m512i code = _mm512_maskz_cvtps_epi32(usual(some), _mm512_mul_ps(some, inverse));
+    const __m512 some = read_16_bits(x + i, lanes_of(k - i));
+    const __m512i code = _mm512_maskz_cvtps_epi32(usual(some, outlier), _mm512_mul_ps(some, inverse));
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(code, _mm512_set1_epi32(128)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to.codes.at + row * to.stride + i), bytes);
   }
@@ -230,7 +233,7 @@ void multiply(const T* x, const Weight& w, const T* bias, T* y, int64_t rows, in
   const int64_t part = std::max(MANY_ROWS, ROWS_BYTES / k);
   Rounded rounded;
   for (int64_t row = 0; row < rows; row += part) {
-    rounded.round(x + row * k, std::min(part, rows - row), k);
+    rounded.round(x + row * k, std::min(part, rows - row), k, w.outlier);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t first = 0; first < n; first += PANEL)
       outputs(w, rounded, bias, first, std::min(n, first + PANEL), y + row * n + first, n);
@@ -240,12 +243,12 @@ void multiply(const T* x, const Weight& w, const T* bias, T* y, int64_t rows, in
 }  // namespace
 
 template <class T>
-AVX512 void Rounded::round(const T* x, int64_t count, int64_t k) {
+AVX512 void Rounded::round(const T* x, int64_t count, int64_t k, float outlier) {
   rows = count, inputs = k, stride = (k + CODES - 1) / CODES * CODES;
   codes.reserve(rows * stride), scales.resize(rows), starts.assign(1, 0), place.clear(), outliers.clear();
   for (const int32_t column : columns) column_of[column] = -1;
   columns.clear(), column_of.resize(std::max<size_t>(column_of.size(), k), -1);
-  for (int64_t row = 0; row < rows; ++row) round_row(*this, x + row * k, row);
+  for (int64_t row = 0; row < rows; ++row) round_row(*this, x + row * k, row, outlier);
 }
 
 template <class Y, class B>
@@ -264,8 +267,8 @@ AVX512 void outputs(const Weight& w, const Rounded& x, const B* bias, int64_t fi
   each(1, [&](int64_t) { strip<1>(w, x, bias, first, y, stride); });
 }
 
-template void Rounded::round(const float*, int64_t, int64_t);
-template void Rounded::round(const bf16*, int64_t, int64_t);
+template void Rounded::round(const float*, int64_t, int64_t, float);
+template void Rounded::round(const bf16*, int64_t, int64_t, float);
 template void outputs(const Weight&, const Rounded&, const float*, int64_t, int64_t, float*, int64_t);
 template void outputs(const Weight&, const Rounded&, const bf16*, int64_t, int64_t, float*, int64_t);
 

@@ -16,6 +16,7 @@ struct Weight {
   const int8_t* codes;  // [outputs, inputs]
   const float* scales;  // [outputs], what code 127 is worth
   const int32_t* sums;  // [outputs], of the codes
+  float outlier;        // values of x from here on are not rounded
 };
 
 // Some rows of x in 8 bits.
@@ -31,9 +32,9 @@ struct Rounded {
 
   const uint8_t* row(int64_t i) const { return reinterpret_cast<const uint8_t*>(codes.at) + i * stride; }
 
-  // Of x [count, k], float or bf16.
+  // Of x [count, k], float or bf16. Values from `outlier` on are kept as they are.
   template <class T>
-  void round(const T* x, int64_t count, int64_t k);
+  void round(const T* x, int64_t count, int64_t k, float outlier);
 };
 
 // Outputs [first, last) of all rows of x, plus `bias` of all outputs unless it is null: to y [rows, ...], `stride` values from row to row,

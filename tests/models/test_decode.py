@@ -30,11 +30,11 @@ def instructions(request, monkeypatch):
     return request.param
 
 
-def build(dtype=torch.float32, kind="llama", bias=False, **sizes: int) -> Llava:
+def build(dtype=torch.float32, kind="llama", bias=False, quantization: str | None = None, **sizes: int) -> Llava:
     config = tiny_config(kind, bias=bias)
     common = {"layers": 3, "width": 48, "ffn": 100, "heads": 4, "kv_heads": 2, "vocab": 131, "bias": bias}
     config.text_config = text_config(kind, **(common | sizes))
-    return from_transformers(random_model(config, seed=1, dtype=dtype))
+    return from_transformers(random_model(config, seed=1, dtype=dtype), quantization)
 
 
 def sessions(model: Llava) -> list[Session]:
@@ -102,6 +102,20 @@ def test_equals_layer_by_layer_at_every_route(dtype, kind, sizes, instructions):
             assert one.cache.lengths == other.cache.lengths
             for session in (one, other):
                 session.push(20 + step)
+
+
+@avx512
+@KINDS
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
+def test_8_bits_equal_layer_by_layer(dtype, kind, sizes):
+    """Alone and in batches that are multiplied in another way, at every route."""
+    model = build(dtype, kind, quantization="int8", **sizes)
+    assert model.decode_plan
+    theirs, ours = ([*sessions(model), *sessions(model)] for _ in range(2))
+    wanted = [forward(layer_by_layer(model), [session.input])[0] for session in theirs]
+    found = forward(model, [session.input for session in ours])
+    # A code in thousands is another where attention's last digits are.
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=0.05, atol=0.05)
 
 
 @KINDS

@@ -16,6 +16,7 @@ import models.quantized as quantized_module
 from checkpoints.shipped import resolve
 from evals import exam, inspect
 from evals.tasks import open_task
+from models import kernels
 from models.checkpoint import load, open_transformers
 from models.errors import CheckpointError
 from models.families import layout_of
@@ -151,6 +152,7 @@ def test_answers_are_those_of_bitsandbytes_modules(monkeypatch, kind, outlier, d
     """Twenty prompts: logits differ by at most a `share` of what quantizing moves them. Where no input counts as an outlier int8 is
     the same arithmetic; ours and theirs count outliers differently. NF4 in bfloat16, in which their CPU product always computes."""
     monkeypatch.setattr(quantized_module, "OUTLIER", outlier or torch.inf)
+    monkeypatch.setattr(kernels, "int8_library", lambda: None)  # whose last digits differ, and with them a code in thousands
     config = tiny_config("qwen2")
     for part in (config.text_config, config.vision_config):  # their CPU product wants rows of whole blocks
         part.hidden_size, part.intermediate_size, part.num_attention_heads = 64, 128, 4
@@ -171,6 +173,22 @@ def test_answers_are_those_of_bitsandbytes_modules(monkeypatch, kind, outlier, d
             tokens.append(int(got.argmax()))
     assert sum(differ) < share * sum(moved)
     assert share == 0.5 or (len(tokens) >= 18 and len(set(tokens)) > 5)
+
+
+@pytest.mark.skipif(kernels.int8_library() is None, reason="needs AVX-512 with VNNI")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_8_bits_move_answers_no_further_than_torchs(monkeypatch, dtype):
+    config = tiny_config("qwen2")
+    config.text_config.initializer_range = 0.2
+    dense, quantized = (from_transformers(random_model(config, 1, dtype), held) for held in (None, "int8"))
+    asked = [(prompt(1, 5 + seed, seed), pixels(1, seed).to(dtype)) for seed in range(20)]
+
+    def logits(model: Llava) -> Tensor:
+        return torch.cat([forward(model, [Session(model, *one).input]) for one in asked])
+
+    expected, native = logits(dense), logits(quantized)
+    monkeypatch.setattr(kernels, "int8_library", lambda: None)
+    assert 0 < (native - expected).norm() < 1.1 * (logits(quantized) - expected).norm()
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
