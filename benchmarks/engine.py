@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -62,8 +63,8 @@ def run(
     if quantization:
         bitsandbytes()  # or it says what to install
     limits = roofline.measure(place, precision)
-    memory, compute = limits.bytes_per_s / 1e9, limits.flops_per_s / 1e9
-    console.print(f"{place}, {dtype}: memory {memory:.1f} GB/s, matrix products {compute:,.0f} GFLOP/s")
+    memory, compute, int8 = (limit / 1e9 for limit in (limits.bytes_per_s, limits.flops_per_s, limits.int8_ops_per_s))
+    console.print(f"{place}, {dtype}: memory {memory:.1f} GB/s, products {compute:,.0f} GFLOP/s, of 8 bits {int8:,.0f} GOP/s")
     reference = random_model(config, dtype=precision, device=str(place))
     model = share_weights(reference)
     full = EspalierRunner(model, Route.full(config.image_seq_length, model.num_layers))
@@ -109,7 +110,7 @@ def run(
         document = common | {
             "batch": batch,
             "prompt_tokens": length,
-            "roofline": {"bytes_per_s": limits.bytes_per_s, "flops_per_s": limits.flops_per_s, "routes": bounds},
+            "roofline": {**asdict(limits), "routes": bounds},
             "routes": {
                 name: compare(ours[name], baseline, bounds[name], batch) | stages(one, ours, name, length)
                 for name, one in runners.items()

@@ -26,7 +26,7 @@ QUESTION = "What is in the picture? Say where each thing is and what it does."
 PROMPT = f"USER: <image>\n{QUESTION} ASSISTANT:"
 
 
-def espalier(directory: Path, level: str = "off", patch_ratio: float = 1.0) -> Answer:
+def espalier(directory: Path, level: str = "off", patch_ratio: float = 1.0, quantization: str | None = None) -> Answer:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from transformers import AutoProcessor
 
@@ -35,7 +35,7 @@ def espalier(directory: Path, level: str = "off", patch_ratio: float = 1.0) -> A
     from models.route import Route
     from pruning.dynamic.levels import fixed_menu
 
-    model, processor = load(directory).model, AutoProcessor.from_pretrained(directory)
+    model, processor = load(directory, quantization=quantization).model, AutoProcessor.from_pretrained(directory)
     (point,) = fixed_menu(None, model.num_layers)[level].operating_points
     visual = model.visual_tokens_per_image
     route = Route(visual, tuple(range(point.kept(visual))), (True,) * model.num_layers)
@@ -99,6 +99,8 @@ def openvino(directory: Path) -> Answer:
 SYSTEMS: dict[str, Callable[[Path], Answer]] = {
     "espalier": espalier, "espalier at strong": partial(espalier, level="strong"),
     "espalier at strong, half of the patches": partial(espalier, level="strong", patch_ratio=0.5),
+    "espalier, int8": partial(espalier, quantization="int8"),
+    "espalier at strong, half of the patches, int8": partial(espalier, level="strong", patch_ratio=0.5, quantization="int8"),
     "transformers": transformers, "vllm": vllm, "openvino": openvino,
 }  # fmt: skip
 

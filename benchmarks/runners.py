@@ -248,17 +248,22 @@ def cut_out(model: Llava, share: float) -> Llava:
 
 
 def quantize(model: Llava, kind: str) -> Llava:
-    """The same model with its language layers quantized."""
+    """The same model with all matrices quantized but the head, as loading does."""
 
     def few_bits(matrix: AnyLinear) -> AnyLinear:
         assert isinstance(matrix, Linear), "dense before it is quantized"
         return QUANTIZED[kind].of(matrix)
 
+    tower = model.vision.tower
+    assert isinstance(tower, VisionTransformer)
+    seeing = [replace(b, qkv=few_bits(b.qkv), out=few_bits(b.out), up=few_bits(b.up), down=few_bits(b.down)) for b in tower.layers]
+    first, second = map(few_bits, model.vision.projector)
     layers = [
         replace(b, qkv=few_bits(b.qkv), out=few_bits(b.out), gate_up=few_bits(b.gate_up), down=few_bits(b.down))
         for b in model.decoder_layers
     ]
-    return replace(model, decoder_layers=layers)
+    vision = replace(model.vision, tower=replace(tower, layers=seeing), projector=(first, second))
+    return replace(model, vision=vision, decoder_layers=layers)
 
 
 def transformers_only_bytes(reference: LlavaForConditionalGeneration, model: Llava) -> int:

@@ -7,8 +7,9 @@
 - convolution.cpp: an inverted bottleneck of EfficientNet in one pass, in float32 (`models.vision.convolution`).
 - elementwise.cpp: RMS norm, swish and RoPE, one pass each.
 
-The library is built at install where a C++ compiler is present. All but decoding needs AVX-512 BF16, VBMI, VBMI2 and VNNI. Callers ask
-`library()` first, or for decoding `decoding_library()`, and run through torch where it is None. No kernel is differentiable.
+The library is built at install where a C++ compiler is present. All but decoding needs AVX-512 BF16, VBMI, VBMI2 and VNNI.
+Callers ask `library()` first, or for decoding `decoding_library()`, and run through torch where it is None. No kernel is
+differentiable.
 """
 
 from __future__ import annotations

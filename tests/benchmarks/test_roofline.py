@@ -15,9 +15,10 @@ from models.route import Route
 
 
 def test_a_roofline_is_the_slower_of_arithmetic_and_memory():
-    machine = Roofline(bytes_per_s=10.0, flops_per_s=100.0)
+    machine = Roofline(bytes_per_s=10.0, flops_per_s=100.0, int8_ops_per_s=400.0)
     assert machine.seconds(200, 10) == 2
     assert machine.seconds(200, 50) == 5
+    assert machine.seconds(200, 1, int8=True) == 0.5
 
 
 def test_rooflines_follow_the_route():
@@ -26,7 +27,7 @@ def test_rooflines_follow_the_route():
     full, few = Route.full(16, 3), Route(16, (1, 2), (True, False, True))
     block = sum(matrix.bytes for matrix in model.decoder_layers[0].linears().values())
     assert decode_bytes(model, full) - decode_bytes(model, few) == block
-    arithmetic = Roofline(bytes_per_s=float("inf"), flops_per_s=1.0)
+    arithmetic = Roofline(bytes_per_s=float("inf"), flops_per_s=1.0, int8_ops_per_s=2.0)
     difference = arithmetic.ttft(model, full, 56, 2) - arithmetic.ttft(model, few, 56, 2)
     assert difference == 2 * (prefill_flops(config, full, 56) - prefill_flops(config, few, 56))
     assert arithmetic.tpot(model, full, 3) == 3 * 2 * decode_bytes(model, full) / 4

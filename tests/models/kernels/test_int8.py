@@ -35,7 +35,8 @@ def expected(weight: Int8Linear, x: Tensor) -> Tensor:
     kept = x.masked_fill(outlier, 0).half().float()
     most = kept.abs().amax(1, keepdim=True)
     codes = (kept * torch.where(most > 0, torch.full_like(most, 127) / most, 0)).round().double()
-    product = (codes * most.double() / 127 + x.where(outlier, 0)) @ (weight.codes.double() * weight.scales.double()[:, None] / 127).T
+    rounded = codes * most.double() / 127 + x.where(outlier, 0)
+    product = rounded @ (weight.codes.double() * weight.scales.double()[:, None] / 127).T
     return product if weight.bias is None else product + weight.bias.double()
 
 
