@@ -14,11 +14,11 @@ from models import kernels
 from models.kernels import thresholds
 from models.kv_cache import RequestCache
 from models.linear import Linear
-from models.quantized import Int8Linear
+from models.quantized import Int8Linear, Nf4Linear
 from models.sparse import AnyLinear, PackedLinear
 
 POINTER, COUNT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-FORMATS = {"dense": 0, "packed": 1, "int8": 2}
+FORMATS = {"dense": 0, "packed": 1, "int8": 2, "nf4": 3}
 """`Format` of kernels/decode.h."""
 
 
@@ -107,7 +107,7 @@ class DecodePlan:
             if isinstance(matrix, Linear):
                 outputs, inputs = matrix.weight.shape
                 return _Matrix(matrix.weight.data_ptr(), bias, inputs, outputs, FORMATS["dense"])
-            assert isinstance(matrix, PackedLinear | Int8Linear)
+            assert isinstance(matrix, PackedLinear | Int8Linear | Nf4Linear)
             held.append(table := matrix.native_table())
             return _Matrix(ctypes.addressof(table), bias, matrix.inputs, matrix.outputs, FORMATS[matrix.format])
 
@@ -158,8 +158,10 @@ def _takes(matrix: AnyLinear, dtype: torch.dtype, avx512: bool) -> bool:
         return False
     if isinstance(matrix, PackedLinear):
         return avx512 and dtype == torch.bfloat16
+    if isinstance(matrix, Nf4Linear):
+        return avx512 and dtype == torch.bfloat16 and matrix.native
     if isinstance(matrix, Int8Linear):
-        return avx512 and kernels.int8_library() is not None and _plain(matrix.codes, torch.int8)
+        return avx512 and kernels.few_bits_library() is not None and _plain(matrix.codes, torch.int8)
     return isinstance(matrix, Linear) and _plain(matrix.weight, dtype)
 
 

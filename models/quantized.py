@@ -24,14 +24,12 @@ from torch import Tensor
 
 from models import kernels
 from models.errors import CheckpointError
-from models.linear import Linear
+from models.linear import Linear, kernels_take
 
 OUTLIER = 6.0
 """Magnitude from which an input is not rounded to 8 bits (LLM.int8(), section 3.2)."""
 BLOCK = 64
 """Weights that share a scale in NF4, as in QLoRA."""
-CPU_ROWS = 32
-"""Outputs that bitsandbytes' 4-bit kernel for CPUs with AVX512-BF16 reads together."""
 
 
 @cache
@@ -99,7 +97,7 @@ class Int8Linear:
         """The CPU kernels, if they take such rows."""
         if rows.device.type != "cpu" or rows.dtype not in (torch.bfloat16, torch.float32) or rows.requires_grad:
             return None
-        return kernels.int8_library() if self.bias is None or self.bias.dtype == rows.dtype else None
+        return kernels.few_bits_library() if self.bias is None or self.bias.dtype == rows.dtype else None
 
     def native_table(self) -> kernels.Int8Weight:
         """Where the parts lie, as the kernels take it; it does not keep them alive."""
@@ -140,14 +138,16 @@ class Nf4Linear:
     """A weight in 4-bit NormalFloat: for every BLOCK weights a scale, and one of 16 values for each (QLoRA, Dettmers et al. 2023,
     arXiv 2305.14314).
 
-    codes [out * in / 2] uint8, or in the order of the CPU's kernel; `state` is bitsandbytes' QuantState. One of the 16 values is
-    zero, so that zeros stay, and small weights become zeros too: `nonzeros` are counted afterwards.
+    codes [out * in / 2] uint8; `state` is bitsandbytes' QuantState. One of the 16 values is zero, so that zeros stay, and small
+    weights become zeros too: `nonzeros` are counted afterwards. If `native`, codes are [out, in / BLOCK, BLOCK / 2], of the first
+    half of a block in the lower halves of bytes, as the CPU kernels take them.
     """
 
     codes: Tensor
     state: Any
     nonzeros: int
     bias: Tensor | None = None
+    native: bool = False
     format: ClassVar = "nf4"
 
     @classmethod
@@ -155,17 +155,40 @@ class Nf4Linear:
         functional, weight = bitsandbytes().functional, linear.weight.detach().contiguous()
         codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
         nonzeros = int(dequantize_4bit(codes, state, weight.dtype).count_nonzero())
-        repack = getattr(functional, "_convert_weight_packed_for_cpu", None)
-        fits = weight.shape[0] % CPU_ROWS == 0 and weight.shape[1] % BLOCK == 0
-        if repack and fits and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and functional.has_avx512bf16():
-            codes, state = repack(codes, copy(state), CPU_ROWS)  # a third of the dense product's time at one row, else three times
+        native = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.shape[1] % BLOCK == 0
+        if native and kernels.few_bits_library():
+            each = torch.stack([codes.view(-1) >> 4, codes.view(-1) & 15], 1)
+            first, second = each.view(len(weight), -1, 2, BLOCK // 2).unbind(2)
+            return cls(first | second << 4, state, nonzeros, linear.bias, native=True)
         return cls(codes, state, nonzeros, linear.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.native:
+            return self._native_product(x)
         if self.state.shape[1] % BLOCK:
             return F.linear(x, dequantize_4bit(self.codes, self.state, x.dtype), self.bias)
         out: Tensor = bitsandbytes().matmul_4bit(x, self.codes, quant_state=self.state, bias=self.bias)
         return out
+
+    def _native_product(self, x: Tensor) -> Tensor:
+        native, rows = kernels.few_bits_library(), x.flatten(0, -2)
+        assert native is not None, "asked before the codes were laid out for it"
+        if kernels_take(rows, "nf4"):
+            return kernels.nf4_linear(native, rows, self.native_table(), self.outputs, self.bias).view(*x.shape[:-1], -1)
+        return F.linear(x, kernels.decompress_nf4(native, self.native_table(), self.outputs, self.inputs).to(x.dtype), self.bias)
+
+    def native_table(self) -> kernels.Nf4Weight:
+        """Where the parts lie, as the kernels take it; it does not keep them alive."""
+        state = self.state
+        return kernels.Nf4Weight(self.codes.data_ptr(), state.absmax.data_ptr(), state.code.data_ptr(), self.inputs)
+
+    @property
+    def outputs(self) -> int:
+        return int(self.state.shape[0])
+
+    @property
+    def inputs(self) -> int:
+        return int(self.state.shape[1])
 
     @property
     def bytes(self) -> int:

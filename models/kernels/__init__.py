@@ -1,7 +1,7 @@
 """C++ kernels for the CPU, in bfloat16 unless said otherwise.
 
-- gemv_avx512.cpp, gemm_avx512.cpp, gemm_amx_small.cpp and gemm_amx.cpp: products with a dense or a packed weight; `thresholds` says
-  which runs when.
+- gemv_avx512.cpp and gemm_avx512.cpp: products with a dense, a packed or a 4-bit weight; gemm_amx_small.cpp and gemm_amx.cpp:
+  with the first two. `thresholds` says which runs when.
 - int8.cpp: products with a weight of 8 bits, of rows that are rounded to 8 bits; for prompts and for a decoding step.
 - decode*.cpp: a whole decoding step in one call (`models.decode`), in bfloat16 or float32, on AVX-512 and on any other processor.
 - convolution.cpp: an inverted bottleneck of EfficientNet in one pass, in float32 (`models.vision.convolution`).
@@ -38,6 +38,12 @@ SIGNATURES = {
     "rms_norm": [POINTER] * 3 + [COUNT] * 2 + [FLOAT, INT],
     "swish": [POINTER] * 3 + [COUNT] * 3 + [FLOAT, INT],
     "apply_rope": [POINTER] * 4 + [COUNT] * 4 + [INT],
+}
+FEW_BITS_SIGNATURES = {
+    "int8_linear": [POINTER] * 4 + [COUNT] * 3 + [INT] * 2,
+    "nf4_gemv_avx512": PRODUCT,
+    "nf4_gemm_avx512": PRODUCT,
+    "decompress_nf4": [POINTER] * 2 + [COUNT] * 3 + [INT],
 }
 AMX_SIGNATURES = {f"{weight}_{gemm}": PRODUCT for weight in ("dense", "packed") for gemm in ("gemm_amx", "gemm_amx_small")}
 
@@ -94,15 +100,17 @@ def convolution_library() -> ctypes.CDLL | None:
 
 
 @cache
-def int8_library() -> ctypes.CDLL | None:
-    """The same with `int8_linear` and 8-bit weights in `run_few_rows`."""
+def few_bits_library() -> ctypes.CDLL | None:
+    """The same with products of 8-bit and 4-bit weights, and with such weights in `run_few_rows`."""
     found = library()
     if found is None:
         return None
-    if not hasattr(found, "int8_linear"):
-        log.warning("native CPU kernels were built from older sources, and 8-bit weights are slower: install again")
+    if not hasattr(found, "nf4_gemm_avx512"):
+        log.warning("native CPU kernels were built from older sources, and quantized weights are slower: install again")
         return None
-    found.int8_linear.argtypes, found.int8_linear.restype = [POINTER] * 4 + [COUNT] * 3 + [INT] * 2, None
+    for name, types in FEW_BITS_SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = types, None
     return found
 
 
@@ -144,6 +152,27 @@ def int8_linear(native: ctypes.CDLL, x: Tensor, weight: Int8Weight, outputs: int
     y, table = x.new_empty(len(x), outputs), ctypes.byref(weight)
     native.int8_linear(x.data_ptr(), table, _pointer(bias), y.data_ptr(), *x.shape, outputs, bf16, torch.get_num_threads())
     return y
+
+
+class Nf4Weight(ctypes.Structure):
+    """`Nf4` of weights.h."""
+
+    _fields_ = [("codes", POINTER), ("scales", POINTER), ("values", POINTER), ("inputs", COUNT)]
+
+
+def nf4_linear(native: ctypes.CDLL, x: Tensor, weight: Nf4Weight, outputs: int, bias: Tensor | None) -> Tensor:
+    """The same product with a weight of 4 bits."""
+    x = x.contiguous()
+    y, product = x.new_empty(len(x), outputs), _product(native, "nf4", len(x))
+    product(x.data_ptr(), ctypes.byref(weight), _pointer(bias), y.data_ptr(), *x.shape, outputs, torch.get_num_threads())
+    return y
+
+
+def decompress_nf4(native: ctypes.CDLL, weight: Nf4Weight, outputs: int, inputs: int) -> Tensor:
+    """The dense weight [outputs, inputs] in bfloat16."""
+    out = torch.empty(outputs, inputs, dtype=torch.bfloat16)
+    native.decompress_nf4(ctypes.byref(weight), out.data_ptr(), inputs, 0, outputs, torch.get_num_threads())
+    return out
 
 
 def decompress(native: ctypes.CDLL, parts: Sequence[Tensor], first: int, out: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ namespace decode {
 
 // decode.py declares these again: keep them the same.
 
-enum Format : int64_t { DENSE, PACKED, INT8 };
+enum Format : int64_t { DENSE, PACKED, INT8, NF4 };
 
 struct Matrix {
-  const void* weight;  // [outputs, inputs], a `Packed` of weights.h or a `Weight` of int8.h
+  const void* weight;  // [outputs, inputs], a `Packed` or `Nf4` of weights.h, or a `Weight` of int8.h
   const void* bias;    // [outputs], or null
   int64_t inputs, outputs;
   Format format;

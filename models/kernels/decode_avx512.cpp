@@ -120,7 +120,8 @@ void bf16_product(const Matrix& m, const void* inputs, int64_t rows, int64_t fir
   static thread_local Buffer own;
   uint8_t* const scratch = reinterpret_cast<uint8_t*>(own.reserve(decoded_bytes(MAX_OUTPUTS * m.inputs)));
   const ProductTo<float> p{static_cast<const bf16*>(inputs), static_cast<const bf16*>(m.bias), y - first, rows, m.inputs, stride};
-  if (m.format == PACKED) outputs(*static_cast<const Packed*>(m.weight), p, first, last, scratch);
+  if (m.format == NF4) outputs(*static_cast<const Nf4*>(m.weight), p, first, last, scratch);
+  else if (m.format == PACKED) outputs(*static_cast<const Packed*>(m.weight), p, first, last, scratch);
   else outputs(Dense{static_cast<const bf16*>(m.weight), m.inputs}, p, first, last, scratch);
 }
 

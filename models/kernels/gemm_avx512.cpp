@@ -276,6 +276,10 @@ void packed_gemm_avx512(const bf16* x, const Packed* w, const bf16* bias, bf16* 
   if (rows > (SPARSE_VECTORS - 1) * FLOAT_LANES) multiply_all<true>(*w, Product{x, bias, y, rows, k, n}, threads);
   else multiply_all<false>(*w, Product{x, bias, y, rows, k, n}, threads);
 }
+
+void nf4_gemm_avx512(const bf16* x, const Nf4* w, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
+  multiply_all<false>(*w, Product{x, bias, y, rows, k, n}, threads);
+}
 }
 
 #endif

@@ -34,15 +34,28 @@ void multiply(const W& w, const Product& p, int threads) {
   }
 }
 
-AVX512 void decompress_row(const Packed& w, int64_t row, int64_t k, bf16* out, uint8_t* scratch) {
+template <class W>
+AVX512 void decompress_row(const W& w, int64_t row, int64_t k, bf16* out, uint8_t* scratch) {
   const int64_t prefetch_bytes = w.bytes(row, row + 1);
-  Packed::RowReader weights = w.reader(row);
+  typename W::RowReader weights = w.reader(row);
   const int64_t high_offset = w.decode_high_bytes(weights, w.start(row + 1), prefetch_bytes / 2, scratch);
   for (int64_t i = 0; i < k; i += PAIR_LANES) {
     const __mmask64 lanes = pair_mask(k - i);
     const Pair both = weights.next(lanes, high_offset, prefetch_bytes);
     _mm512_mask_storeu_epi16(out + i, __mmask32(lanes), both.first);
     _mm512_mask_storeu_epi16(out + i + BF16_LANES, __mmask32(lanes >> BF16_LANES), both.second);
+  }
+}
+
+// Writes rows [first, last) of a matrix, dense, to out [last - first, k].
+template <class W>
+void decompress_rows(const W& w, bf16* out, int64_t k, int64_t first, int64_t last, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Buffer own;
+    uint8_t* const scratch = reinterpret_cast<uint8_t*>(own.reserve(decoded_bytes(k)));
+#pragma omp for
+    for (int64_t row = first; row < last; ++row) decompress_row(w, row, k, out + (row - first) * k, scratch);
   }
 }
 
@@ -65,15 +78,16 @@ void packed_gemv_avx512(const bf16* x, const Packed* w, const bf16* bias, bf16* 
   multiply(*w, Product{x, bias, y, rows, k, n}, threads);
 }
 
-// Writes rows [first, last) of a packed matrix, dense, to out [last - first, k].
+void nf4_gemv_avx512(const bf16* x, const Nf4* w, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {
+  multiply(*w, Product{x, bias, y, rows, k, n}, threads);
+}
+
 void decompress(const Packed* w, bf16* out, int64_t k, int64_t first, int64_t last, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    static thread_local Buffer own;
-    uint8_t* const scratch = reinterpret_cast<uint8_t*>(own.reserve(decoded_bytes(k)));
-#pragma omp for
-    for (int64_t row = first; row < last; ++row) decompress_row(*w, row, k, out + (row - first) * k, scratch);
-  }
+  decompress_rows(*w, out, k, first, last, threads);
+}
+
+void decompress_nf4(const Nf4* w, bf16* out, int64_t k, int64_t first, int64_t last, int threads) {
+  decompress_rows(*w, out, k, first, last, threads);
 }
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Format = Literal["dense", "packed"]
+Format = Literal["dense", "packed", "nf4"]
 ManyRows = Literal["amx", "float32", "bfloat16"]
 """What multiplies many rows fastest: the tiles of AMX, our float32 products, or torch's in bfloat16."""
 
@@ -29,6 +29,8 @@ GFLOP/s of one core: gemv_avx512 84 and 66 at 24 rows, 80 and 67 at 32; gemm_avx
 at 616. torch reaches 70 to 80 in bfloat16 and 160 in float32."""
 PACKED = {"amx": 640, "bfloat16": 48}
 """Rows up to which our kernels multiply a packed weight; more are faster through dense parts."""
+NF4_ROWS = 48
+"""The same for a weight of 4 bits, where float32 is not faster."""
 DECODE_ROWS = {"amx": 8, "float32": 40, "bfloat16": 32}
 """Rows of answers and of parts of prompts that run in one native call; more run layer by layer. Ms of one thread on a Xeon without
 AMX, `smol-135m`: 32 and 48 rows of a prompt behind 1,000 beside four answers 138 and 202, layer by layer 141 and 190; 24 and 40
@@ -50,7 +52,7 @@ TIMED_ROWS = (1, 16)
 
 def kernel(weight_format: Format, rows: int, many_rows: ManyRows) -> str:
     """The C++ kernel that multiplies `rows` rows."""
-    if many_rows == "amx" and rows >= AMX_FROM[weight_format]:
+    if many_rows == "amx" and weight_format != "nf4" and rows >= AMX_FROM[weight_format]:
         return "gemm_amx_small" if rows <= AMX_SMALL else "gemm_amx"
     return "gemm_avx512" if many_rows == "float32" and rows >= FLOAT32_FROM else "gemv_avx512"
 
@@ -59,6 +61,8 @@ def ours(weight_format: Format, rows: int, inputs: int, many_rows: ManyRows) -> 
     """Whether our kernels multiply so many rows by a weight of so many inputs, rather than torch."""
     if many_rows == "float32":
         return True
+    if weight_format == "nf4":
+        return rows <= NF4_ROWS
     if weight_format == "packed":
         return rows <= PACKED[many_rows]
     if many_rows == "amx":

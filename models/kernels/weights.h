@@ -27,7 +27,7 @@ struct Pair {
   __m512i first, second;
 };
 
-// Dense and Packed have the same members, so that the kernels are templates over them. RowReader::next reads 64 values and prefetches
+// Dense, Packed and Nf4 have the same members, so that the kernels are templates over them. RowReader::next reads 64 values and prefetches
 // `prefetch_bytes` further on; Prefetcher fetches what a packed weight keeps beside them.
 
 struct Dense {
@@ -143,6 +143,41 @@ struct Packed {
   }
 
   int64_t bytes(int64_t first, int64_t last) const { return starts[2 * last] - starts[2 * first]; }  // low ones
+};
+
+// NF4 (QLoRA, arXiv 2305.14314): 64 weights of a row share a scale, and each is one of 16 values in units of it, rounded to bfloat16.
+// Rows are whole blocks.
+struct Nf4 {
+  const uint8_t* codes;  // [n, k / 64, 32]: lower halves for the first 32 weights, upper halves for the others
+  const float* scales;   // [n, k / 64]
+  const float* values;   // [16]
+  int64_t k;
+
+  struct RowReader {
+    const uint8_t* at;
+    const float *scale, *values;
+
+    AVX512_INLINE Pair next(__mmask64, int64_t, int64_t prefetch_bytes) {
+      const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(*scale++));
+      const __m512i table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(scaled));  // an index has four bits
+      const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+      _mm_prefetch(reinterpret_cast<const char*>(at) + prefetch_bytes, _MM_HINT_T1);
+      at += BF16_LANES;
+      return {_mm512_permutexvar_epi16(_mm512_and_si512(both, _mm512_set1_epi16(15)), table),
+              _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table)};
+    }
+  };
+
+  using Prefetcher = Dense::Prefetcher;
+
+  // As in Packed.
+  static constexpr int rows_at_once(int rows) { return rows <= 4 ? 4 : 3; }
+  RowReader reader(int64_t o) const { return {codes + o * k / 2, scales + o * k / PAIR_LANES, values}; }
+  Prefetcher prefetcher(int64_t, int64_t, int64_t) const { return {}; }
+  int64_t start(int64_t) const { return 0; }
+  int64_t end(const RowReader&, int64_t) const { return 0; }
+  AVX512_INLINE int64_t decode_high_bytes(const RowReader&, int64_t, int64_t, uint8_t*) const { return 0; }
+  int64_t bytes(int64_t first, int64_t last) const { return (last - first) * k / 2; }
 };
 
 // Scratch bytes for the high bytes of a row of k.

@@ -118,6 +118,16 @@ def test_8_bits_equal_layer_by_layer(dtype, kind, sizes):
     torch.testing.assert_close(found, torch.stack(wanted), rtol=0.05, atol=0.05)
 
 
+@avx512
+def test_4_bits_equal_layer_by_layer():
+    model = build(torch.bfloat16, "qwen2", quantization="nf4", width=128, ffn=192, heads=4, kv_heads=2)
+    assert model.decode_plan
+    theirs, ours = sessions(model), sessions(model)
+    wanted = forward(layer_by_layer(model), [session.input for session in theirs])
+    found = forward(model, [session.input for session in ours])
+    torch.testing.assert_close(found, wanted, **TOLERANCE[torch.bfloat16])
+
+
 @KINDS
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
 def test_parts_of_prompts_equal_layer_by_layer(dtype, kind, sizes, instructions, monkeypatch):

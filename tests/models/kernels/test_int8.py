@@ -12,7 +12,7 @@ from models import kernels
 from models.linear import Linear
 from models.quantized import OUTLIER, Int8Linear
 
-pytestmark = pytest.mark.skipif(kernels.int8_library() is None, reason="needs AVX-512 with VNNI")
+pytestmark = pytest.mark.skipif(kernels.few_bits_library() is None, reason="needs AVX-512 with VNNI")
 MANY = 8  # rows from which codes are laid out anew: see int8.cpp
 
 
