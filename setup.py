@@ -6,8 +6,8 @@ They are loaded through ctypes, so neither torch nor Python's headers take part,
 from setuptools import Extension, setup
 
 NAMES = (
-    "gemv_avx512", "gemm_avx512", "gemm_amx_small", "gemm_amx", "int8", "elementwise", "convolution", "decode", "decode_avx512",
-    "decode_portable",
+    "gemv_avx512", "gemm_avx512", "gemm_amx_small", "gemm_amx", "int8", "attention", "elementwise", "convolution", "decode",
+    "decode_avx512", "decode_portable",
 )  # fmt: skip
 HEADERS = ("floats", "weights", "tiles", "amx", "gemv_avx512", "int8", "decode", "decode_kernels")
 native = Extension(

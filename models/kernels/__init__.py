@@ -4,6 +4,7 @@
   with the first two. `thresholds` says which runs when.
 - int8.cpp: products with a weight of 8 bits, of rows that are rounded to 8 bits; for prompts and for a decoding step.
 - decode*.cpp: a whole decoding step in one call (`models.decode`), in bfloat16 or float32, on AVX-512 and on any other processor.
+- attention.cpp: attention of many rows, in float32.
 - convolution.cpp: an inverted bottleneck of EfficientNet in one pass, in float32 (`models.vision.convolution`).
 - elementwise.cpp: RMS norm, swish and RoPE, one pass each.
 
@@ -115,6 +116,20 @@ def few_bits_library() -> ctypes.CDLL | None:
 
 
 @cache
+def attention_library() -> ctypes.CDLL | None:
+    """The same with `attend_rows`."""
+    found = library()
+    if found is None:
+        return None
+    if not hasattr(found, "attend_rows"):
+        log.warning("native CPU kernels were built from older sources, and attention of prompts is slower: install again")
+        return None
+    found.attend_rows.argtypes = [POINTER] * 5 + [COUNT] * 7 + [FLOAT] + [INT] * 3
+    found.attend_rows.restype = None
+    return found
+
+
+@cache
 def many_rows() -> thresholds.ManyRows:
     """What multiplies many rows fastest on this processor."""
     if (native := library()) is None:
@@ -178,6 +193,24 @@ def decompress_nf4(native: ctypes.CDLL, weight: Nf4Weight, outputs: int, inputs:
 def decompress(native: ctypes.CDLL, parts: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
     """Write the dense rows from `first` on to `out` [rows, in], contiguous bfloat16."""
     native.decompress(packed_table(parts), out.data_ptr(), out.shape[1], first, first + len(out), torch.get_num_threads())
+    return out
+
+
+def attend_rows(
+    native: ctypes.CDLL, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float, *, causal: bool
+) -> Tensor:
+    """As `models.attention.attend`, of the last rows; all bfloat16 or float32 on the CPU, multiplied in float32."""
+    (rows, heads, dim), (kv_heads, length, _) = query.shape, keys.shape
+    if query.stride()[1:] != (dim, 1):
+        query = query.contiguous()
+    if keys.stride() != values.stride() or keys.stride()[1:] != (dim, 1):
+        keys, values = keys.contiguous(), values.contiguous()
+    out = query.new_empty(rows, heads, dim)
+    native.attend_rows(
+        query.data_ptr(), keys.data_ptr(), values.data_ptr(), _pointer(None if bias is None else bias.contiguous()),
+        out.data_ptr(), query.stride(0), keys.stride(0), rows, length, heads, kv_heads, dim, scale, causal,
+        query.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import attention
+from models import attention, kernels
 from models.attention import _sdpa, attend, attend_packed, packs, widen_heads
 
 
@@ -42,6 +42,45 @@ def test_attention_matches_torch(length, rows, biased, causal):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
         # What a GPU runs, and a CPU with AMX.
         torch.testing.assert_close(_sdpa(query, keys, values, bias, 0.3, causal=causal), wanted, rtol=1e-4, atol=1e-5)
+
+
+native = pytest.mark.skipif(kernels.attention_library() is None, reason="needs AVX-512")
+
+
+@native
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 60), before=st.integers(0, 70), group=st.sampled_from([1, 3]), dim=st.sampled_from([8, 20, 64, 72, 130]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), biased=st.booleans(), causal=st.booleans(),
+)  # fmt: skip
+def test_native_attention_matches_torch(rows, before, group, dim, dtype, biased, causal):
+    torch.manual_seed(rows)
+    query = torch.randn(rows, 2 * group, dim).to(dtype)
+    keys, values = (torch.randn(2, rows + before + 5, dim).to(dtype)[:, : rows + before] for _ in range(2))  # as in a cache
+    bias = torch.rand(rows + before).to(dtype) if biased else None
+    found = kernels.attend_rows(kernels.attention_library(), query, keys, values, bias, 0.3, causal=causal)
+    wide = None if bias is None else bias.float()
+    wanted = _sdpa(query.float(), keys.float(), values.float(), wide, 0.3, causal=causal)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found.float(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@native
+def test_natively_a_row_does_not_depend_on_those_beside_it():
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(50, 6, 64), torch.randn(2, 90, 64), torch.randn(2, 90, 64)
+    run = partial(kernels.attend_rows, kernels.attention_library(), keys=keys, values=values, bias=None, scale=0.1, causal=True)
+    for count in (1, 5, 6, 7, 12, 49):
+        assert torch.equal(run(query=query[-count:]), run(query=query)[-count:])
+
+
+@native
+def test_natively_what_is_no_number_stays_in_its_row():
+    query = torch.randn(9, 2, 16)
+    query[3, 1] = torch.nan
+    keys, values = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+    found = kernels.attend_rows(kernels.attention_library(), query, keys, values, None, 1.0, causal=False)
+    assert found.isnan().any(2).nonzero().tolist() == [[3, 1]]
 
 
 def flash(query, keys, values, starts, key_starts, rows, length, *, scale, window_size, enable_gqa):
