@@ -21,8 +21,8 @@ from models.upload import upload
 QUERY_BLOCK = 128
 """Query rows a block: the scores of all heads stay in the L2 cache. On a CPU without AMX, blocks take half the time of torch's
 fused kernel at 577 to 616 rows in bf16: the products are large, and the upper triangle is left out. Blocks of 96 to 192 rows take
-the same. Where float32 products are the faster ones, torch's fused kernel in float32 takes 0.6 times as long as blocks, and our own a
-third to two thirds of that."""
+the same. Where float32 products are the faster ones, torch's fused kernel in float32 takes 0.6 times as long as blocks, and our
+own a third to two thirds of that."""
 
 
 @cache
