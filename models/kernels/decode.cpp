@@ -76,6 +76,7 @@ struct alignas(LINE) Share {
 struct Phase {
   Kind kind;
   const Stage* stage;
+  int64_t number;        // no other phase of any call has it
   int64_t chunks, step;  // a chunk computes `step` outputs
   std::unique_ptr<Share[]> shares;
   std::unique_ptr<std::atomic<bool>[]> finished;
@@ -248,7 +249,8 @@ class Step {
 
   void add(Kind kind, const Stage& stage, int64_t chunks, int64_t step) {
     Phase& phase = phases[phase_count++];
-    phase.kind = kind, phase.stage = &stage, phase.chunks = chunks, phase.step = step;
+    static int64_t last_number = 0;  // one call at a time
+    phase.kind = kind, phase.stage = &stage, phase.number = ++last_number, phase.chunks = chunks, phase.step = step;
     phase.shares.reset(new Share[threads]);
     phase.finished.reset(new std::atomic<bool>[chunks] {});
     phase.count = 0;
@@ -264,22 +266,22 @@ class Step {
     switch (phase.kind) {
       case Kind::QKV: {
         const Matrix& m = stage.layer->qkv;
-        product(m, normed(phase, stage.layer->input_norm, own), stage, first, phase.step, stage.qkv + first, m.outputs);
+        product(m, normed(phase, stage.layer->input_norm, own), phase, first, stage.qkv + first, m.outputs);
         return;
       }
       case Kind::ATTEND: return attend(stage, chunk);
-      case Kind::OUT: return add_to_rows(stage.layer->out, stage.mixed, stage, first, phase.step, own, stage.middle);
+      case Kind::OUT: return add_to_rows(stage.layer->out, stage.mixed, phase, first, own, stage.middle);
       case Kind::GATE_UP: return gate(phase, first, own);
-      case Kind::DOWN: return add_to_rows(stage.layer->down, stage.gated, stage, first, phase.step, own, stage.after);
+      case Kind::DOWN: return add_to_rows(stage.layer->down, stage.gated, phase, first, own, stage.after);
       case Kind::HEAD:
-        product(model.head, normed(phase, model.norm, own), stage, first, phase.step, logits + first, model.head.outputs);
+        product(model.head, normed(phase, model.norm, own), phase, first, logits + first, model.head.outputs);
     }
   }
 
   static int64_t end(int64_t first, int64_t step, int64_t outputs) { return std::min(first + step, outputs); }
 
-  void product(const Matrix& m, const void* inputs, const Stage& stage, int64_t first, int64_t step, float* y, int64_t stride) {
-    kernels.product(m, inputs, stage.rows(), first, end(first, step, m.outputs), y, stride);
+  void product(const Matrix& m, const void* inputs, const Phase& phase, int64_t first, float* y, int64_t stride) {
+    kernels.product(m, {inputs, phase.number}, phase.stage->rows(), first, end(first, phase.step, m.outputs), y, stride);
   }
 
   // The rows before the layer or, for its MLP, in its middle: normed, once for each thread and phase.
@@ -313,10 +315,11 @@ class Step {
   }
 
   // Products of `out` and `down`, added to the rows that they change.
-  void add_to_rows(const Matrix& m, const char* inputs, const Stage& stage, int64_t first, int64_t step, Own& own, float* to) {
-    const int64_t count = end(first, step, m.outputs) - first, n = stage.rows();
+  void add_to_rows(const Matrix& m, const char* inputs, const Phase& phase, int64_t first, Own& own, float* to) {
+    const Stage& stage = *phase.stage;
+    const int64_t count = end(first, phase.step, m.outputs) - first, n = stage.rows();
     own.outputs.resize(n * count);
-    product(m, inputs, stage, first, step, own.outputs.data(), count);
+    product(m, inputs, phase, first, own.outputs.data(), count);
     for (int64_t i = 0; i < n; ++i) {
       const float* const from = (to == stage.middle ? stage.before[i] : stage.middle + i * model.width) + first;
       for (int64_t o = 0; o < count; ++o) to[i * model.width + first + o] = from[o] + own.outputs[i * count + o];
@@ -327,7 +330,7 @@ class Step {
     const Stage& stage = *phase.stage;
     const Matrix& m = stage.layer->gate_up;
     const int64_t n = stage.rows(), width = m.outputs / 2, last = end(first, phase.step, width), count = last - first;
-    const void* const inputs = normed(phase, stage.layer->post_norm, own);
+    const Inputs inputs{normed(phase, stage.layer->post_norm, own), phase.number};
     own.outputs.resize(2 * n * count);
     kernels.product(m, inputs, n, first, last, own.outputs.data(), 2 * count);
     kernels.product(m, inputs, n, width + first, width + last, own.outputs.data() + count, 2 * count);

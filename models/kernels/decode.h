@@ -56,6 +56,12 @@ struct Head {
   int64_t first, count;  // the queries to attend for, among those of all new rows
 };
 
+// Rows that several products read. What has the same number has the same values: a kernel may keep what it made of them.
+struct Inputs {
+  const void* at;
+  int64_t number;
+};
+
 // Values of hidden states are float32 between products. A product's input is of `input_bytes` each: bfloat16 where the processor
 // multiplies that, else float32.
 struct Kernels {
@@ -64,8 +70,8 @@ struct Kernels {
   float (*rounded)(float);  // to the model's dtype
   void (*norm)(const float* x, const void* weight, int64_t width, float eps, void* input);
   void (*swiglu)(const float* gate, const float* up, int64_t n, void* input);
-  // Outputs [first, last) of all rows of `inputs`, to y [rows, ...] whose rows are `stride` values apart.
-  void (*product)(const Matrix&, const void* inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride);
+  // Outputs [first, last) of all rows, to y [rows, ...] whose rows are `stride` values apart.
+  void (*product)(const Matrix&, const Inputs&, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride);
   // Rotates queries and keys, appends keys and values of the new rows up to the last query's, attends: to [group, dim] of each new row,
   // `stride` values apart. For a request's only new row; and for at most `queries_at_once` queries of several.
   void (*attend)(const Head&, void* input, int64_t stride);

@@ -104,22 +104,24 @@ namespace decode {
 namespace {
 
 template <class T>
-void int8_product(const Matrix& m, const void* inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {
+void int8_product(const Matrix& m, const Inputs& inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {
   static thread_local int8::Rounded x;
+  static thread_local int64_t rounded = -1;
   const int8::Weight& w = *static_cast<const int8::Weight*>(m.weight);
-  x.round(static_cast<const T*>(inputs), rows, m.inputs, w.outlier);
+  if (rounded != inputs.number) x.round(static_cast<const T*>(inputs.at), rows, m.inputs, w.outlier);
+  rounded = inputs.number;
   int8::outputs(w, x, static_cast<const T*>(m.bias), first, last, y, stride);
 }
 
-void float_product(const Matrix& m, const void* inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {
+void float_product(const Matrix& m, const Inputs& inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {
   (m.format == INT8 ? int8_product<float> : dense_product<float>)(m, inputs, rows, first, last, y, stride);
 }
 
-void bf16_product(const Matrix& m, const void* inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {
+void bf16_product(const Matrix& m, const Inputs& inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {
   if (m.format == INT8) return int8_product<bf16>(m, inputs, rows, first, last, y, stride);
   static thread_local Buffer own;
   uint8_t* const scratch = reinterpret_cast<uint8_t*>(own.reserve(decoded_bytes(MAX_OUTPUTS * m.inputs)));
-  const ProductTo<float> p{static_cast<const bf16*>(inputs), static_cast<const bf16*>(m.bias), y - first, rows, m.inputs, stride};
+  const ProductTo<float> p{static_cast<const bf16*>(inputs.at), static_cast<const bf16*>(m.bias), y - first, rows, m.inputs, stride};
   if (m.format == NF4) outputs(*static_cast<const Nf4*>(m.weight), p, first, last, scratch);
   else if (m.format == PACKED) outputs(*static_cast<const Packed*>(m.weight), p, first, last, scratch);
   else outputs(Dense{static_cast<const bf16*>(m.weight), m.inputs}, p, first, last, scratch);

@@ -289,11 +289,11 @@ TARGET void strip(const T* weights, const T* bias, int64_t k, const float* x, in
 
 // A dense product with float32 inputs. An output is summed in the order of its inputs, for any number of rows.
 template <class T>
-TARGET void dense_product(const Matrix& m, const void* inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {
+TARGET void dense_product(const Matrix& m, const Inputs& inputs, int64_t rows, int64_t first, int64_t last, float* y, int64_t stride) {
   constexpr void (*STRIPS[])(const T*, const T*, int64_t, const float*, int64_t, int64_t, float*, int64_t) = {
       strip<1, T>, strip<2, T>, strip<3, T>, strip<4, T>};
   const T *const weights = static_cast<const T*>(m.weight), *const bias = static_cast<const T*>(m.bias);
-  const float* const x = static_cast<const float*>(inputs);
+  const float* const x = static_cast<const float*>(inputs.at);
   for (int64_t r = 0; r < rows; r += 4)
     STRIPS[std::min<int64_t>(rows - r, 4) - 1](weights, bias, m.inputs, x + r * m.inputs, first, last, y + r * stride, stride);
 }

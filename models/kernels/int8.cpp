@@ -176,8 +176,11 @@ AVX512 void lay_out(const Weight& w, const Rounded& x, int64_t first, int64_t co
       const __mmask64 there = pair_mask(x.inputs - i);
       __m512i r[TILE_ROWS];
 #pragma GCC unroll 16
-      for (int j = 0; j < TILE_ROWS; ++j)
-        r[j] = _mm512_maskz_loadu_epi8(half + j < count ? there : 0, w.codes + (first + half + j) * x.inputs + i);
+      for (int j = 0; j < TILE_ROWS; ++j) {
+        const int8_t* const at = w.codes + (first + half + j) * x.inputs + i;
+        r[j] = _mm512_maskz_loadu_epi8(half + j < count ? there : 0, at);
+        _mm_prefetch(reinterpret_cast<const char*>(at + PANEL * x.inputs), _MM_HINT_T1);  // of the outputs that come next
+      }
       transpose(r);
 #pragma GCC unroll 16
       for (int j = 0; j < TILE_ROWS; ++j) _mm512_store_si512(to + (i / QUAD + j) * PANEL * QUAD + half * QUAD, r[j]);
