@@ -33,12 +33,13 @@ FEW = 12
 SERVED = """
 ## Over HTTP
 
-From `docs/runs/smol_http.jsonl`: `espalier bench http` against `espalier serve smol` on two quiet cores of an Intel Xeon without
-AMX, which the client uses too. Answers of at most 8 tokens, new pictures each time, levels by merging; medians of runs in turn. The
-vision tower costs every request the same, whatever its level. Of 16 clients some are refused, and do not ask again.
+From `docs/runs/smol_http.jsonl`: `espalier bench http` against `espalier serve smol`, and the same with `--quantization int8`, on
+two quiet cores of an Intel Xeon without AMX, which the client uses too. Answers of at most 8 tokens, new pictures each time, levels
+by merging; medians of runs in turn. The vision tower costs every request the same, whatever its level. Of 16 clients some are
+refused, and do not ask again.
 
-| clients | level | runs | requests/s | first token s | whole answer s |
-|---|---|---|---|---|---|
+| weights | clients | level | runs | requests/s | first token s | whole answer s |
+|---|---|---|---|---|---|---|
 """
 PERPLEXITY = """
 ## Text alone
@@ -97,19 +98,19 @@ def _texts(one: Document) -> Sequence[str]:
 
 
 def _served(documents: Sequence[Document]) -> Sequence[str]:
-    """One row for each number of clients and level; in brackets over the first level's of as many clients."""
-    runs: dict[tuple[int, str], list[Document]] = {}
+    """One row for each kind of weights, number of clients and level; in brackets over the first row's of as many clients."""
+    runs: dict[tuple[str, int, str], list[Document]] = {}
     for one in documents:
         for level, found in one["levels"].items():
-            runs.setdefault((one["concurrency"], level), []).append(found)
+            runs.setdefault((one.get("quantization") or "bfloat16", one["concurrency"], level), []).append(found)
     rows: list[str] = []
     first: dict[int, list[float]] = {}
-    for (clients, level), found in runs.items():
+    for (weights, clients, level), found in runs.items():
         times = (median(one[key]["p50"] for one in found) for key in ("ttft_s", "e2e_s"))
         values = [median(one["requests_per_s"] for one in found), *times]
         base = first.setdefault(clients, values)
         shown = [f"{value:.2f} ({value / other:.2f}×)" for value, other in zip(values, base, strict=True)]
-        rows.append(_cells(clients, f"`{level}`", len(found), *shown))
+        rows.append(_cells(weights, clients, f"`{level}`", len(found), *shown))
     return rows
 
 

@@ -1,7 +1,8 @@
-"""y = x W^T + b with a weight of 8 or 4 bits, by bitsandbytes (the extra `quant`); and checkpoints that hold such weights.
+"""y = x W^T + b with a weight of 8 or 4 bits, as bitsandbytes (the extra `quant`) has them; and checkpoints that hold such weights.
 
-Its modules are not used: on some CPUs `Linear4bit` repacks its weight in place when it first multiplies, and `.to()` does not undo
-that. Here a weight is brought into the form of its device once, when it is made.
+CPUs with AVX-512 multiply them by our own kernels, other devices by the library's products. Its modules are not used: on some CPUs
+`Linear4bit` repacks its weight in place when it first multiplies, and `.to()` does not undo that. Here a weight is brought into the
+form of its device once, when it is made.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ BLOCK = 64
 @cache
 def bitsandbytes() -> ModuleType:
     """The library. Raises CheckpointError where it is not installed."""
-    told, kernels = logging.getLogger("bitsandbytes"), sys.modules.get("kernels")
+    told, package = logging.getLogger("bitsandbytes"), sys.modules.get("kernels")
     before = told.level
     told.setLevel(logging.ERROR)
     # Where the package `kernels` is installed it would fetch a product from the hub; it has one of its own.
@@ -48,8 +49,8 @@ def bitsandbytes() -> ModuleType:
     finally:
         told.setLevel(before)
         del sys.modules["kernels"]
-        if kernels is not None:
-            sys.modules["kernels"] = kernels
+        if package is not None:
+            sys.modules["kernels"] = package
     found: ModuleType = bitsandbytes
     return found
 

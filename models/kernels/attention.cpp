@@ -1,5 +1,5 @@
-// Attention of many rows over their keys and values on AVX-512, multiplied in float32: for prompts and pictures on Intel's processors without
-// AMX.
+// Attention of many rows over their keys and values on AVX-512, multiplied in float32: for prompts and pictures on Intel's processors
+// without AMX.
 //
 // - Keys are turned round once for each KV head, so that scores are sums over head dimensions with a key in each lane. Twelve queries
 //   and 32 keys are 24 sums, of which a head dimension needs two registers of keys and a value of each query.
@@ -19,19 +19,10 @@
 
 namespace {
 
-constexpr int64_t QUERIES = 12;         // of a block of scores
-constexpr int64_t MIXED = 6;            // of a block of weighted sums
+constexpr int64_t QUERIES = 12;            // of a block of scores
+constexpr int64_t MIXED = 6;               // of a block of weighted sums
 constexpr int64_t KEYS = 2 * FLOAT_LANES;  // of a block of scores
-constexpr int MIX_REGISTERS = 4;        // of each query's weighted sum
-
-AVX512_INLINE __m512 read(const float* at, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, at); }
-AVX512_INLINE __m512 read(const bf16* at, __mmask16 lanes) { return load_floats(at, lanes); }
-AVX512_INLINE void write(float* at, __m512 values, __mmask16 lanes) { _mm512_mask_storeu_ps(at, lanes, values); }
-AVX512_INLINE void write(bf16* at, __m512 values, __mmask16 lanes) { store_floats(at, values, lanes); }
-
-AVX512_INLINE __mmask16 lanes_of(int64_t left) {
-  return left >= FLOAT_LANES ? ALL_LANES : left > 0 ? __mmask16((1u << left) - 1) : __mmask16(0);
-}
+constexpr int MIX_REGISTERS = 4;           // of each query's weighted sum
 
 // query [rows, heads, dim], `query_stride` values from row to row; keys and values [kv_heads, length, dim], `head_stride` values from head
 // to head; bias [length] or null; out [rows, heads, dim].
@@ -57,7 +48,7 @@ AVX512 void turn_keys(const Attention<T>& a, const T* keys, int64_t first, float
     __m512i r[TILE_ROWS];
 #pragma GCC unroll 16
     for (int j = 0; j < TILE_ROWS; ++j)
-      r[j] = _mm512_castps_si512(read(keys + (first + j) * a.dim + d, first + j < a.length ? lanes : __mmask16(0)));
+      r[j] = _mm512_castps_si512(load_floats(keys + (first + j) * a.dim + d, first + j < a.length ? lanes : __mmask16(0)));
     transpose(r);
 #pragma GCC unroll 16
     for (int j = 0; j < TILE_ROWS; ++j)
@@ -70,7 +61,7 @@ template <class T>
 AVX512 void widen_values(const Attention<T>& a, const T* values, int64_t first, float* to) {
   for (int64_t row = first; row < first + FLOAT_LANES; ++row)
     for (int64_t d = 0; d < a.wide(); d += FLOAT_LANES)
-      _mm512_store_ps(to + row * a.wide() + d, read(values + row * a.dim + d, row < a.length ? lanes_of(a.dim - d) : __mmask16(0)));
+      _mm512_store_ps(to + row * a.wide() + d, load_floats(values + row * a.dim + d, row < a.length ? lanes_of(a.dim - d) : __mmask16(0)));
 }
 
 // Scores of R queries [dim, QUERIES] with the first `count` keys [dim, padded]: to [QUERIES, padded].
@@ -105,7 +96,7 @@ AVX512 float exponentiate(float* scores, const T* bias, int64_t seen, int64_t co
   for (int64_t t = 0; t < count; t += FLOAT_LANES) {
     const __mmask16 lanes = lanes_of(seen - t);
     __m512 value = _mm512_load_ps(scores + t);
-    if (bias) value = _mm512_add_ps(value, read(bias + t, lanes));
+    if (bias) value = _mm512_add_ps(value, load_floats(bias + t, lanes));
     value = _mm512_mask_mov_ps(lowest, lanes, value);
     _mm512_store_ps(scores + t, value);
     largest = _mm512_max_ps(largest, value);
@@ -144,7 +135,7 @@ AVX512 void mix(const Attention<T>& a, const float* scores, const float* inverse
 #pragma GCC unroll 4
     for (int i = 0; i < D; ++i) {
       const int64_t at = d + i * FLOAT_LANES;
-      write(out + r * a.heads * a.dim + at, _mm512_mul_ps(sums[r][i], _mm512_set1_ps(inverse[r])), lanes_of(a.dim - at));
+      store_floats(out + r * a.heads * a.dim + at, _mm512_mul_ps(sums[r][i], _mm512_set1_ps(inverse[r])), lanes_of(a.dim - at));
     }
 }
 
@@ -168,7 +159,7 @@ AVX512 void block(const Attention<T>& a, int64_t h, int64_t row, const float* he
     alignas(64) float wide[FLOAT_LANES];
     for (int64_t d = 0; d < a.dim; d += FLOAT_LANES) {
       const T* const at = a.query + (row + r) * a.query_stride + h * a.dim + d;
-      _mm512_store_ps(wide, _mm512_mul_ps(read(at, r < rows ? lanes_of(a.dim - d) : __mmask16(0)), scale));
+      _mm512_store_ps(wide, _mm512_mul_ps(load_floats(at, r < rows ? lanes_of(a.dim - d) : __mmask16(0)), scale));
       for (int64_t i = 0; i < std::min(FLOAT_LANES, a.dim - d); ++i) queries[(d + i) * QUERIES + r] = wide[i];
     }
   }

@@ -16,6 +16,8 @@ using bf16 = uint16_t;
 constexpr int64_t FLOAT_LANES = 16;  // in a register
 constexpr __mmask16 ALL_LANES = 0xffff;
 
+AVX512_INLINE float to_float(float value) { return value; }
+
 AVX512_INLINE float to_float(bf16 value) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(uint32_t(value) << 16))); }
 
 AVX512_INLINE bf16 to_bf16(float value) { return bf16(_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)))); }
@@ -26,6 +28,15 @@ AVX512_INLINE __m512 load_floats(const bf16* at, __mmask16 lanes) {
 
 AVX512_INLINE void store_floats(bf16* at, __m512 values, __mmask16 lanes) {
   _mm256_mask_storeu_epi16(at, lanes, (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+AVX512_INLINE __m512 load_floats(const float* at, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, at); }
+
+AVX512_INLINE void store_floats(float* at, __m512 values, __mmask16 lanes) { _mm512_mask_storeu_ps(at, lanes, values); }
+
+// Mask of a register when `left` values remain.
+AVX512_INLINE __mmask16 lanes_of(int64_t left) {
+  return left >= FLOAT_LANES ? ALL_LANES : left > 0 ? __mmask16((1u << left) - 1) : __mmask16(0);
 }
 
 // e^x for x <= 0, NaN for NaN; relative error 2e-6. 2^n times the Taylor polynomial of the remainder.

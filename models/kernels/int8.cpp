@@ -2,8 +2,8 @@
 //
 // - With few rows memory is the limit. A sum is over the inputs' lanes, so nothing is laid out anew, neither x nor W; the last additions
 //   of eight sums are shared.
-// - With many rows arithmetic is. The codes of 32 outputs are laid out anew, four inputs of 16 outputs in a register, and meet four inputs of
-//   a row in all its lanes: 24 sums need two registers of weights and one of x.
+// - With many rows arithmetic is. The codes of 32 outputs are laid out anew, four inputs of 16 outputs in a register, and meet four inputs
+//   of a row in all its lanes: 24 sums need two registers of weights and one of x.
 //
 // Of some outputs the weights that meet outliers are gathered once for all rows.
 
@@ -20,27 +20,17 @@ namespace int8 {
 
 namespace {
 
-constexpr int64_t CODES = 64;           // in a register
-constexpr int64_t MANY_ROWS = 8;        // from which codes are laid out anew: as fast there, 1.4 times at 12 rows and 2.6 times at 168
-constexpr int FEW = 8, SOME = 6;        // outputs that are summed side by side, with up to two rows and with four: what registers hold
-constexpr int64_t PREFETCH = 4096;      // bytes, at least: narrow rows end before memory answers
-constexpr int64_t PANEL = 32, QUAD = 4; // outputs that are laid out anew together, and inputs that an instruction adds up
-constexpr int64_t BLOCK_ROWS = 12;      // that meet them at a time
-constexpr int64_t ROWS_BYTES = 1 << 20; // of rounded rows that run together: they stay in an L2 cache
+constexpr int64_t CODES = 64;            // in a register
+constexpr int64_t MANY_ROWS = 8;         // from which codes are laid out anew: as fast there, 1.4 times at 12 rows and 2.6 times at 168
+constexpr int FEW = 8, SOME = 6;         // outputs that are summed side by side, with up to two rows and with four: what registers hold
+constexpr int64_t PREFETCH = 4096;       // bytes, at least: narrow rows end before memory answers
+constexpr int64_t PANEL = 32, QUAD = 4;  // outputs that are laid out anew together, and inputs that an instruction adds up
+constexpr int64_t BLOCK_ROWS = 12;       // that meet them at a time
+constexpr int64_t ROWS_BYTES = 1 << 20;  // of rounded rows that run together: they stay in an L2 cache
 
-AVX512_INLINE __m512 read(const float* at, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, at); }
-AVX512_INLINE __m512 read(const bf16* at, __mmask16 lanes) { return load_floats(at, lanes); }
 // What is rounded to 8 bits has 16 before, as in bitsandbytes: of float32 one code in a hundred would be another.
-AVX512_INLINE __m512 read_16_bits(const float* at, __mmask16 lanes) { return _mm512_cvtph_ps(_mm512_cvtps_ph(read(at, lanes), 0)); }
-AVX512_INLINE __m512 read_16_bits(const bf16* at, __mmask16 lanes) { return read(at, lanes); }
-AVX512_INLINE float value(float held) { return held; }
-AVX512_INLINE float value(bf16 held) { return to_float(held); }
-AVX512_INLINE void write(float* at, __m512 values, __mmask16 lanes) { _mm512_mask_storeu_ps(at, lanes, values); }
-AVX512_INLINE void write(bf16* at, __m512 values, __mmask16 lanes) { store_floats(at, values, lanes); }
-
-AVX512_INLINE __mmask16 lanes_of(int64_t left) {
-  return left >= FLOAT_LANES ? ALL_LANES : left > 0 ? __mmask16((1u << left) - 1) : __mmask16(0);
-}
+AVX512_INLINE __m512 load_16_bits(const bf16* at, __mmask16 lanes) { return load_floats(at, lanes); }
+AVX512_INLINE __m512 load_16_bits(const float* at, __mmask16 lanes) { return _mm512_cvtph_ps(_mm512_cvtps_ph(load_floats(at, lanes), 0)); }
 
 // Which of the values are rounded; what is no number is not.
 AVX512_INLINE __mmask16 usual(__m512 x, float outlier) { return _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(outlier), _CMP_LT_OQ); }
@@ -50,14 +40,14 @@ AVX512 void round_row(Rounded& to, const T* x, int64_t row, float outlier) {
   const int64_t k = to.inputs;
   __m512 largest = _mm512_setzero_ps();
   for (int64_t i = 0; i < k; i += FLOAT_LANES) {
-    const __m512 some = read_16_bits(x + i, lanes_of(k - i));
+    const __m512 some = load_16_bits(x + i, lanes_of(k - i));
     const __mmask16 kept = usual(some, outlier);
     largest = _mm512_mask_max_ps(largest, kept, largest, _mm512_abs_ps(some));
     for (unsigned rest = uint16_t(~kept); rest; rest &= rest - 1) {
       const int64_t column = i + __builtin_ctz(rest);
       if (to.column_of[column] < 0) to.column_of[column] = to.columns.size(), to.columns.push_back(column);
       to.place.push_back(to.column_of[column]);
-      to.outliers.push_back(value(x[column]));
+      to.outliers.push_back(to_float(x[column]));
     }
   }
   to.starts.push_back(to.outliers.size());
@@ -65,7 +55,7 @@ AVX512 void round_row(Rounded& to, const T* x, int64_t row, float outlier) {
   to.scales[row] = most / 127;
   const __m512 inverse = _mm512_set1_ps(most > 0 ? 127 / most : 0.0f);
   for (int64_t i = 0; i < k; i += FLOAT_LANES) {
-    const __m512 some = read_16_bits(x + i, lanes_of(k - i));
+    const __m512 some = load_16_bits(x + i, lanes_of(k - i));
     const __m512i code = _mm512_maskz_cvtps_epi32(usual(some, outlier), _mm512_mul_ps(some, inverse));
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(code, _mm512_set1_epi32(128)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to.codes.at + row * to.stride + i), bytes);
@@ -89,8 +79,8 @@ struct Ending {
 
   AVX512_INLINE Ending(const Weight& w, const B* all, int64_t first, __mmask16 lanes, const float* gathered, int64_t stride)
       : lanes(lanes), gathered(gathered), stride(stride) {
-    scale = _mm512_div_ps(read(w.scales + first, lanes), _mm512_set1_ps(127));
-    bias = all ? read(all + first, lanes) : _mm512_setzero_ps();
+    scale = _mm512_div_ps(load_floats(w.scales + first, lanes), _mm512_set1_ps(127));
+    bias = all ? load_floats(all + first, lanes) : _mm512_setzero_ps();
     offset = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(lanes, w.sums + first), 7);
   }
 
@@ -98,8 +88,8 @@ struct Ending {
   AVX512_INLINE void end(const Rounded& x, int64_t row, __m512i sums, Y* y) const {
     __m512 found = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, offset)), _mm512_set1_ps(x.scales[row]));
     for (int64_t j = x.starts[row]; j < x.starts[row + 1]; ++j)
-      found = _mm512_fmadd_ps(_mm512_set1_ps(x.outliers[j]), read(gathered + x.place[j] * stride, lanes), found);
-    write(y, _mm512_fmadd_ps(found, scale, bias), lanes);
+      found = _mm512_fmadd_ps(_mm512_set1_ps(x.outliers[j]), load_floats(gathered + x.place[j] * stride, lanes), found);
+    store_floats(y, _mm512_fmadd_ps(found, scale, bias), lanes);
   }
 };
 
