@@ -19,10 +19,11 @@
 
 namespace {
 
-constexpr int64_t QUERIES = 12;            // of a block of scores
-constexpr int64_t MIXED = 6;               // of a block of weighted sums
-constexpr int64_t KEYS = 2 * FLOAT_LANES;  // of a block of scores
-constexpr int MIX_REGISTERS = 4;           // of each query's weighted sum
+constexpr int64_t QUERIES = 12;             // of a block of scores
+constexpr int64_t MIXED = 6;                // of a block of weighted sums
+constexpr int64_t KEYS = 2 * FLOAT_LANES;   // of a block of scores
+constexpr int MIX_REGISTERS = 4;            // of each query's weighted sum
+constexpr int64_t PACKED_BYTES = 16 << 20;  // of keys and values in float32 at a time, or those of one KV head: they are kept
 
 // query [rows, heads, dim], `query_stride` values from row to row; keys and values [kv_heads, length, dim], `head_stride` values from head
 // to head; bias [length] or null; out [rows, heads, dim].
@@ -179,22 +180,26 @@ template <class T>
 void attend(const Attention<T>& a, int threads) {
   static thread_local Buffer packs;
   const int64_t parts = a.padded() / FLOAT_LANES, blocks = ceil_div(a.rows, QUERIES), group = a.heads / a.kv_heads;
-  float* const heads = reinterpret_cast<float*>(packs.reserve(a.kv_heads * a.head_floats() * sizeof(float)));
+  const int64_t head_bytes = a.head_floats() * sizeof(float), at_once = std::clamp<int64_t>(PACKED_BYTES / head_bytes, 1, a.kv_heads);
+  float* const packed = reinterpret_cast<float*>(packs.reserve(at_once * head_bytes));
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Buffer own;
     float* const scratch = reinterpret_cast<float*>(own.reserve((a.dim + a.padded() + 2) * QUERIES * sizeof(float) + 64));
+    for (int64_t first = 0; first < a.kv_heads; first += at_once) {
+      const int64_t heads = std::min(at_once, a.kv_heads - first);
 #pragma omp for schedule(dynamic)
-    for (int64_t part = 0; part < a.kv_heads * parts; ++part) {
-      const int64_t head = part / parts, first = part % parts * FLOAT_LANES;
-      float* const to = heads + head * a.head_floats();
-      turn_keys(a, a.keys + head * a.head_stride, first, to);
-      widen_values(a, a.values + head * a.head_stride, first, to + a.dim * a.padded());
-    }
+      for (int64_t part = 0; part < heads * parts; ++part) {
+        const int64_t head = part / parts, key = part % parts * FLOAT_LANES;
+        float* const to = packed + head * a.head_floats();
+        turn_keys(a, a.keys + (first + head) * a.head_stride, key, to);
+        widen_values(a, a.values + (first + head) * a.head_stride, key, to + a.dim * a.padded());
+      }
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < a.heads * blocks; ++task) {
-      const int64_t h = task / blocks, row = (blocks - 1 - task % blocks) * QUERIES;  // the longest first
-      block(a, h, row, heads + h / group * a.head_floats(), scratch);
+      for (int64_t task = 0; task < heads * group * blocks; ++task) {
+        const int64_t h = task / blocks, row = (blocks - 1 - task % blocks) * QUERIES;  // the longest first
+        block(a, first * group + h, row, packed + h / group * a.head_floats(), scratch);
+      }
     }
   }
 }

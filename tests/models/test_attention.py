@@ -75,6 +75,15 @@ def test_natively_a_row_does_not_depend_on_those_beside_it():
 
 
 @native
+def test_natively_more_heads_than_are_packed_at_a_time():
+    """Three heads of 64 dimensions and 20,000 keys are 31 MB."""
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(3, 6, 64), torch.randn(3, 20_000, 64), torch.randn(3, 20_000, 64)
+    found = kernels.attend_rows(kernels.attention_library(), query, keys, values, None, 0.1, causal=True)
+    torch.testing.assert_close(found, _sdpa(query, keys, values, None, 0.1, causal=True), rtol=1e-4, atol=1e-5)
+
+
+@native
 def test_natively_what_is_no_number_stays_in_its_row():
     query = torch.randn(9, 2, 16)
     query[3, 1] = torch.nan
