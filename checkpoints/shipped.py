@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from checkpoints.cache import cache_folder
@@ -23,8 +25,17 @@ log = logging.getLogger(__name__)
 
 
 def smol_directory() -> Path:
-    """Where `smol` is built, in the user's cache."""
-    return cache_folder() / "checkpoints" / SMOL
+    """Where `smol` is built, in the user's cache: another directory for other weights, which a newer release may bring."""
+    return cache_folder() / "checkpoints" / f"{SMOL}-{_smol_digest()}"
+
+
+@cache
+def _smol_digest() -> str:
+    """Of all that is trained here."""
+    digest = hashlib.sha256()
+    for file in sorted((_HERE / "smol" / "weights").iterdir()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def build_smol(out: Path | None = None, tell: Callable[[str], None] = log.info) -> Path:
