@@ -84,6 +84,8 @@ class DecodePlan:
     model: _Model
     dtype: torch.dtype
     instructions: str
+    max_rows: int
+    """More run faster layer by layer."""
     held: tuple[object, ...]  # what the pointers point into
 
     @classmethod
@@ -122,17 +124,14 @@ class DecodePlan:
             ctypes.addressof(table), norm.data_ptr(), inv_freq.data_ptr(), point(head), len(layers), len(norm), head_dim, avx512,
             norm.dtype == torch.bfloat16, eps, rope_scaling,
         )  # fmt: skip
-        return cls(native, model, norm.dtype, "AVX-512" if avx512 else "portable", (table, *held))
+        int8 = any(isinstance(matrix, Int8Linear) for matrix in matrices)
+        max_rows = thresholds.DECODE_ROWS_INT8 if int8 else thresholds.DECODE_ROWS[kernels.many_rows()]
+        return cls(native, model, norm.dtype, "AVX-512" if avx512 else "portable", max_rows, (table, *held))
 
     def takes(self, batch: Sequence[Rows]) -> bool:
         """Whether this is faster than layer by layer."""
         few = sum(map(len, batch)) <= self.max_rows
         return few and all(one.text_spans is None and one.hidden.dtype == self.dtype for one in batch)
-
-    @property
-    def max_rows(self) -> int:
-        """More run faster layer by layer."""
-        return thresholds.DECODE_ROWS[kernels.many_rows()]
 
     def step(self, batch: Sequence[Rows]) -> Tensor:
         """float32 logits [sum of logits_to_keep, vocab]. Keys and values are appended to each request's cache.

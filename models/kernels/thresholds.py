@@ -31,10 +31,13 @@ PACKED = {"amx": 640, "bfloat16": 48}
 """Rows up to which our kernels multiply a packed weight; more are faster through dense parts."""
 NF4_ROWS = 48
 """The same for a weight of 4 bits, where float32 is not faster."""
-DECODE_ROWS = {"amx": 8, "float32": 40, "bfloat16": 32}
-"""Rows of answers and of parts of prompts that run in one native call; more run layer by layer. Ms of one thread on a Xeon without
-AMX, `smol-135m`: 32 and 48 rows of a prompt behind 1,000 beside four answers 138 and 202, layer by layer 141 and 190; 24 and 40
-answers behind 600 rows 133 and 218, layer by layer 279 and 403. With AMX, whose tiles that call does not use: not measured."""
+DECODE_ROWS = {"amx": 8, "float32": 64, "bfloat16": 32}
+"""Rows of answers and of prompts, or parts of them, that run in one native call; more run layer by layer. Ms on two threads of a
+Xeon without AMX, `smol-135m`, a prompt of 31, 48, 63 and 111 rows: 49, 72, 93 and 180, layer by layer 81, 96, 122 and 179: threads
+that wait passively are slow to wake between products. 40 answers behind 600 rows, one thread: 218, layer by layer 403. With AMX,
+whose tiles that call does not use: not measured."""
+DECODE_ROWS_INT8 = 128
+"""The same where weights have 8 bits: 16, 24, 27 and 68 ms, at 208 rows 127; layer by layer 39, 48, 57, 94 and 136."""
 BITMASK_GPU = 16
 """Rows that a GPU multiplies from a bitmask weight. Not measured yet."""
 
