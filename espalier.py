@@ -44,7 +44,8 @@ OfficialTask = Literal[
 ]  # fmt: skip
 EvalTask = Literal[OwnTask, OfficialTask]
 QUANTIZATION = Annotated[
-    Literal["int8", "nf4"] | None, typer.Option(help="Hold the weights in 8 or 4 bits; needs bitsandbytes, the extra `quant`.")
+    Literal["int8", "nf4"] | None,
+    typer.Option(help="Hold the weights in 8 or 4 bits; needs the extra `quant`, but for int8 on CPUs with AVX-512."),
 ]
 DTYPE = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 

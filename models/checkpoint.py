@@ -24,7 +24,7 @@ from models.layer_shapes import head_dim, layer_shapes, sliced
 from models.llava import QUANTIZED_MODULES, Llava, check_supported, from_transformers
 from models.manifest import MANIFEST, Manifest, read_manifest
 from models.preprocess import Preprocessor
-from models.quantized import QUANTIZED, bitsandbytes, quantization_of, read_dense
+from models.quantized import QUANTIZED, bitsandbytes, multiplied_natively, quantization_of, read_dense
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,7 +49,7 @@ def load(directory: Path, device: str = "cpu", dtype: str = "auto", quantization
     Raises CheckpointError for a missing or truncated file and UnsupportedCheckpoint for what the forward does not compute.
     """
     check_device(device)
-    source, quantization, quantized = _open(directory, dtype, quantization)
+    source, quantization, quantized = _open(directory, device, dtype, quantization)
     manifest = source.manifest
     eos = source.model.generation_config.eos_token_id
     if eos is None:
@@ -96,7 +96,7 @@ class TransformersCheckpoint:
 def open_transformers(directory: Path, device: str = "cpu", dtype: str = "auto") -> TransformersCheckpoint:
     """Check a checkpoint and open it with transformers. Raises what `load` raises, and CheckpointError for quantized weights."""
     check_device(device)
-    source, quantization, _ = _open(directory, dtype, None)
+    source, quantization, _ = _open(directory, device, dtype, None)
     if quantization:
         raise CheckpointError(f"{directory} holds {quantization} weights, which cannot be changed; take the dense checkpoint")
     source.model.to(device)  # tensor by tensor: no device holds a second copy
@@ -123,7 +123,7 @@ def footprint(directory: Path, dtype: str = "auto") -> Footprint:
 
 
 def _open(
-    directory: Path, dtype: str, quantization: str | None
+    directory: Path, device: str, dtype: str, quantization: str | None
 ) -> tuple[TransformersCheckpoint, str | None, Collection[str]]:
     """A checkpoint in memory, all weights dense; the format that they shall have, and the modules that have it."""
     if dtype not in ("auto", *DTYPES):
@@ -137,7 +137,7 @@ def _open(
     if saved and quantization not in (None, saved):
         raise CheckpointError(f"{directory} holds {saved} weights, which do not become {quantization}: what was rounded is lost")
     _check_shapes(directory, config, read_headers(shards))
-    if quantization := quantization or saved:
+    if (quantization := quantization or saved) and not multiplied_natively(quantization, device, DTYPES.get(dtype, config.dtype)):
         bitsandbytes()
     manifest = read_manifest(directory)
     _verify(directory, manifest)

@@ -215,6 +215,12 @@ def nf4_values(device: torch.device | str) -> Tensor:
     return values
 
 
+def multiplied_natively(kind: str, device: str, dtype: torch.dtype | None) -> bool:
+    """Whether our kernels alone make and multiply such weights: bitsandbytes then need not be there."""
+    takes = kind == "int8" and device == "cpu" and dtype in (torch.bfloat16, torch.float32)
+    return takes and kernels.few_bits_library() is not None
+
+
 QUANTIZED: dict[str, type[Int8Linear] | type[Nf4Linear]] = {"int8": Int8Linear, "nf4": Nf4Linear}
 """The formats, by the name that `--quantization` takes."""
 

@@ -51,8 +51,8 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto takes the checkpoint's.")
     quantization: Literal["int8", "nf4"] | None = Field(
         None,
-        description="Hold the weights in 8 or 4 bits; needs the extra `quant`. On CPUs with AVX-512, int8 is the fastest way to "
-        "serve. By default as the checkpoint does.",
+        description="Hold the weights in 8 or 4 bits; by default as the checkpoint does. Needs the extra `quant`, but for int8 on "
+        "CPUs with AVX-512, where that is the fastest way to serve.",
     )
     threads: int = Field(0, ge=0, description="Threads that compute on a CPU; 0: as many as quota and affinity allow.")
 

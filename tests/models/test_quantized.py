@@ -332,6 +332,16 @@ def test_it_is_said_what_to_install(saved, monkeypatch):
     assert load(saved).quantization is None
 
 
+@native
+def test_8_bits_on_a_cpu_need_no_library(saved, monkeypatch):
+    bitsandbytes.cache_clear()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    model = load(saved, quantization="int8").model
+    assert len(greedy([Session(model, prompt(0, 5, 1), None)], 4)[0]) == 4
+    with pytest.raises(CheckpointError, match="bitsandbytes"):
+        load(saved, dtype="float16", quantization="int8")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
