@@ -20,6 +20,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ from models.kernels import thresholds
 log = logging.getLogger("espalier.kernels")
 
 POINTER, COUNT, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+Signatures = dict[str, list[Any]]
 PRODUCT = [POINTER] * 4 + [COUNT] * 3 + [INT]
-SIGNATURES = {
+SIGNATURES: Signatures = {
     "dense_gemv_avx512": PRODUCT,
     "packed_gemv_avx512": PRODUCT,
     "dense_gemm_avx512": PRODUCT,
@@ -40,13 +42,17 @@ SIGNATURES = {
     "swish": [POINTER] * 3 + [COUNT] * 3 + [FLOAT, INT],
     "apply_rope": [POINTER] * 4 + [COUNT] * 4 + [INT],
 }
-FEW_BITS_SIGNATURES = {
+CONVOLUTION_SIGNATURES: Signatures = {"inverted_bottleneck": [POINTER, POINTER, COUNT, INT]}
+ATTENTION_SIGNATURES: Signatures = {"attend_rows": [POINTER] * 5 + [COUNT] * 7 + [FLOAT] + [INT] * 3}
+FEW_BITS_SIGNATURES: Signatures = {
     "int8_linear": [POINTER] * 4 + [COUNT] * 3 + [INT] * 2,
     "nf4_gemv_avx512": PRODUCT,
     "nf4_gemm_avx512": PRODUCT,
     "decompress_nf4": [POINTER] * 2 + [COUNT] * 3 + [INT],
 }
-AMX_SIGNATURES = {f"{weight}_{gemm}": PRODUCT for weight in ("dense", "packed") for gemm in ("gemm_amx", "gemm_amx_small")}
+AMX_SIGNATURES: Signatures = {
+    f"{weight}_{gemm}": PRODUCT for weight in ("dense", "packed") for gemm in ("gemm_amx", "gemm_amx_small")
+}
 
 
 @cache
@@ -67,9 +73,7 @@ def library() -> ctypes.CDLL | None:
         log.info("this processor lacks AVX-512 BF16, VBMI, VBMI2 or VNNI: products run through torch")
         return None
     amx = bool(found.amx_supported())
-    for name, types in (SIGNATURES | (AMX_SIGNATURES if amx else {})).items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = types, None
+    _declare(found, SIGNATURES | (AMX_SIGNATURES if amx else {}))
     log.info("native CPU kernels in use%s", ", with AMX" if amx else "")
     return found
 
@@ -90,43 +94,36 @@ def decoding_library() -> ctypes.CDLL | None:
 @cache
 def convolution_library() -> ctypes.CDLL | None:
     """The same with `inverted_bottleneck`, which needs AVX-512."""
-    found = library()
-    if found is None:
-        return None
-    if not hasattr(found, "inverted_bottleneck"):
-        log.warning("native CPU kernels were built from older sources, and convolutions are slower: install again")
-        return None
-    found.inverted_bottleneck.argtypes, found.inverted_bottleneck.restype = [POINTER, POINTER, COUNT, INT], None
-    return found
+    return _library_with(CONVOLUTION_SIGNATURES, "convolutions are")
 
 
 @cache
 def few_bits_library() -> ctypes.CDLL | None:
     """The same with products of 8-bit and 4-bit weights, and with such weights in `run_few_rows`."""
-    found = library()
-    if found is None:
-        return None
-    if not hasattr(found, "nf4_gemm_avx512"):
-        log.warning("native CPU kernels were built from older sources, and quantized weights are slower: install again")
-        return None
-    for name, types in FEW_BITS_SIGNATURES.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = types, None
-    return found
+    return _library_with(FEW_BITS_SIGNATURES, "quantized weights are")
 
 
 @cache
 def attention_library() -> ctypes.CDLL | None:
     """The same with `attend_rows`."""
-    found = library()
-    if found is None:
+    return _library_with(ATTENTION_SIGNATURES, "attention of prompts is")
+
+
+def _library_with(signatures: Signatures, what: str) -> ctypes.CDLL | None:
+    """`library()`, unless it was built before it had these functions: the log then says `what` is slower."""
+    if (found := library()) is None:
         return None
-    if not hasattr(found, "attend_rows"):
-        log.warning("native CPU kernels were built from older sources, and attention of prompts is slower: install again")
+    if not all(hasattr(found, name) for name in signatures):
+        log.warning("native CPU kernels were built from older sources, and %s slower: install again", what)
         return None
-    found.attend_rows.argtypes = [POINTER] * 5 + [COUNT] * 7 + [FLOAT] + [INT] * 3
-    found.attend_rows.restype = None
+    _declare(found, signatures)
     return found
+
+
+def _declare(native: ctypes.CDLL, signatures: Signatures) -> None:
+    for name, types in signatures.items():
+        function = getattr(native, name)
+        function.argtypes, function.restype = types, None
 
 
 @cache
