@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pruning.dynamic.training.config import TrainingConfig
-from pruning.static.finetune_config import FinetuneConfig
+from pruning.finetuning.config import FinetuneConfig
 from pruning.static.recipe import Recipe
 from server.settings import Settings, read_settings
 from server.threads import limit_threads
@@ -258,7 +258,7 @@ def finetune(
     """Train a checkpoint further; weights that are zero stay zero. A run that was stopped goes on when it is started again."""
     from checkpoints.shipped import resolve
     from evals.inspect import held_out_line
-    from pruning.static.finetune import run
+    from pruning.finetuning.train import run
 
     with _plain_errors():
         console = Console(highlight=False, markup=False, soft_wrap=True)

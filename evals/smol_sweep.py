@@ -22,8 +22,8 @@ from evals.tasks import open_task
 from models.manifest import read_manifest
 from pruning.dynamic.training.config import TrainingConfig
 from pruning.dynamic.training.train import run as train_router
-from pruning.static.finetune import run as finetune
-from pruning.static.finetune_config import FinetuneConfig
+from pruning.finetuning.config import FinetuneConfig
+from pruning.finetuning.train import run as finetune
 from pruning.static.pipeline import run as prune
 from pruning.static.recipe import read
 
@@ -33,6 +33,8 @@ HALF = {"sparsity": 0.5, "allocation": "search"}
 """The recipe of the masks that the levels are combined with."""
 TUNED_HALF, TUNED_EASY_VQA = "half-finetuned", "easy-vqa-finetuned"
 """What `espalier finetune` makes of those masks, and of dense weights on the training split of easy-VQA."""
+TUNING = {"levels": ("off", "balanced", "strong"), "learning_rate": 1e-3}
+"""How the former is trained."""
 EASY_VQA_PICTURES = 4000
 """All of that split."""
 
@@ -86,7 +88,7 @@ def made(variant: str, work: Path, device: str, dtype: str, pictures: int) -> Pa
             prune(read(None, HALF), resolve("smol"), out, device, dtype)
         elif variant == TUNED_HALF:
             half = made("half", work, device, dtype, pictures)
-            finetune(FinetuneConfig.model_validate({}), half, out, resolve("smol"), device, dtype)
+            finetune(FinetuneConfig.model_validate(TUNING), half, out, resolve("smol"), device, dtype)
         elif variant == TUNED_EASY_VQA:
             given = {"data": str(easy_vqa.write_rows(work)), "samples": EASY_VQA_PICTURES}
             finetune(FinetuneConfig.model_validate(given), resolve("smol"), out, None, device, dtype)

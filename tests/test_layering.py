@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 
 # Which of our own units each unit may import. A new one must be entered here before it can be imported at all.
-PRUNING = {"pruning", "pruning.dynamic", "pruning.dynamic.training", "pruning.static"}
+PRUNING = {"pruning", "pruning.dynamic", "pruning.dynamic.training", "pruning.finetuning", "pruning.static"}
 CHECKPOINTS = {"checkpoints", "checkpoints.cache", "checkpoints.embedded", "checkpoints.things", "checkpoints.world"}
 MAY_IMPORT = {
     "models": {"models"},
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "pruning.dynamic": {"pruning.dynamic", "models"},
     "pruning.dynamic.training": {"pruning.dynamic.training", "pruning.dynamic", "pruning", "models"},
     "pruning.static": {"pruning.static", "pruning", "models"},
+    "pruning.finetuning": {"pruning.finetuning", "pruning.static", "pruning.dynamic", "pruning", "models"},
     "server": {"server", "pruning.dynamic", "models", "checkpoints"},
     "evals": {"evals", "benchmarks", "server", "models"} | PRUNING | CHECKPOINTS,
     "benchmarks": {"benchmarks", "evals", "server", "models"} | PRUNING | CHECKPOINTS,

@@ -36,8 +36,9 @@ class Divergence:
         """The model, dense as it is now, becomes the reference."""
         references = []
         for sample in samples:
-            features = _image_features(model, sample)
-            references.append(Reference(sample, features, _hidden(model, sample, features)))
+            features = image_features(model, sample)
+            hidden = answer_rows(model, embedded(model, sample, features), sample.before_answers)
+            references.append(Reference(sample, features, hidden))
         return cls(model, references)
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
@@ -45,10 +46,15 @@ class Divergence:
         return torch.stack([self._of_sample(self.references[i]) for i in indices])
 
     def _of_sample(self, reference: Reference) -> Tensor:
-        with torch.no_grad():
-            dense = _log_probs(self.model, reference.hidden)
-        found = _log_probs(self.model, _hidden(self.model, reference.sample, reference.image_features))
-        return F.kl_div(found, dense, reduction="none", log_target=True).sum(-1).mean()
+        inputs = embedded(self.model, reference.sample, reference.image_features)
+        return divergence(self.model, reference.hidden, answer_rows(self.model, inputs, reference.sample.before_answers))
+
+
+def divergence(model: PreTrainedModel, dense: Tensor, found: Tensor) -> Tensor:
+    """Mean KL(dense || found) of what `model`'s head makes of rows [answer tokens, width]. Differentiable in `found`."""
+    with torch.no_grad():
+        wanted = _log_probs(model, dense)
+    return F.kl_div(_log_probs(model, found), wanted, reduction="none", log_target=True).sum(-1).mean()
 
 
 def _log_probs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -56,21 +62,25 @@ def _log_probs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return model.lm_head(hidden).float().log_softmax(-1)
 
 
-def _hidden(model: PreTrainedModel, sample: PackedSample, features: Tensor) -> Tensor:
-    """What the head reads, [answer tokens, width]. One sample at a time: on CPU, batches of long rows are half as fast."""
+def embedded(model: PreTrainedModel, sample: PackedSample, features: Tensor) -> dict[str, Tensor]:
+    """Arguments of the language model for one sample: on CPU, batches of long rows are half as fast."""
     inputs = sample.text(model)
     ids = inputs.pop("input_ids")
     embeds = model.get_input_embeddings()(ids)
     places = (ids == model.config.image_token_id)[..., None].expand_as(embeds)
     newline = model.model.image_newline if sample.picture.layout.newline else None
     visual = arrange(model.model.multi_modal_projector(features), sample.picture.layout, newline)
-    embeds = embeds.masked_scatter(places, visual.to(embeds.dtype))
-    out = model.model.language_model(inputs_embeds=embeds, **inputs, use_cache=False).last_hidden_state
-    return out[0, sample.before_answers.to(out.device)]
+    return {**inputs, "inputs_embeds": embeds.masked_scatter(places, visual.to(embeds.dtype))}
+
+
+def answer_rows(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
+    """What the head reads in these rows, [rows, width]."""
+    out = model.model.language_model(**inputs, use_cache=False).last_hidden_state
+    return out[0, rows.to(out.device)]
 
 
 @torch.no_grad()
-def _image_features(model: PreTrainedModel, sample: PackedSample) -> Tensor:
+def image_features(model: PreTrainedModel, sample: PackedSample) -> Tensor:
     """What the projector reads: [tiles, tokens of a tile, width]."""
     features: list[Tensor] = []
 

@@ -24,7 +24,7 @@ OUTLIER = 5.0
 def answer_loss(model: PreTrainedModel, sample: PackedSample) -> Tensor:
     """Cross entropy of the answers' tokens given picture and question."""
     logits = model(**sample.inputs(model), logits_to_keep=sample.before_answers.to(model.device), use_cache=False).logits[0]
-    return _cross_entropy(logits, sample)
+    return cross_entropy(logits, sample)
 
 
 def _answer_loss_from(model: PreTrainedModel, index: int, block_input: BlockInput, sample: PackedSample) -> Tensor:
@@ -33,10 +33,11 @@ def _answer_loss_from(model: PreTrainedModel, index: int, block_input: BlockInpu
     for block in blocks(model)[index:]:
         hidden = replace(block_input, hidden_states=hidden).run(block)
     rows = hidden[0, sample.before_answers.to(hidden.device)]
-    return _cross_entropy(model.lm_head(model.model.language_model.norm(rows)), sample)
+    return cross_entropy(model.lm_head(model.model.language_model.norm(rows)), sample)
 
 
-def _cross_entropy(logits: Tensor, sample: PackedSample) -> Tensor:
+def cross_entropy(logits: Tensor, sample: PackedSample) -> Tensor:
+    """Of the tokens of a sample's answers, whose logits are [answer tokens, vocab]."""
     return F.cross_entropy(logits.float(), sample.ids[sample.answers].to(logits.device))
 
 
@@ -74,9 +75,7 @@ def _loss_at(weight: Tensor, dense: Tensor, noise: Tensor, sign: int, loss: Call
     return float(loss())
 
 
-def first_order(
-    model: PreTrainedModel, samples: Sequence[PackedSample], progress: Callable[[], None]
-) -> dict[str, float]:
+def first_order(model: PreTrainedModel, samples: Sequence[PackedSample], progress: Callable[[], None]) -> dict[str, float]:
     """The sum over samples of each matrix's gradient norm, which the zeroth order estimates: one backward pass a sample."""
     model.requires_grad_(False)
     weights = {name: linear.weight.requires_grad_(True) for name, linear in linears(model).items()}

@@ -16,12 +16,17 @@ from models.errors import CheckpointError
 from models.manifest import read_manifest
 from models.run_state import RunStateError
 from pruning import samples
+from pruning.answers import Prompt, log_probabilities
+from pruning.dynamic.levels import OperatingPoint
+from pruning.dynamic.planner import make_route
+from pruning.finetuning import train
+from pruning.finetuning.config import FinetuneConfig
+from pruning.finetuning.levels import RATIOS, shown
+from pruning.finetuning.train import FinetuneError, Finetuning
 from pruning.samples import DataError
-from pruning.static import finetune, held_out, pipeline
+from pruning.static import held_out, pipeline
 from pruning.static.blocks import linears
-from pruning.static.finetune import FinetuneError, Finetuning
-from pruning.static.finetune_config import FinetuneConfig
-from pruning.static.fitness import Divergence
+from pruning.static.fitness import Divergence, answer_rows, image_features
 from pruning.static.packing import pack
 from pruning.static.recipe import RecipeError, read
 from pruning.static.scores import answer_loss
@@ -47,7 +52,7 @@ def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tune(checkpoint: Path, out: Path, teacher: Path | None = None, **given: Any) -> Any:
-    return finetune.run(FinetuneConfig(**QUICK | given), checkpoint, out, teacher, quiet=True)
+    return train.run(FinetuneConfig(**QUICK | given), checkpoint, out, teacher, quiet=True)
 
 
 def matrices(directory: Path) -> dict[str, torch.Tensor]:
@@ -99,7 +104,7 @@ def test_its_own_rows_are_learned_over_and_over(dense, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "SAVE_EVERY", 3)
+    monkeypatch.setattr(train, "SAVE_EVERY", 3)
     whole = tune(dense, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, Finetuning, "_step", 5)
@@ -137,9 +142,29 @@ def test_bad_input_is_refused_before_the_work(dense, tmp_path):
 
 
 def test_another_run_in_the_same_place_is_refused(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "SAVE_EVERY", 1)
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, Finetuning, "_step", 2)
         tune(dense, tmp_path / "out")
     with pytest.raises(RunStateError, match="unfinished run of another recipe"):
         tune(dense, tmp_path / "out", rank=2)
+
+
+@pytest.mark.parametrize("level", ["off", "balanced", "strong"])
+def test_a_level_shows_what_the_server_shows_there(dense, level):
+    source, served = open_transformers(dense, dtype="float32"), load(dense, dtype="float32")
+    [one] = samples.read(samples.WORLD, 1, 5)
+    question, said = one.turns[0]
+    sample = pack(source.preprocessor, samples.Sample(one.image, [(question, said)]))
+    with torch.no_grad():
+        given = shown(source.model, sample, image_features(source.model, sample), level)
+        logits = source.model.lm_head(answer_rows(source.model, given.inputs, given.before_answers))
+    picture = served.preprocessor.picture(one.image)
+    point = OperatingPoint(visual_ratio=RATIOS[level])
+    with torch.inference_mode():
+        image = served.model.encode(picture.pixels, picture.layout)
+        route, visual = make_route(point, [image], served.model.num_layers, None)
+        prompt = Prompt(served.preprocessor.question(question, layout=picture.layout), visual)
+        answer = sample.ids[sample.answers].tolist()
+        [expected] = log_probabilities(served.model, [prompt], [answer], [route])
+    torch.testing.assert_close(logits.log_softmax(-1), expected.float(), atol=1e-4, rtol=1e-4)

@@ -23,14 +23,15 @@ from models.manifest import Manifest, read_manifest
 from models.run_state import RunState
 from models.saving import derive
 from pruning import layer_importance, samples
+from pruning.finetuning.config import FinetuneConfig
+from pruning.finetuning.levels import shown
 from pruning.progress import progress_bar, tell_resumed
 from pruning.static import held_out
 from pruning.static.blocks import linears
-from pruning.static.finetune_config import FinetuneConfig
-from pruning.static.fitness import Divergence
+from pruning.static.fitness import answer_rows, divergence, embedded, image_features
 from pruning.static.packing import PackedSample, pack
 from pruning.static.pipeline import check_out
-from pruning.static.scores import answer_loss
+from pruning.static.scores import cross_entropy
 
 SAVE_EVERY = 20
 """Steps."""
@@ -141,9 +142,7 @@ class Finetuning:
         self.preprocessor = source.preprocessor
         self.model.requires_grad_(False)
         generator = torch.Generator().manual_seed(config.seed)
-        self.updates = {
-            name: LowRankUpdate.of(linear, config.rank, generator) for name, linear in _trained(self.model).items()
-        }
+        self.updates = {name: LowRankUpdate.of(linear, config.rank, generator) for name, linear in _trained(self.model).items()}
         parameters = [part for update in self.updates.values() for part in (update.up, update.down)]
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
         self.schedule = OneCycleLR(self.optimizer, config.learning_rate, config.steps, pct_start=0.1, cycle_momentum=False)
@@ -174,8 +173,9 @@ class Finetuning:
 
     def _step(self, batch: Sequence[PackedSample]) -> float:
         total = 0.0
-        for sample in batch:  # one at a time: its activations are most of the memory
-            loss = self._loss(sample) / len(batch)
+        # One at a time: its activations are most of the memory.
+        for number, sample in enumerate(batch, len(self.losses) * len(batch)):
+            loss = self._loss(sample, self.config.levels[number % len(self.config.levels)]) / len(batch)
             loss.backward()
             total += float(loss.detach())
         for update in self.updates.values():
@@ -186,11 +186,15 @@ class Finetuning:
             update.merge()
         return total
 
-    def _loss(self, sample: PackedSample) -> Tensor:
+    def _loss(self, sample: PackedSample, level: str) -> Tensor:
+        given = shown(self.model, sample, image_features(self.model, sample), level)
+        found = answer_rows(self.model, given.inputs, given.before_answers)
         if self.teacher is None:
-            return answer_loss(self.model, sample)
-        references = Divergence.from_dense(self.teacher, [sample]).references
-        return Divergence(self.model, references)([0]).sum()
+            return cross_entropy(self.model.lm_head(found), sample)
+        with torch.no_grad():
+            inputs = embedded(self.teacher, sample, image_features(self.teacher, sample))
+            dense = answer_rows(self.teacher, inputs, sample.before_answers)
+        return divergence(self.model, dense, found)
 
     def _save(self) -> None:
         optimizer = self.optimizer.state_dict()
