@@ -15,9 +15,9 @@ Document = dict[str, Any]
 HEAD = """# What smol knows
 
 Made by `make tables` from `docs/runs/smol.jsonl`, the last lines of `espalier eval smol --dtype float32 --task …` with what a row
-names; `make smol-results` runs what is missing. One training run. Right is what [evaluation.md](evaluation.md) says; in brackets
-95 % intervals. Splits: `test` is drawn by a hand that is in no training picture (OpenMoji), its signs and charts set in typefaces
-that are in none; `known` by the hands of training.
+names, in bfloat16 where 4,000 questions were asked and for weights with zeros; `make smol-results` runs what is missing. One
+training run. Right is what [evaluation.md](evaluation.md) says; in brackets 95 % intervals. Splits: `test` is drawn by a hand that
+is in no training picture (OpenMoji), its signs and charts set in typefaces that are in none; `known` by the hands of training.
 
 | weights | task | split | wordings | level | visual tokens | prefill FLOPs | questions | right |
 |---|---|---|---|---|---|---|---|---|

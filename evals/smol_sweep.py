@@ -29,7 +29,7 @@ from pruning.static.recipe import read
 
 ROUTERS = 3
 LEVELS = ("light", "balanced", "strong")
-HALF = {"sparsity": 0.5, "allocation": "search"}
+HALF = {"sparsity": 0.5, "samples": 192}
 """The recipe of the masks that the levels are combined with."""
 TUNED_HALF, TUNED_EASY_VQA = "half-finetuned", "easy-vqa-finetuned"
 """What `espalier finetune` makes of those masks, and of dense weights on the training split of easy-VQA."""
