@@ -125,7 +125,7 @@ class DecodePlan:
             norm.dtype == torch.bfloat16, eps, rope_scaling,
         )  # fmt: skip
         int8 = any(isinstance(matrix, Int8Linear) for matrix in matrices)
-        max_rows = thresholds.DECODE_ROWS_INT8 if int8 else thresholds.DECODE_ROWS[kernels.many_rows()]
+        max_rows = thresholds.decode_rows(len(norm), kernels.many_rows() if avx512 else "portable", int8=int8)
         return cls(native, model, norm.dtype, "AVX-512" if avx512 else "portable", max_rows, (table, *held))
 
     def takes(self, batch: Sequence[Rows]) -> bool:

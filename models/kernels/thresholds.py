@@ -31,11 +31,16 @@ PACKED = {"amx": 640, "bfloat16": 48}
 """Rows up to which our kernels multiply a packed weight; more are faster through dense parts."""
 NF4_ROWS = 48
 """The same for a weight of 4 bits, where float32 is not faster."""
-DECODE_ROWS = {"amx": 8, "float32": 64, "bfloat16": 32}
+DECODE_ROWS = {"amx": 8, "float32": 64, "bfloat16": 64, "portable": 32}
 """Rows of answers and of prompts, or parts of them, that run in one native call; more run layer by layer. Ms on two threads of a
 Xeon without AMX, `smol-135m`, a prompt of 31, 48, 63 and 111 rows: 49, 72, 93 and 180, layer by layer 81, 96, 122 and 179: threads
-that wait passively are slow to wake between products. 40 answers behind 600 rows, one thread: 218, layer by layer 403. With AMX,
-whose tiles that call does not use: not measured."""
+that wait passively are slow to wake between products. 40 answers behind 600 rows, one thread: 218, layer by layer 403. On a Zen 5,
+bfloat16, `tinyllava-1.1b`, a prompt of 32, 63, 96 and 256 rows: 121, 219, 329 and 849, layer by layer 147, 219, 299 and 651. With
+AMX, whose tiles that call does not use: not measured."""
+DECODE_ROWS_NARROW, NARROW_MODEL = 160, 1024
+"""The same in bfloat16 of a model of at most so many hidden dimensions, whose products take less time than to wake a thread.
+`smol-135m` on a Zen 5, a prompt of 32, 63, 80, 111, 160 and 320 rows: 15, 23, 29, 54, 77 and 155 ms; layer by layer 35, 56, 62, 71,
+89 and 158."""
 DECODE_ROWS_INT8 = 128
 """The same where weights have 8 bits: 16, 24, 27 and 68 ms, at 208 rows 127; layer by layer 39, 48, 57, 94 and 136."""
 BITMASK_GPU = 16
@@ -51,6 +56,14 @@ SPARSE_FROM = 0.3
 more, however many zeros there are; but where float32 is faster zeros are left out from 65 rows on, and half of them give 0.80."""
 TIMED_ROWS = (1, 16)
 """What is timed at load on a GPU. In any format prefill is bound by arithmetic, so only few rows are."""
+
+
+def decode_rows(width: int, many_rows: ManyRows | Literal["portable"], *, int8: bool) -> int:
+    """Rows up to which a model of `width` hidden dimensions runs in one native call; `portable`: without AVX-512."""
+    if int8:
+        return DECODE_ROWS_INT8
+    narrow = many_rows == "bfloat16" and width <= NARROW_MODEL
+    return DECODE_ROWS_NARROW if narrow else DECODE_ROWS[many_rows]
 
 
 def kernel(weight_format: Format, rows: int, many_rows: ManyRows) -> str:

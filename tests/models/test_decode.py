@@ -131,7 +131,7 @@ def test_4_bits_equal_layer_by_layer():
 @KINDS
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
 def test_parts_of_prompts_equal_layer_by_layer(dtype, kind, sizes, instructions, monkeypatch):
-    monkeypatch.setitem(thresholds.DECODE_ROWS, kernels.many_rows(), 1000)
+    monkeypatch.setattr(thresholds, "decode_rows", lambda *_, **__: 1000)
     model = build(dtype, kind, **sizes)
     theirs, ours = parts(model, [9, 2, 1], logits=3), parts(model, [9, 2, 1], logits=3)
     for wanted, found in zip(theirs, ours, strict=True):
@@ -145,7 +145,7 @@ def test_parts_of_prompts_equal_layer_by_layer(dtype, kind, sizes, instructions,
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
 def test_parts_are_the_same_bit_for_bit_beside_answers(dtype, instructions, monkeypatch):
-    monkeypatch.setitem(thresholds.DECODE_ROWS, kernels.many_rows(), 1000)
+    monkeypatch.setattr(thresholds, "decode_rows", lambda *_, **__: 1000)
     model = build(dtype, heads=9, kv_heads=3, width=576)
     alone = [forward(model, [one]) for one in beside_ends(model)]
     assert torch.equal(forward(model, beside_ends(model)), torch.cat(alone))
@@ -162,7 +162,7 @@ def test_a_row_is_the_same_bit_for_bit_in_any_batch(dtype, instructions):
 
 def test_more_threads_than_cores_change_nothing(instructions, monkeypatch):
     """Threads that are taken off their cores hold chunks; others compute them once more."""
-    monkeypatch.setitem(thresholds.DECODE_ROWS, kernels.many_rows(), 1000)
+    monkeypatch.setattr(thresholds, "decode_rows", lambda *_, **__: 1000)
     model, before = build(torch.bfloat16, heads=9, kv_heads=3, width=576), torch.get_num_threads()
     batches = [beside_ends(model), [session.input for session in some(model)]]
     lengths = [[list(one.cache.lengths) for one in batch] for batch in batches]
@@ -192,7 +192,7 @@ def some(model: Llava) -> list[Session]:
 
 @avx512
 def test_packed_weights_give_what_the_dense_ones_do(monkeypatch):
-    monkeypatch.setitem(thresholds.DECODE_ROWS, kernels.many_rows(), 1000)
+    monkeypatch.setattr(thresholds, "decode_rows", lambda *_, **__: 1000)
     model = build(torch.bfloat16, heads=9, kv_heads=3, width=576, ffn=200)
     for layer in model.decoder_layers:
         for matrix in layer.linears().values():
@@ -237,5 +237,11 @@ def test_what_the_native_step_does_not_take_runs_layer_by_layer(monkeypatch):
     assert replace(model, decoder_layers=sparse).decode_plan is None
     assert replace(model, norm=model.norm.half()).decode_plan is None
     assert replace(model, head=Linear(model.head.weight.float())).decode_plan is None
-    monkeypatch.setitem(thresholds.DECODE_ROWS, kernels.many_rows(), 2)
+    monkeypatch.setattr(thresholds, "decode_rows", lambda *_, **__: 2)
     assert [model.decode_plan.takes([session.input for session in some(model)[:n]]) for n in (2, 3)] == [True, False]
+
+
+def test_narrow_models_and_few_bits_take_more_rows_in_one_call():
+    rows = thresholds.decode_rows
+    assert rows(576, "bfloat16", int8=False) > rows(2048, "bfloat16", int8=False) == rows(576, "float32", int8=False)
+    assert rows(576, "portable", int8=False) < rows(576, "float32", int8=False) < rows(576, "float32", int8=True)

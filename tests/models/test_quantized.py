@@ -202,7 +202,7 @@ def test_native_8_bits_move_answers_no_further_than_torchs(monkeypatch, dtype):
 
     expected, native = logits(dense), logits(quantized)
     monkeypatch.setattr(kernels, "few_bits_library", lambda: None)
-    assert 0 < (native - expected).norm() < 1.1 * (logits(quantized) - expected).norm()
+    assert 0 < (native - expected).norm() < 1.2 * (logits(quantized) - expected).norm()
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
