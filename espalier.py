@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Annotated, Any, Literal, get_origin
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.text import Text
@@ -58,7 +58,8 @@ def options_from(settings: type[BaseModel]) -> Callable[[Callable[..., None]], C
 
     def option(name: str, field: FieldInfo) -> Parameter:
         repeats = get_origin(field.annotation) is tuple
-        shown = typer.Option(help=field.description, show_default="all" if repeats else str(field.default) or False)
+        default = ", ".join(field.default) or "all" if repeats else str(field.default)
+        shown = typer.Option(help=field.description, show_default=default or False)
         kind: Any = list[str] if repeats else field.annotation
         return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, shown])
 
@@ -456,8 +457,17 @@ def _plain_errors() -> Iterator[None]:
         except (CheckpointError, ValueError, OSError) as error:
             if pressed:
                 raise KeyboardInterrupt from error
-            errors.print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True)
+            errors.print(Text.assemble(("error:", "red"), f" {_one_line(error)}"), soft_wrap=True)
             raise typer.Exit(1) from error
+
+
+def _one_line(error: Exception) -> str:
+    """What to say of an error; of options that do not fit, the first one."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    option = f"--{first['loc'][0]}: ".replace("_", "-") if first["loc"] else ""
+    return option + first["msg"].removeprefix("Value error, ")
 
 
 @contextmanager

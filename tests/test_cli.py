@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from espalier import _plain_errors, app, errors
 from models.manifest import Manifest, read_manifest, write_manifest
 from pruning.dynamic.training.config import TrainingConfig
+from pruning.finetuning.config import FinetuneConfig
 from pruning.static.recipe import Recipe
 from server.settings import Settings
 from tests.server.tiny import write
@@ -88,6 +89,22 @@ def test_calibrate_shows_and_stores_each_layers_change(dense: Path, tmp_path: Pa
     assert calibration is not None and (calibration.samples, calibration.seed) == (2, 5)
 
 
+@pytest.mark.parametrize(
+    ("command", "given", "message"),
+    [
+        ("finetune", ["--levels", "cheap"], "--levels: Input should be 'off', 'light', 'balanced' or 'strong'"),
+        ("finetune", ["--batch-size", "0"], "--batch-size: Input should be greater than or equal to 1"),
+        ("route", ["--pictures", "0"], "--pictures: Input should be greater than or equal to"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_one_line(dense: Path, tmp_path: Path, command: str, given: list[str], message: str) -> None:
+    with errors.capture() as shown:
+        result = CliRunner().invoke(app, [command, str(dense), "--out", str(tmp_path / "out"), *given])
+    told = shown.get() + result.output
+    assert result.exit_code == 1 and f"error: {message}" in told and told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", [["calibrate", "embedded"], ["eval", "embedded", "--cards"]])
 def test_shipped_checkpoints_are_not_written_to(command: list[str]) -> None:
     result = CliRunner().invoke(app, command)
@@ -114,13 +131,15 @@ def test_a_checkpoint_that_is_not_pruned_has_nothing_to_draw(dense: Path, tmp_pa
     assert "is not pruned: there is nothing to draw" in result.output
 
 
-@pytest.mark.parametrize(("command", "model"), [("prune", Recipe), ("route", TrainingConfig), ("serve", Settings)])
+@pytest.mark.parametrize(
+    ("command", "model"), [("prune", Recipe), ("finetune", FinetuneConfig), ("route", TrainingConfig), ("serve", Settings)]
+)
 def test_every_setting_is_an_option_with_its_default(command: str, model: type[BaseModel]) -> None:
     shown = " ".join(CliRunner().invoke(app, [command, "--help"]).output.split())
     for name, field in model.model_fields.items():
         if name == "checkpoint":  # an argument
             continue
-        default = "all" if field.default == () else str(field.default)
+        default = ", ".join(field.default) or "all" if isinstance(field.default, tuple) else str(field.default)
         said = re.escape(f"[default: ({default})]") if default else ""
         assert re.search(rf"--{name.replace('_', '-')} ((?! --).)*{said}", shown), name
 
