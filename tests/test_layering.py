@@ -3,8 +3,9 @@
     server → pruning.dynamic → models ← pruning.static
 
 `models` imports nothing of ours. `pruning.samples` alone reads a world that ships with Espalier, and `pruning.layer_importance` is
-measured by both halves; neither is part of serving. `checkpoints` knows the shipped names and turns them into directories: only
-front doors (the server's, evals, benchmarks, espalier.py) ask it, all else takes a directory. evals and benchmarks stand outside.
+measured by both halves; neither is part of serving. `pruning.finetuning` makes up for what both took away, and knows both.
+`checkpoints` knows the shipped names and turns them into directories: only front doors (the server's, evals, benchmarks,
+espalier.py) ask it, all else takes a directory. evals and benchmarks stand outside.
 """
 
 from __future__ import annotations
