@@ -103,16 +103,13 @@ def test_load_spreads_and_a_picture_keeps_its_replica(cluster: Cluster) -> None:
 
 
 def test_levels_are_routes_and_streams_stream(cluster: Cluster) -> None:
-    payload = question(0) | {"stream": True, "max_tokens": 40, "ignore_eos": True}
+    payload = question(0) | {"stream": True, "max_tokens": 150, "ignore_eos": True}
     with cluster.client.stream("POST", "/strong/v1/chat/completions", json=payload) as reply:
         assert reply.headers["x-pruning-level"] == "strong"
-        times, last = [], {}
-        for line in reply.iter_lines():
-            if line.startswith("data: {"):
-                times.append(time.monotonic())
-                last = json.loads(line[6:]).get("pruning") or last
-    assert last["level"] == "strong"
-    assert times[-1] - times[0] > 0.02, "it came in pieces: what is not text takes time, too"
+        pieces = list(reply.iter_raw())
+    events = [line[6:] for line in b"".join(pieces).decode().splitlines() if line.startswith("data: {")]
+    assert [event["pruning"]["level"] for event in map(json.loads, events) if event.get("pruning")] == ["strong"]
+    assert len(pieces) > 3, "what a proxy holds back comes in one or two reads"
 
 
 def test_errors_and_the_playground_come_through(cluster: Cluster) -> None:
