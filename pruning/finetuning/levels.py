@@ -31,15 +31,15 @@ def shown(model: PreTrainedModel, sample: PackedSample, features: Tensor, level:
     embeds, places = inputs["inputs_embeds"], (sample.ids == model.config.image_token_id).nonzero()[:, 0]
     image = ImageFeatures(embeds[:, places], layout=sample.picture.layout)
     route, visual = make_route(OperatingPoint(visual_ratio=RATIOS[level]), [image], 1, None)
-    assert visual is not None
+    if visual is None or not route.dropped:
+        return Shown(inputs, sample.before_answers)
+    stay = places[list(route.kept_tokens)]
     rows = torch.ones(len(sample.ids), dtype=torch.bool)
     rows[places] = False
-    rows[places[list(route.kept_tokens)]] = True
-    mask = inputs["attention_mask"]
-    if route.token_sizes:  # attention counts a merged token as often as the tokens it stands for
-        bias = torch.zeros(len(rows))
-        bias[places[list(route.kept_tokens)]] = torch.tensor(route.token_sizes).log()
-        mask = mask + bias.to(mask)
+    rows[stay] = True
+    bias = torch.zeros(len(rows))  # attention counts a merged token as often as the tokens it stands for
+    bias[stay] = torch.tensor(route.token_sizes).log()
+    mask = inputs["attention_mask"] + bias.to(inputs["attention_mask"])
     embeds = embeds.index_copy(1, places.to(embeds.device), visual[None])
     kept = rows.nonzero()[:, 0].to(embeds.device)
     given = {

@@ -142,7 +142,9 @@ class Finetuning:
         self.preprocessor = source.preprocessor
         self.model.requires_grad_(False)
         generator = torch.Generator().manual_seed(config.seed)
-        self.updates = {name: LowRankUpdate.of(linear, config.rank, generator) for name, linear in _trained(self.model).items()}
+        self.updates = {
+            name: LowRankUpdate.of(linear, config.rank, generator) for name, linear in _trained(self.model).items()
+        }
         parameters = [part for update in self.updates.values() for part in (update.up, update.down)]
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
         self.schedule = OneCycleLR(self.optimizer, config.learning_rate, config.steps, pct_start=0.1, cycle_momentum=False)
@@ -191,7 +193,7 @@ class Finetuning:
         found = answer_rows(self.model, given.inputs, given.before_answers)
         if self.teacher is None:
             return cross_entropy(self.model.lm_head(found), sample)
-        with torch.no_grad():
+        with torch.no_grad():  # its own features: `prune --tower` changes what the student sees
             inputs = embedded(self.teacher, sample, image_features(self.teacher, sample))
             dense = answer_rows(self.teacher, inputs, sample.before_answers)
         return divergence(self.model, dense, found)

@@ -195,14 +195,14 @@ def test_native_8_bits_move_answers_no_further_than_torchs(monkeypatch, dtype):
     config = tiny_config("qwen2")
     config.text_config.initializer_range = 0.2
     dense, quantized = (from_transformers(random_model(config, 1, dtype), held) for held in (None, "int8"))
-    asked = [(prompt(1, 5 + seed, seed), pixels(1, seed).to(dtype)) for seed in range(20)]
+    asked = [(prompt(1, 5 + seed, seed), pixels(1, seed).to(dtype)) for seed in range(100)]
 
     def logits(model: Llava) -> Tensor:
         return torch.cat([forward(model, [Session(model, *one).input]) for one in asked])
 
     expected, native = logits(dense), logits(quantized)
     monkeypatch.setattr(kernels, "few_bits_library", lambda: None)
-    assert 0 < (native - expected).norm() < 1.2 * (logits(quantized) - expected).norm()
+    assert 0 < (native - expected).norm() < 1.1 * (logits(quantized) - expected).norm()
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
