@@ -13,6 +13,9 @@ from models import kernels
 from models.kernels import thresholds
 from models.mapped import give_back
 
+PART = 4096
+"""Outputs whose weights are held in float32 at a time."""
+
 
 @dataclass
 class Linear:
@@ -26,6 +29,15 @@ class Linear:
         if kernels_take(x, "dense") and _is_plain(self.weight) and (native := kernels.library()):
             return kernels.dense_linear(native, x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+    def unrounded(self, x: Tensor) -> Tensor:
+        """The same in float32. On a CPU its sums are not rounded to bfloat16, in which the largest logits are often equal."""
+        if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+            return self(x).float()
+        if _is_plain(self.weight) and not x.requires_grad and (native := kernels.unrounded_library()):
+            return kernels.unrounded_linear(native, x, self.weight, self.bias)
+        parts = [F.linear(x.float(), part.float()) for part in self.weight.split(PART)]
+        return torch.cat(parts, -1) if self.bias is None else torch.cat(parts, -1) + self.bias
 
     @property
     def bytes(self) -> int:

@@ -136,7 +136,7 @@ class Llava:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states [rows, width] to float32 logits [rows, vocab]."""
-        return self.head(rms_norm(hidden, self.norm, self.eps)).float()
+        return self.head.unrounded(rms_norm(hidden, self.norm, self.eps))
 
     def linears(self) -> dict[str, AnyLinear]:
         """Every matrix by name, `language.3.qkv` and the like."""

@@ -94,6 +94,10 @@ class Int8Linear:
             out += rows.where(outlier, 0)[:, columns] @ weight.T
         return out.view(*x.shape[:-1], -1)
 
+    def unrounded(self, x: Tensor) -> Tensor:
+        """The same in float32, its sums not rounded to the dtype of `x` on a CPU."""
+        return self(x.float()) if x.device.type == "cpu" else self(x).float()
+
     def _native(self, rows: Tensor) -> ctypes.CDLL | None:
         """The CPU kernels, if they take such rows."""
         if rows.device.type != "cpu" or rows.dtype not in (torch.bfloat16, torch.float32) or rows.requires_grad:

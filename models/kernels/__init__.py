@@ -42,6 +42,7 @@ SIGNATURES: Signatures = {
     "swish": [POINTER] * 3 + [COUNT] * 3 + [FLOAT, INT],
     "apply_rope": [POINTER] * 4 + [COUNT] * 4 + [INT],
 }
+UNROUNDED_SIGNATURES: Signatures = {"dense_gemv_avx512_to_float32": PRODUCT}
 CONVOLUTION_SIGNATURES: Signatures = {"inverted_bottleneck": [POINTER, POINTER, COUNT, INT]}
 ATTENTION_SIGNATURES: Signatures = {"attend_rows": [POINTER] * 5 + [COUNT] * 7 + [FLOAT] + [INT] * 3}
 FEW_BITS_SIGNATURES: Signatures = {
@@ -104,6 +105,12 @@ def few_bits_library() -> ctypes.CDLL | None:
 
 
 @cache
+def unrounded_library() -> ctypes.CDLL | None:
+    """The same with products whose sums are not rounded."""
+    return _library_with(UNROUNDED_SIGNATURES, "first tokens are")
+
+
+@cache
 def attention_library() -> ctypes.CDLL | None:
     """The same with `attend_rows`."""
     return _library_with(ATTENTION_SIGNATURES, "attention of prompts is")
@@ -140,6 +147,16 @@ def dense_linear(native: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | 
     y = x.new_empty(len(x), n)
     product = _product(native, "dense", len(x))
     product(x.data_ptr(), weight.data_ptr(), _pointer(bias), y.data_ptr(), len(x), k, n, torch.get_num_threads())
+    return y
+
+
+def unrounded_linear(native: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same product in float32: its sums are not rounded."""
+    x, (n, k) = x.contiguous(), weight.shape
+    y = x.new_empty(len(x), n, dtype=torch.float32)
+    native.dense_gemv_avx512_to_float32(
+        x.data_ptr(), weight.data_ptr(), _pointer(bias), y.data_ptr(), len(x), k, n, torch.get_num_threads()
+    )  # fmt: skip
     return y
 
 

@@ -21,8 +21,8 @@ int64_t strip_rows(int64_t k, int64_t n, int threads) {
 }
 
 // Strips are scheduled dynamically: rows of W differ in non-zeros, and cores in load.
-template <class W>
-void multiply(const W& w, const Product& p, int threads) {
+template <class W, class Y>
+void multiply(const W& w, const ProductTo<Y>& p, int threads) {
   if (p.n * p.k < MIN_PARALLEL_WORK) threads = 1;
   const int64_t step = strip_rows(p.k, p.n, threads);
 #pragma omp parallel num_threads(threads)
@@ -72,6 +72,12 @@ int avx512_supported() {
 void dense_gemv_avx512(const bf16* x, const bf16* weights, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n,
                        int threads) {
   multiply(Dense{weights, k}, Product{x, bias, y, rows, k, n}, threads);
+}
+
+// Sums that are not rounded, for logits.
+void dense_gemv_avx512_to_float32(const bf16* x, const bf16* weights, const bf16* bias, float* y, int64_t rows, int64_t k, int64_t n,
+                                  int threads) {
+  multiply(Dense{weights, k}, ProductTo<float>{x, bias, y, rows, k, n}, threads);
 }
 
 void packed_gemv_avx512(const bf16* x, const Packed* w, const bf16* bias, bf16* y, int64_t rows, int64_t k, int64_t n, int threads) {

@@ -38,6 +38,16 @@ def test_matches_transformers_in_prefill_and_16_decode_steps(kind, options, imag
         session.push(int(expected[:IMAGE].argmax()))  # an image token would ask for pixels
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_logits_in_bfloat16_are_not_rounded(quantization):
+    """Rounded, the likeliest tokens are often equal, and then their numbers decide."""
+    config = tiny_config()
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    model = from_transformers(random_model(config, seed=1).bfloat16(), quantization)
+    logits = model.logits(torch.randn(5, 48).bfloat16())
+    assert (logits != logits.bfloat16().float()).float().mean() > 0.9
+
+
 def routes() -> dict[str, Route]:
     return {
         "full": Route.full(VISUAL, 3),

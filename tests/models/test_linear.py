@@ -56,6 +56,16 @@ def test_each_format_equals_float32(path, make):
     check()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_unrounded_sums_are_those_of_float32(path, bias, monkeypatch):
+    if path == "torch":
+        monkeypatch.setattr(kernels, "unrounded_library", lambda: None)
+    x, linear = problem((5, 576, 5000), 1.0, seed=int(bias))
+    y = linear.unrounded(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, reference(x, linear), rtol=1e-5, atol=1e-4)
+
+
 def test_a_sparse_weight_comes_back_as_it_was():
     _, linear = problem((1, 133, 37), 0.5, 1)
     assert torch.equal(SparseLinear.of(linear).dense(), linear.weight)
