@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.text import Text
 
+from models.errors import faults
 from pruning.dynamic.training.config import TrainingConfig
 from pruning.finetuning.config import FinetuneConfig
 from pruning.static.recipe import Recipe
@@ -465,9 +466,9 @@ def _one_line(error: Exception) -> str:
     """What to say of an error; of options that do not fit, the first one."""
     if not isinstance(error, ValidationError):
         return str(error)
-    first = error.errors()[0]
-    option = f"--{first['loc'][0]}: ".replace("_", "-") if first["loc"] else ""
-    return option + first["msg"].removeprefix("Value error, ")
+    first = faults(error)[0]
+    option = first.key.partition(".")[0].replace("_", "-")
+    return f"--{option}: {first.text}" if option else first.text
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.errors import CheckpointError
+from models.errors import CheckpointError, faults
 
 MANIFEST = "espalier.json"
 VERSION: Literal[2] = 2
@@ -110,7 +110,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise CheckpointError(f"{path}: version {document['version']} is older than {VERSION}; {_remake(document)}")
         return Manifest.model_validate(document)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: {first_fault(error)}") from error
+        raise CheckpointError(f"{path}: {faults(error)[0]}") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
 
@@ -119,12 +119,6 @@ def _remake(document: dict[str, Any]) -> str:
     """The commands that make a checkpoint with an older manifest anew."""
     commands = [f"`espalier {command}`" for command, key in (("prune", "pruning"), ("route", "router")) if key in document]
     return f"make the checkpoint anew with {', then '.join(commands)}" if commands else "remove it and run `espalier calibrate`"
-
-
-def first_fault(error: ValidationError) -> str:
-    """The first key at fault and what is wrong with it."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -23,6 +23,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from models.errors import faults
 from server.caller import CALLER
 from server.errors import EspalierError, HostNotAllowed, InvalidApiKey, OriginNotAllowed, RateLimited, UnsupportedMedia
 from server.metrics import ServerMetrics
@@ -70,8 +71,7 @@ def _read_file(path: Path) -> list[ApiKey]:
     try:
         found = KeyFile.model_validate(tomllib.loads(path.read_text("utf-8")))
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+        raise ValueError(f"{path}: {faults(error)[0]}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return [key.model_copy(update={"name": name}) for name, key in found.keys.items()]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from models.errors import faults
 from models.image_limits import MAX_PIXELS, PILLOW_MAX_PIXELS
 from pruning.dynamic.token_policy import TokenPolicy
 from server.logs import LogFormat
@@ -119,7 +120,4 @@ def read_settings(given: dict[str, Any]) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        faults = error.errors(include_url=False, include_context=False)
-        told = (".".join(map(str, fault["loc"])) for fault in faults)
-        texts = (fault["msg"].removeprefix("Value error, ") for fault in faults)
-        raise ValueError("; ".join(f"{name}: {text}" if name else text for name, text in zip(told, texts, strict=True))) from error
+        raise ValueError("; ".join(map(str, faults(error)))) from error

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from models import kernels
 from models.checkpoint import Checkpoint
-from models.errors import CheckpointError
+from models.errors import CheckpointError, faults
 from models.headers import first_misfit, read_headers
-from models.manifest import MANIFEST, Manifest, first_fault
+from models.manifest import MANIFEST, Manifest
 from models.saving import save_tensors
 from pruning.dynamic.levels import OperatingPoint, Share
 from pruning.dynamic.router import Router, RouterConfig
@@ -64,7 +64,7 @@ class RouterRecord(BaseModel):
         try:
             return None if manifest.router is None else cls.model_validate(manifest.router)
         except ValidationError as error:
-            raise CheckpointError(f"{MANIFEST}: router.{first_fault(error)}; run `espalier route`") from error
+            raise CheckpointError(f"{MANIFEST}: router.{faults(error)[0]}; run `espalier route`") from error
 
 
 def save_router(router: Router, path: Path) -> None:

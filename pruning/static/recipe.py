@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from models.errors import faults
+
 MIN_SAMPLES, MIN_SEARCH_SAMPLES = 4, 16
 """The search needs more: it holds a quarter of them out."""
 
@@ -70,7 +72,5 @@ def read(path: Path | None, options: dict[str, Any]) -> Recipe:
     try:
         return Recipe(**settings | options)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        parts = [str(path) if path and key else "", key, first["msg"].removeprefix("Value error, ")]
-        raise RecipeError(": ".join(filter(None, parts))) from error
+        first = faults(error)[0]
+        raise RecipeError(f"{path}: {first}" if path and first.key else str(first)) from error
