@@ -1,4 +1,4 @@
-"""The three criteria behind one interface: gather statistics of a matrix's input, prepare them once, prune to any sparsities.
+"""The criteria behind one interface: gather statistics of a matrix's input, prepare them once, prune to any sparsities.
 
 GPTQ, which rounds, shares all of it but the last step.
 """
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pruning.static import magnitude, obs, wanda
+from pruning.static import alps, magnitude, obs, wanda
 from pruning.static.blocks import Block, BlockInput, input_statistics
 from pruning.static.masks import Pattern
 
@@ -30,13 +30,13 @@ class Method(Protocol):
 
 
 class Criterion(Method, Protocol):
-    """What the modules `magnitude`, `wanda` and `obs` hold."""
+    """What the modules `magnitude`, `wanda`, `obs` and `alps` hold."""
 
     def prune(self, weight: Tensor, prepared: Any, nonzeros: int, pattern: Pattern) -> Tensor:
         """The weight [out, in] with `nonzeros` weights left."""
 
 
-CRITERIA: Mapping[str, Criterion] = {"magnitude": magnitude, "wanda": wanda, "obs": obs}
+CRITERIA: Mapping[str, Criterion] = {"magnitude": magnitude, "wanda": wanda, "obs": obs, "alps": alps}
 
 
 @torch.no_grad()

@@ -46,17 +46,22 @@ def accumulate(statistics: Hessian, rows: Tensor) -> None:
     statistics.matrix.mul_(1 - len(rows) / statistics.rows).addmm_(scaled.T, scaled)
 
 
+def check(statistics: Hessian) -> None:
+    """Raise HessianError when the Hessian is not finite or all zero."""
+    if not statistics.matrix.isfinite().all():
+        raise HessianError("the Hessian is not finite; calibrate in float32, or leave out the samples that overflow")
+    if not statistics.matrix.diagonal().any():
+        raise HessianError("the Hessian is zero: no calibration row reached this matrix")
+
+
 def prepare(statistics: Hessian, damping: float = DAMPING) -> Factor:
     """Invert the damped Hessian and factorise the inverse; a singular one is tried again with ten times the damping.
 
     Raises HessianError when the Hessian is not finite, all zero, or singular after RETRIES.
     """
+    check(statistics)
     matrix = statistics.matrix
-    if not matrix.isfinite().all():
-        raise HessianError("the Hessian is not finite; calibrate in float32, or leave out the samples that overflow")
     diagonal = matrix.diagonal()
-    if not diagonal.any():
-        raise HessianError("the Hessian is zero: no calibration row reached this matrix")
     dead = diagonal == 0
     for attempt in range(RETRIES):
         used = damping * 10**attempt

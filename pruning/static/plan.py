@@ -137,7 +137,7 @@ def _block_bytes(recipe: Recipe, model: PreTrainedModel, module: str, rows: int)
     block = blocks(model, module)[0]
     inputs = [block.linear(group[0]).in_features for group in block.groups]
     largest = max(linear.weight.numel() for linear in block.linears().values())
-    statistics = sum(4 * size**2 for size in inputs) if recipe.criterion == "obs" or recipe.pattern == "structured" else 0
+    statistics = sum(4 * size**2 for size in inputs) if recipe.criterion in ("obs", "alps") or recipe.pattern == "structured" else 0
     inverse = max(inputs) ** 2 * (32 if recipe.pattern == "structured" else 16 if statistics else 0)
     run = rows * (3 * max(inputs) + 8 * min(inputs)) * model.dtype.itemsize
     return run, statistics, statistics + max(inverse, inverse // 4 + 12 * largest)

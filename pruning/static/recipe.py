@@ -26,7 +26,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    criterion: Literal["magnitude", "wanda", "obs"] = Field("obs", description="What decides which weights of a matrix go.")
+    criterion: Literal["magnitude", "wanda", "obs", "alps"] = Field(
+        "obs", description="What decides which weights of a matrix go. alps loses less than obs, and takes longer."
+    )
     pattern: Literal["unstructured", "2:4", "structured"] = Field(
         "unstructured", description="Any weight, two of every four in a row, or whole attention heads and FFN neurons."
     )
@@ -51,6 +53,8 @@ class Recipe(BaseModel):
             raise ValueError("sparsity 0 prunes nothing, unless tower is above 0")
         if self.pattern != "unstructured" and self.allocation != "uniform":
             raise ValueError(f"pattern {self.pattern} needs allocation uniform")
+        if self.pattern == "structured" and self.criterion == "alps":
+            raise ValueError("criterion alps removes single weights; pattern structured needs obs, wanda or magnitude")
         if self.pattern == "2:4" and self.sparsity != 0.5:
             raise ValueError("pattern 2:4 means sparsity 0.5")
         if self.allocation == "search" and self.samples < MIN_SEARCH_SAMPLES:

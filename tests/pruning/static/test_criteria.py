@@ -1,6 +1,9 @@
-"""The three criteria against brute force, and OBS against its optimality conditions."""
+"""The criteria against brute force, OBS and ALPS against their optimality conditions."""
 
 from __future__ import annotations
+
+from itertools import combinations
+from statistics import median
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pruning.static import magnitude, masks, obs, wanda
+from pruning.static import alps, magnitude, masks, obs, wanda
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 24))
 
@@ -158,25 +161,77 @@ def test_bfloat16_weights_are_pruned_in_float32():
     assert torch.equal(pruned, obs.prune(weight.float(), obs.prepare(hessian_of(rows)), 64, "unstructured").bfloat16())
 
 
-# ---- what goes wrong
+# ---- ALPS
 
 
-def test_a_dead_input_is_dropped_first_and_does_no_harm():
-    rows = rows_of(8, 4)
-    rows[:, 3] = 0
-    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
-    pruned = obs.prune(weight, obs.prepare(hessian_of(rows)), 28, "unstructured")
-    assert int((pruned != 0).sum()) == 28
-    assert (pruned[:, 3] == 0).all() and torch.allclose(pruned[:, :3], weight[:, :3])
-    assert loss(weight, pruned, rows) == pytest.approx(0, abs=1e-6)
+@given(st.integers(1, 6), st.integers(1, 40), st.floats(0, 1), st.integers(0, 9))
+def test_alps_totals_are_exact(out, columns, sparsity, seed):
+    weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(seed))
+    kept = round(weight.numel() * (1 - sparsity))
+    assert int((alps.prune(weight, alps.prepare(hessian_of(rows_of(columns, seed))), kept, "unstructured") != 0).sum()) == kept
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_totals_hold_with_more_dead_inputs_than_weights_to_drop(pattern):
+def test_alps_loses_less_than_half_of_what_obs_does(pattern):
+    rows = rows_of(32, 5, count=256)
+    weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(5))
+    kept = weight.numel() // 2
+    ours = alps.prune(weight, alps.prepare(hessian_of(rows)), kept, pattern)
+    assert int((ours != 0).sum()) == kept
+    if pattern == "2:4":
+        assert ((ours != 0).view(24, 8, 4).sum(2) == 2).all()
+    assert loss(weight, ours, rows) < 0.5 * loss(weight, obs.prune(weight, obs.prepare(hessian_of(rows)), kept, pattern), rows)
+
+
+def test_alps_is_near_the_best_of_all_masks():
+    """Of eight weights four stay; what is lost beside the least that any of the 70 masks loses."""
+    beside_the_best = {alps: [], obs: []}
+    for seed in range(40):
+        rows, weight = rows_of(8, seed), torch.randn(1, 8, generator=torch.Generator().manual_seed(seed))
+        least = min(loss(weight, solved(weight, list(kept), rows), rows) for kept in combinations(range(8), 4))
+        for criterion, found in beside_the_best.items():
+            pruned = criterion.prune(weight, criterion.prepare(hessian_of(rows)), 4, "unstructured")
+            found.append(loss(weight, pruned, rows) / least)
+    assert median(beside_the_best[alps]) < 1.6
+    assert median(beside_the_best[obs]) > 3
+
+
+def test_alps_solves_for_the_weights_of_its_mask():
+    rows = rows_of(12, 3, count=256)
+    weight = torch.randn(1, 12, generator=torch.Generator().manual_seed(3))
+    pruned = alps.prune(weight, alps.prepare(hessian_of(rows)), 6, "unstructured")
+    best = solved(weight, pruned[0].nonzero()[:, 0].tolist(), rows)
+    assert loss(weight, pruned, rows) < 1.02 * loss(weight, best, rows)
+
+
+def solved(weight: Tensor, kept: list[int], rows: Tensor) -> Tensor:
+    """A weight [1, in] of which some are kept, and changed to make up for the others: least squares in float64."""
+    found = torch.zeros_like(weight, dtype=torch.float64)
+    found[0, kept] = torch.linalg.lstsq(rows.double()[:, kept], rows.double() @ weight[0].double()).solution
+    return found.float()
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize("criterion", [obs, alps])
+def test_a_dead_input_is_dropped_first_and_does_no_harm(criterion):
+    rows = rows_of(8, 4)
+    rows[:, 3] = 0
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    pruned = criterion.prune(weight, criterion.prepare(hessian_of(rows)), 28, "unstructured")
+    assert int((pruned != 0).sum()) == 28
+    assert (pruned[:, 3] == 0).all() and torch.allclose(pruned[:, :3], weight[:, :3], atol=1e-5)
+    assert loss(weight, pruned, rows) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("criterion", [obs, alps])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_totals_hold_with_more_dead_inputs_than_weights_to_drop(criterion, pattern):
     rows = rows_of(8, 4)
     rows[:, [0, 1, 2, 5, 6, 7]] = 0
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
-    assert int((obs.prune(weight, obs.prepare(hessian_of(rows)), 16, pattern) != 0).sum()) == 16
+    assert int((criterion.prune(weight, criterion.prepare(hessian_of(rows)), 16, pattern) != 0).sum()) == 16
 
 
 def test_a_hessian_that_is_not_finite_is_refused():
@@ -184,6 +239,8 @@ def test_a_hessian_that_is_not_finite_is_refused():
     statistics.matrix[1, 2] = float("inf")
     with pytest.raises(obs.HessianError, match="not finite; calibrate in float32"):
         obs.prepare(statistics)
+    with pytest.raises(obs.HessianError, match="not finite; calibrate in float32"):
+        alps.prepare(statistics)
     norms = wanda.empty(4)
     wanda.accumulate(norms, torch.full((1, 4), float("nan")))
     with pytest.raises(ValueError, match="not finite; calibrate in float32"):

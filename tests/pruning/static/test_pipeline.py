@@ -76,7 +76,7 @@ def zeros(found: dict[str, torch.Tensor]) -> float:
 # ---- what comes out
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "obs"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "obs", "alps"])
 @pytest.mark.parametrize("allocation", ["uniform", "ecoflap", "owl"])
 def test_the_total_is_exact_and_the_vision_tower_is_left_alone(dense, tmp_path, criterion, allocation):
     manifest = prune(dense, tmp_path / "out", criterion=criterion, allocation=allocation, sparsity=0.6, score="fo")
@@ -290,8 +290,9 @@ def test_another_recipe_does_not_go_on_with_a_killed_run(dense, tmp_path, monkey
         ({"pattern": "4:8"}, "pattern: Input should be 'unstructured', '2:4' or 'structured'"),
         ({"pattern": "2:4", "sparsity": 0.6}, "pattern 2:4 means sparsity 0.5"),
         ({"pattern": "2:4", "allocation": "ecoflap"}, "pattern 2:4 needs allocation uniform"),
+        ({"pattern": "structured", "criterion": "alps"}, "structured needs obs, wanda or magnitude"),
         ({"pattern": "structured", "allocation": "search"}, "pattern structured needs allocation uniform"),
-        ({"criterion": "sparsegpt"}, "criterion: Input should be 'magnitude', 'wanda' or 'obs'"),
+        ({"criterion": "sparsegpt"}, "criterion: Input should be 'magnitude', 'wanda', 'obs' or 'alps'"),
         ({"sparsty": 0.5}, "sparsty: Extra inputs are not permitted"),
     ],
 )
