@@ -79,7 +79,9 @@ def _about(one: Document) -> tuple[str, ...]:
 
 def _weights(one: Document) -> str:
     variant = one.get("variant", "smol")
-    zeros = "50 % zeros" if variant.startswith("half") else "dense"
+    zeros = "dense"
+    if variant.startswith("half"):
+        zeros = f"50 % zeros by {'ALPS' if variant.startswith('half-alps') else 'OBS'}"
     tuned = f", finetuned on {one['finetuned_on']} pictures" if "finetuned_on" in one else ""
     router = f", {variant.replace('-', ' ')}" if variant.startswith("router") else ""
     return one.get("quantization") or zeros + tuned + router

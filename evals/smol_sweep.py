@@ -29,12 +29,15 @@ from pruning.static.recipe import read
 
 ROUTERS = 3
 LEVELS = ("light", "balanced", "strong")
-HALF = {"sparsity": 0.5, "samples": 192}
-"""The recipe of the masks that the levels are combined with."""
-TUNED_HALF, TUNED_EASY_VQA = "half-finetuned", "easy-vqa-finetuned"
+HALVES: dict[str, dict[str, Any]] = {
+    "half": {"sparsity": 0.5, "samples": 192},
+    "half-alps": {"criterion": "alps", "sparsity": 0.5, "samples": 192},
+}
+"""The recipes of the masks that the levels are combined with."""
+TUNED, TUNED_EASY_VQA = "-finetuned", "easy-vqa-finetuned"
 """What `espalier finetune` makes of those masks, and of dense weights on the training split of easy-VQA."""
 TUNING = {"levels": ("off", "balanced", "strong"), "learning_rate": 1e-3}
-"""How the former is trained."""
+"""How the former are trained."""
 EASY_VQA_PICTURES = 4000
 """All of that split."""
 
@@ -68,9 +71,10 @@ def exams() -> Iterator[Exam]:
             yield Exam("smol", task, level, "test", "seen" if task == "things" else None)
     for quantization in ("int8", "nf4"):
         yield Exam("smol", "things", "off", "test", "seen", quantization)
-    for variant in ("half", TUNED_HALF):
-        for level in ("off", "balanced"):
-            yield Exam(variant, "things", level, "test", "seen")
+    for half in HALVES:
+        for variant in (half, half + TUNED):
+            for level in ("off", "balanced"):
+                yield Exam(variant, "things", level, "test", "seen")
     yield Exam(TUNED_EASY_VQA, "easy-vqa", "off", "test")
     for seed in range(ROUTERS):
         for level in (*LEVELS, "auto"):
@@ -84,10 +88,10 @@ def made(variant: str, work: Path, device: str, dtype: str, pictures: int) -> Pa
     out = work / variant
     if not out.exists():
         work.mkdir(parents=True, exist_ok=True)
-        if variant == "half":
-            prune(read(None, HALF), resolve("smol"), out, device, dtype)
-        elif variant == TUNED_HALF:
-            half = made("half", work, device, dtype, pictures)
+        if variant in HALVES:
+            prune(read(None, HALVES[variant]), resolve("smol"), out, device, dtype)
+        elif (name := variant.removesuffix(TUNED)) in HALVES:
+            half = made(name, work, device, dtype, pictures)
             finetune(FinetuneConfig.model_validate(TUNING), half, out, resolve("smol"), device, dtype)
         elif variant == TUNED_EASY_VQA:
             given = {"data": str(easy_vqa.write_rows(work)), "samples": EASY_VQA_PICTURES}
