@@ -70,13 +70,14 @@ def _cell(values: Sequence[float], dense: float | None = None) -> str:
 
 def _overall(entries: Sequence[Entry], dense: Entry) -> list[str]:
     groups = _groups([e for e in entries if e["calibrated_on"] == "all"], "pattern", "allocation", "criterion")
+    criteria = [criterion for criterion in CRITERIA if any(asked == criterion for _, _, asked in groups)]
     lines = ["## Accuracy\n"]
     for pattern in dict.fromkeys(pattern for pattern, _, _ in groups):
-        lines += [f"### {pattern}\n", f"| allocation | {' | '.join(CRITERIA)} |", "|---|" + "---|" * len(CRITERIA)]
+        lines += [f"### {pattern}\n", f"| allocation | {' | '.join(criteria)} |", "|---|" + "---|" * len(criteria)]
         for allocation in ALLOCATIONS:
             cells = [
                 _cell([e["accuracy"] for e in groups.get((pattern, allocation, criterion), [])], dense["accuracy"])
-                for criterion in CRITERIA
+                for criterion in criteria
             ]
             if any(cells):
                 lines.append(f"| {allocation} | {' | '.join(cells)} |")
