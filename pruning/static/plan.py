@@ -30,6 +30,8 @@ from pruning.static.scores import answer_loss
 MATRICES = {module: {f"{name}.weight" for group in groups for name in group} for module, groups in GROUPS.items()}
 TRIAL = 4
 """Samples on which a block is pruned to see how long that takes."""
+WORKING, WORKING_ALPS = 12, 110
+"""Bytes for each weight of a matrix while it is pruned; by ALPS they were measured."""
 BACKWARD = 3
 """A pass with its gradients, in passes without."""
 
@@ -140,7 +142,8 @@ def _block_bytes(recipe: Recipe, model: PreTrainedModel, module: str, rows: int)
     statistics = sum(4 * size**2 for size in inputs) if recipe.criterion in ("obs", "alps") or recipe.pattern == "structured" else 0
     inverse = max(inputs) ** 2 * (32 if recipe.pattern == "structured" else 16 if statistics else 0)
     run = rows * (3 * max(inputs) + 8 * min(inputs)) * model.dtype.itemsize
-    return run, statistics, statistics + max(inverse, inverse // 4 + 12 * largest)
+    working = WORKING_ALPS if recipe.criterion == "alps" else WORKING
+    return run, statistics, statistics + max(inverse, inverse // 4 + working * largest)
 
 
 @torch.no_grad()
