@@ -13,9 +13,6 @@ from models import kernels
 from models.kernels import thresholds
 from models.mapped import give_back
 
-PART = 4096
-"""Outputs whose weights are held in float32 at a time."""
-
 
 @dataclass
 class Linear:
@@ -36,8 +33,9 @@ class Linear:
             return self(x).float()
         if _is_plain(self.weight) and not x.requires_grad and (native := kernels.unrounded_library()):
             return kernels.unrounded_linear(native, x, self.weight, self.bias)
-        parts = [F.linear(x.float(), part.float()) for part in self.weight.split(PART)]
-        return torch.cat(parts, -1) if self.bias is None else torch.cat(parts, -1) + self.bias
+        parts = self.weight.split(thresholds.DENSE_PART)  # all of them in float32 would be twice the memory of the weight
+        y = torch.cat([F.linear(x.float(), part.float()) for part in parts], -1)
+        return y if self.bias is None else y + self.bias
 
     @property
     def bytes(self) -> int:

@@ -75,9 +75,7 @@ def _loss_at(weight: Tensor, dense: Tensor, noise: Tensor, sign: int, loss: Call
     return float(loss())
 
 
-def first_order(
-    model: PreTrainedModel, samples: Sequence[PackedSample], progress: Callable[[], None]
-) -> dict[str, float]:
+def first_order(model: PreTrainedModel, samples: Sequence[PackedSample], progress: Callable[[], None]) -> dict[str, float]:
     """The sum over samples of each matrix's gradient norm, which the zeroth order estimates: one backward pass a sample."""
     model.requires_grad_(False)
     weights = {name: linear.weight.requires_grad_(True) for name, linear in linears(model).items()}
