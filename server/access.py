@@ -31,7 +31,7 @@ from server.settings import Settings
 
 OPEN = ("/live", "/ready", "/health")
 """Routes for probes, which have no key."""
-PAGE = ("/", "/playground/")
+PAGE, PAGE_FILES = ("/", "/playground"), "/playground/"
 """The page asks for a key itself, and uses it for all else."""
 FORMS = ("application/json", "multipart/form-data")
 """What a web page may send: anything else would need no permission of the browser's."""
@@ -64,6 +64,8 @@ def read_keys(settings: Settings) -> tuple[ApiKey, ...]:
         keys += _read_file(settings.api_key_file)
     if doubled := [digest for digest, n in Counter(key.sha256 for key in keys).items() if n > 1]:
         raise ValueError(f"an API key is given twice (its SHA-256 begins with {doubled[0][:8]})")
+    if doubled := [name for name, n in Counter(key.name for key in keys).items() if n > 1]:
+        raise ValueError(f"two API keys are named {doubled[0]!r}, as api_keys are by number; rename that of the key file")
     return tuple(keys)
 
 
@@ -114,14 +116,14 @@ class Access:
 
     def _check_page(self, scope: Scope, headers: Headers) -> None:
         """A page of another origin may not ask, nor one whose host's name only pretends to be this server's (DNS rebinding)."""
-        host = _host(headers.get("host", ""))
+        host = _host(f"//{headers.get('host', '')}")
         hosts = self.settings.allowed_hosts
         if hosts and not _matches(host, hosts) and scope["path"] not in OPEN:
             raise HostNotAllowed(f"This server is not {host[:100]!r}; it answers to --allowed-hosts alone.")
         origin = headers.get("origin")
         if origin is None or scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
             return
-        own = _host(urlsplit(origin).netloc) == host
+        own = host != "" and _host(origin) == host
         sure = bool(hosts) or _is_number(host) or not _is_loopback(self.settings.host)
         if not ((own and sure) or _matches(origin, self.settings.cors_origins)):
             raise OriginNotAllowed(f"Pages of {origin[:100]!r} may not ask this server; allow them by --cors-origins.")
@@ -131,7 +133,8 @@ class Access:
 
     def _check_key(self, scope: Scope, headers: Headers) -> ApiKey | None:
         path = scope["path"]
-        free = path in OPEN or path == PAGE[0] or path.startswith(PAGE[1]) or (path == "/metrics" and self.settings.open_metrics)
+        page = path in PAGE or path.startswith(PAGE_FILES)
+        free = path in OPEN or page or (path == "/metrics" and self.settings.open_metrics)
         if not self.keys or free:
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -177,13 +180,17 @@ def _known_as(key: ApiKey | None) -> Iterator[None]:
         CALLER.reset(token)
 
 
-def _host(netloc: str) -> str:
-    """Without the port, in lower case."""
-    return (urlsplit(f"//{netloc}").hostname or "").lower()
+def _host(url: str) -> str:
+    """The host of a URL in lower case; nothing where it has none."""
+    try:
+        return (urlsplit(url).hostname or "").lower()
+    except ValueError:
+        return ""
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch(name.lower(), pattern.lower()) for pattern in patterns)
+    """Whether one of them fits: `*` and `?` stand for any text and any character, brackets are those of IPv6 addresses."""
+    return any(fnmatch(name.lower(), pattern.lower().replace("[", "[[]")) for pattern in patterns)
 
 
 def _is_number(host: str) -> bool:

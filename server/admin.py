@@ -46,5 +46,5 @@ def add_admin(app: FastAPI, served: Served) -> None:
     @app.delete("/v1/admin/models/{name:path}", dependencies=[Depends(only_admins)])
     async def unload(name: str) -> dict[str, Any]:
         """Unload a model: what it has accepted is answered, then it is freed. The last one stays."""
-        served.remove(name)
+        await to_thread.run_sync(served.remove, name)  # it waits for a model that loads
         return {"id": name, "object": "model", "deleted": True}

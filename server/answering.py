@@ -22,7 +22,8 @@ class Answering:
     """Draws the tokens of all requests; `emit` tells a request's events."""
 
     def __init__(self, checkpoint: Checkpoint, metrics: Metrics, emit: Callable[[Request, Event], None]) -> None:
-        self._model, self._preprocessor, self._metrics, self._emit = checkpoint.model, checkpoint.preprocessor, metrics, emit
+        self._model, self._preprocessor, self._eos = checkpoint.model, checkpoint.preprocessor, checkpoint.eos
+        self._metrics, self._emit = metrics, emit
 
     def take(self, one: Running, logits: Tensor) -> FinishReason | None:
         """Draw a token from logits [vocab] and hand out its text; returns why the answer ends, if it does."""
@@ -31,8 +32,9 @@ class Answering:
         self._record_token_time(one)
         request, sampling = one.request, one.request.sampling
         token, complete = self._draw(one, logits)
-        ends = token in one.ends
-        text = "" if ends else one.text.push(token, may_stop=len(one.output_ids) > sampling.min_tokens)
+        calls = self._calls(one)
+        ends = token in (self._eos if calls else one.ends)
+        text = "" if ends else one.text.push(token, may_stop=len(one.output_ids) > sampling.min_tokens and not calls)
         full = len(one.output_ids) >= one.max_new_tokens
         reason: FinishReason | None = "stop" if ends or complete or one.text.stopped else "length" if full else None
         if reason:
@@ -41,6 +43,12 @@ class Answering:
         if text or logprobs:
             self._emit(request, Delta(text, logprobs))
         return reason
+
+    def _calls(self, one: Running) -> bool:
+        """Whether the answer is a function call, as its first tokens show."""
+        if (tools := one.request.tools) is None:
+            return False
+        return tools.calls(b"".join(map(self._preprocessor.token_bytes, one.output_ids[:2])))  # the first may be a blank
 
     def _draw(self, one: Running, logits: Tensor) -> tuple[int, bool]:
         """The next token, and whether it completes what the answer must be."""

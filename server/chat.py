@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from server import media
 from server.caller import CALLER
+from server.detokenize import BLANKS
 from server.errors import ContextTooLong, InvalidRequest, LevelNotAllowed, PayloadTooLarge, UnknownLevel
 from server.media import ImageSource, OpenedImage
 from server.request import PreparedRequest
@@ -22,6 +23,7 @@ from server.schemas import (
     OpenAIRequest,
     StreamedRequest,
     TokenizeRequest,
+    ToolUser,
     VqaRequest,
     parse,
 )
@@ -60,7 +62,7 @@ class Chat:
 def read_chat(served: Served, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:
     """A chat body to a prepared request; `header` is X-Pruning-Level. Raises a 4xx of `server.errors` for anything wrong in it."""
     request = parse(ChatRequest, body)
-    chat = replace(conversation(request.messages), **turn_options(request))
+    chat = chat_of(request.messages, request)
     return prepare_chat(served.pick(request.model), settings, request, chat, header, kind="chatcmpl-")
 
 
@@ -72,8 +74,7 @@ def prepare_chat(
     detail = hinted_level(picked.engine, chat.details)
     # The menu first: what is refused for its level costs no decoding.
     prepared = prepare(picked, settings, request, [], header=header, body=level, detail=detail, kind=kind)
-    if prepared.tools:
-        chat = replace(chat, turns=told(chat.turns, prepared.tools.prompt()))
+    chat = with_tools(chat, prepared.tools)
     if prepared.detail and len(chat.images) > MAX_DETAIL_IMAGES:
         message = f"pruning.detail: for at most {MAX_DETAIL_IMAGES} images, not {len(chat.images)}"
         raise InvalidRequest(message, param="pruning.detail")
@@ -91,10 +92,16 @@ def read_vqa(served: Served, settings: Settings, body: bytes | Mapping[str, Any]
     return _with_chat(settings, prepared, Chat([{"role": "user", "content": content}], sources, [], "question"))
 
 
-def turn_options(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
-    """How the chat's template ends."""
+def chat_of(messages: Sequence[Message], request: ChatRequest | TokenizeRequest) -> Chat:
+    """A body's messages, and how its template ends."""
     continued = bool(request.continue_final_message)
-    return {"continued": continued, "generation": request.add_generation_prompt is not False and not continued}
+    generation = request.add_generation_prompt is not False and not continued
+    return replace(conversation(messages), continued=continued, generation=generation)
+
+
+def with_tools(chat: Chat, tools: ToolUse | None) -> Chat:
+    """The chat in which the model is told of the functions that it may call."""
+    return replace(chat, turns=told(chat.turns, tools.prompt())) if tools else chat
 
 
 def _with_chat(settings: Settings, prepared: PreparedRequest, chat: Chat) -> PreparedRequest:
@@ -106,9 +113,7 @@ def _with_chat(settings: Settings, prepared: PreparedRequest, chat: Chat) -> Pre
     images = media.decode_all(opened, engine.preprocessor)
     follow_up = any(turn["role"] == "assistant" for turn in chat.turns)
     seconds = time.perf_counter() - start
-    return replace(
-        prepared, prompt=prompt, images=images, image_seconds=seconds, follow_up=follow_up, continues=chat.continued
-    )
+    return replace(prepared, prompt=prompt, images=images, image_seconds=seconds, follow_up=follow_up)
 
 
 def prepare(
@@ -124,11 +129,13 @@ def prepare(
     prepared = PreparedRequest(engine, f"{kind}{uuid4().hex}", picked.name, prompt, [], 0.0, level, reason, sampling)
     if not isinstance(request, StreamedRequest):
         return prepared
-    detailed, tools = bool(request.pruning and request.pruning.detail), request.tool_use()
-    constraint = _constraint(engine, request.forms(), tools)
+    detailed = bool(request.pruning and request.pruning.detail)
+    tools = request.tool_use() if isinstance(request, ToolUser) else None
+    choices = next((form.choices for form in request.forms()), ())
+    continues = request.continues() or any(choice != choice.lstrip(BLANKS) for choice in choices)
     prepared = replace(
-        prepared, stream=bool(request.stream), detail=detailed, constraint=constraint, tools=tools,
-        choices=next((form.choices for form in request.forms()), ()),
+        prepared, stream=bool(request.stream), detail=detailed, tools=tools, choices=choices, continues=continues,
+        constraint=_constraint(engine, request.forms(), tools, blank=not continues),
         escalate_below=request.pruning.escalate_below if request.pruning else None,
         meet_deadline=bool(request.pruning and request.pruning.meet_deadline),
     )  # fmt: skip
@@ -138,19 +145,20 @@ def prepare(
     return replace(prepared, n=request.n or 1, include_usage=usage)
 
 
-def _constraint(engine: Engine, forms: Sequence[Form], tools: ToolUse | None) -> Constraint | None:
-    """What the answer must be. Raises InvalidRequest for a schema that cannot be kept, and for more than one form."""
+def _constraint(engine: Engine, forms: Sequence[Form], tools: ToolUse | None, blank: bool) -> Constraint | None:
+    """What the answer must be; `blank` says whether one may come before it. Raises InvalidRequest for a schema that cannot be kept,
+    and for more than one form."""
     fields = [*(form.field for form in forms), *(["tools"] if tools else [])]
     if len(fields) > 1:
         raise InvalidRequest(f"{fields[1]}: an answer has one form; leave out {fields[0]} or {fields[1]}", param=fields[1])
-    if tools:
-        return compile_grammar(engine.grammar_tokenizer, tools.grammar(), "tools")
-    for form in forms:
-        if form.schema is None:
-            return compile_grammar(engine.grammar_tokenizer, choice_grammar(form.choices), form.field)
-        grammar = schema_grammar(form.schema, form.field, strict=form.strict)
-        return compile_grammar(engine.grammar_tokenizer, grammar, form.field)
-    return None
+    if not fields:
+        return None
+    grammar = tools.grammar() if tools else _form_grammar(forms[0])
+    return compile_grammar(engine.grammar_tokenizer, grammar, fields[0], blank)
+
+
+def _form_grammar(form: Form) -> str:
+    return choice_grammar(form.choices) if form.schema is None else schema_grammar(form.schema, strict=form.strict)
 
 
 def told(turns: list[Turn], text: str) -> list[Turn]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.chat import check_length, check_tokens, conversation, open_chat, prepare, turn_options
+from server.chat import chat_of, check_length, check_tokens, open_chat, prepare, with_tools
 from server.errors import InvalidRequest
 from server.replies import Chunk, chat_events
 from server.request import PreparedRequest
@@ -25,7 +24,8 @@ def read_completion(served: Served, settings: Settings, body: bytes, header: str
     prompt = _prompt(picked.engine, request)
     level = request.pruning.level if request.pruning else None
     prepared = prepare(picked, settings, request, prompt, header=header, body=level, kind="cmpl-")
-    return replace(prepared, continues=True)
+    picked.engine.reserve(prepared.level, len(prompt), (), prepared.sampling.max_tokens, "prompt")
+    return prepared
 
 
 def _prompt(engine: Engine, request: CompletionRequest) -> list[int]:
@@ -47,7 +47,8 @@ def tokenize(served: Served, settings: Settings, body: bytes) -> dict[str, Any]:
     request = parse(TokenizeRequest, body)
     engine = served.pick(request.model).engine
     if request.messages is not None:
-        tokens, _ = open_chat(engine, settings, replace(conversation(request.messages), **turn_options(request)))
+        chat = with_tools(chat_of(request.messages, request), request.tool_use())
+        tokens, _ = open_chat(engine, settings, chat)
     else:
         assert request.prompt is not None
         check_length(engine, len(request.prompt), "prompt")

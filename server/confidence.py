@@ -41,7 +41,8 @@ class Confidence:
         if self._answer is None:
             self._answer = b""
             if request.choices and request.constraint:
-                scorer = ChoiceScorer(request.choices, self._ends, self._spell, follow, self._max_tokens)
+                blanks = "" if request.continues else BLANKS
+                scorer = ChoiceScorer(request.choices, self._ends, self._spell, follow, self._max_tokens, blanks)
                 self._probabilities = scorer.score(logits, request.constraint)
             else:
                 self._probabilities = self._yes_no.score(logits, token)
@@ -53,7 +54,7 @@ class Confidence:
 
     def told(self, receipt: Receipt) -> Receipt:
         """The receipt of the answer, now that it has ended."""
-        answer = (self._answer or b"").decode(errors="replace").lstrip(BLANKS)
+        answer = (self._answer or b"").decode(errors="replace").lstrip("" if self._request.continues else BLANKS)
         for form in (answer, answer.strip().rstrip(".").lower()):  # yes and no may end in a full stop
             if self._probabilities and form in self._probabilities:
                 return replace(receipt, probabilities=self._probabilities, confidence=self._probabilities[form])
@@ -78,8 +79,9 @@ class ChoiceScorer:
     """
 
     def __init__(
-        self, choices: Sequence[str], ends: Collection[int], spell: Spell, follow: Follow, max_tokens: int
+        self, choices: Sequence[str], ends: Collection[int], spell: Spell, follow: Follow, max_tokens: int, blanks: str = BLANKS
     ) -> None:
+        self._blanks = blanks.encode()  # before a choice, and none of it
         self._choices = {choice: choice.encode() for choice in choices}
         self._ends, self._spell, self._follow, self._max_tokens = ends, spell, follow, max_tokens
         self._parts = dict.fromkeys(choices, 0.0)
@@ -97,7 +99,7 @@ class ChoiceScorer:
             else:
                 for longer in self._share(one, self._follow(one.tokens)):
                     heappush(waiting, longer)
-        total = sum(self._parts.values())
+        total = sum(self._parts.values()) or 1.0  # it is 0 where a token of `stop_token_ids` is all but certain
         return {choice: round(part / total, 4) for choice, part in self._parts.items()}
 
     def _share(self, one: _Beginning, logits: Tensor) -> list[_Beginning]:
@@ -107,18 +109,22 @@ class ChoiceScorer:
         shared = []
         for token in allowed.nonzero()[:, 0].tolist():
             mass = -one.mass * float(probabilities[token])
-            text = one.text + self._spell(token) if one.text else self._spell(token).lstrip(BLANKS.encode())
-            possible = [one.text.decode()] if token in self._ends else self._possible(text)
-            if len(possible) == 1:
-                self._give(possible, mass)
-            else:
+            text = one.text + self._spell(token) if one.text else self._spell(token).lstrip(self._blanks)
+            possible = self._ended(one.text) if token in self._ends else self._possible(text)
+            if len(possible) > 1:
                 after = one.constraint.copy()
                 after.take(token)
                 shared.append(_Beginning(-mass, (*one.tokens, token), text, after))
+            else:
+                self._give(possible, mass)
         return shared
 
     def _possible(self, text: bytes) -> list[str]:
         return [choice for choice, spelled in self._choices.items() if spelled.startswith(text)]
+
+    def _ended(self, text: bytes) -> list[str]:
+        """The choice that an answer is if it ends here; none, if it is cut."""
+        return [choice for choice, spelled in self._choices.items() if spelled == text]
 
     def _give(self, choices: Sequence[str], mass: float) -> None:
         for choice in choices:

@@ -93,8 +93,9 @@ class Engine:
         self.kv = KVCache(rows, self.model.new_cache)
         self.scheduler = Scheduler(rows, limits.max_running, limits.max_waiting, limits.max_prefill, limits.max_wait_s)
         self._max_prefill = limits.max_prefill
+        self._work = WorkRate()
         self._prefill = Prefill(
-            checkpoint, self.planner, self.metrics, default_level=default_level, cached_images=limits.cached_images,
+            checkpoint, self.planner, self.metrics, self._work, default_level=default_level, cached_images=limits.cached_images,
             prefix_rows=rows // PREFIX_SHARE,
         )  # fmt: skip
         self._shadow = Shadow(checkpoint, self.planner, self._prefill, self.kv, self.metrics, shadow)
@@ -106,7 +107,6 @@ class Engine:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._draining = self._stopped = False
-        self._work = WorkRate()
         self._pass: tuple[float, float] | None = None  # when the one that runs is late, and when it hangs
         self.metrics.watch_load(
             lambda: len(self.scheduler.running), lambda: len(self.scheduler.waiting), lambda: self.scheduler.used / rows,
@@ -364,8 +364,9 @@ class Engine:
         fixed = request.reason not in ("default", "load") or request.parent.choices > 1 or request.confidence
         if fixed or level not in self.cheaper(request.level):
             return
-        rows, _ = self.reserve(level, len(request.prompt), _layouts(request), request.sampling.max_tokens)
-        if level in request.parent.caller.allowed(self.menu) and rows <= self.scheduler.running[request.id].cache_rows:
+        most = self.planner.reserve(level, len(request.prompt), _layouts(request), self._max_new_tokens(request))
+        held = self.scheduler.running[request.id].cache_rows
+        if level in request.parent.caller.allowed(self.menu) and most.cache_rows <= held:
             request.level, request.reason = level, "load"
 
     def _prompts_per_answer(self) -> float:
@@ -392,7 +393,7 @@ class Engine:
         try:
             act(request, *args)
         except EspalierError as refusal:  # what only the answer shows to be more than the server follows
-            self._end(request, None)
+            self._end(request, "error" if request.id in self._running else None)
             self._emit(request, Failed(refusal.message, refusal))
         except Exception as error:
             log.error("request %s failed", request.id, exc_info=error)
@@ -402,9 +403,7 @@ class Engine:
     def _encode(self, request: Request, images: Sequence[PreparedImage]) -> None:
         started = time.monotonic()
         self._encoding[request.id] += [self._prefill.encode(image, request.level) for image in images]
-        seconds = time.monotonic() - started
-        request.timings["encode"] = request.timings.get("encode", 0.0) + seconds
-        self._work.visual_token.observe(seconds, sum(image.picture.layout.visual_tokens for image in images))
+        request.timings["encode"] = request.timings.get("encode", 0.0) + time.monotonic() - started
 
     def _plan(self, request: Request) -> None:
         """Plan the route, and give back what was reserved and is not needed."""

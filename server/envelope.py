@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.budget import BytesBudget
+from server.budget import BytesBudget, Share
 from server.caller import CALLER, Caller
 from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, SlowRequest, UnsupportedMedia
 from server.settings import Settings
@@ -28,12 +28,60 @@ UNPACKED = 2**18
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
+class RequestBody:
+    """A request's body as the app receives it: in time, unpacked, and counted as sent and as unpacked, so that one that is chunked
+    or packed is bounded too."""
+
+    def __init__(self, receive: Receive, headers: Headers, limit: int, timeout: float, share: Share) -> None:
+        self._receive, self._limit, self._timeout, self._share = receive, limit, timeout, share
+        self._deadline = asyncio.get_running_loop().time() + timeout
+        length = headers.get("content-length", "")
+        self._said = int(length) if length.isdecimal() else 0
+        self._encoding = headers.get("content-encoding", "").strip().lower() or "identity"
+        self._gunzip = zlib.decompressobj(GZIP) if self._encoding in ("gzip", "x-gzip") else None
+        self._sent = self._unpacked = 0
+        self._ended = False  # nothing more will come
+        self._packed = False  # what has come is not all unpacked
+
+    async def receive(self) -> Message:
+        """The next piece. Raises PayloadTooLarge, UnsupportedMedia, InvalidRequest and SlowRequest."""
+        if self._gunzip is None and self._encoding != "identity":
+            raise UnsupportedMedia(f"Content-Encoding {self._encoding[:40]} is not supported; send gzip or none.")
+        self._check_size()
+        message = await self._next()
+        self._check_size()
+        if self._gunzip and message["type"] == "http.request":
+            body = await to_thread.run_sync(unpack, self._gunzip, message.get("body", b""), self._ended)
+            self._packed = len(body) == UNPACKED and not self._gunzip.eof
+            message = {**message, "body": body, "more_body": self._packed or not self._ended}
+        piece = len(message.get("body", b""))
+        self._unpacked += piece
+        self._share.take(piece)
+        self._check_size()
+        return message
+
+    async def _next(self) -> Message:
+        if self._gunzip and self._packed:
+            return {"type": "http.request", "body": self._gunzip.unconsumed_tail}
+        try:
+            async with asyncio.timeout_at(None if self._ended else self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise SlowRequest(f"The request's body has not come within {self._timeout} seconds.") from None
+        self._sent += len(message.get("body", b""))
+        self._ended = not message.get("more_body")
+        return message
+
+    def _check_size(self) -> None:
+        if max(self._said, self._sent, self._unpacked) > self._limit:
+            raise PayloadTooLarge(f"A request body may have at most {self._limit:,} bytes.")
+
+
 class Envelope:
     """Around all routes: an id on every reply, a bounded body, and OpenAI's error object when something breaks.
 
-    The body is counted while it is read and unpacked, so that a chunked or packed one is bounded too. The client's id is an
-    echo, and never names anything inside. HEAD is GET without its body, and slashes that are doubled or trail mean nothing.
-    All bodies share one budget of bytes until they are answered, and each has a deadline.
+    The client's id is an echo, and never names anything inside. HEAD is GET without its body, and slashes that are doubled or
+    trail mean nothing. All bodies share one budget of bytes until they are answered, and each has a deadline.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -49,34 +97,8 @@ class Envelope:
         head = scope["method"] == "HEAD"
         path = re.sub("/+", "/", scope["path"]).removesuffix("/") or "/"
         scope = {**scope, "path": path, "method": "GET" if head else scope["method"]}
-        length, given = headers.get("content-length", ""), headers.get("x-request-id", "")
-        size = int(length) if length.isdecimal() else 0
+        given, started = headers.get("x-request-id", ""), False
         request_id = given if SANE_ID.fullmatch(given) else uuid4().hex
-        encoding = headers.get("content-encoding", "").strip().lower() or "identity"
-        gunzip = zlib.decompressobj(GZIP) if encoding in ("gzip", "x-gzip") else None
-        read, started, whole, packed = 0, False, False, False
-        deadline = asyncio.get_running_loop().time() + self._timeout
-
-        async def bounded_receive() -> Message:
-            nonlocal read, whole, packed
-            if gunzip is None and encoding != "identity":
-                raise UnsupportedMedia(f"Content-Encoding {encoding[:40]} is not supported; send gzip or none.")
-            if max(size, read) <= self.max_body_bytes:
-                if gunzip and packed:
-                    message: Message = {"type": "http.request", "body": gunzip.unconsumed_tail}
-                else:
-                    message = await self._receive(receive, None if whole else deadline)
-                    whole = not message.get("more_body")
-                if gunzip and message["type"] == "http.request":
-                    body = await to_thread.run_sync(unpack, gunzip, message.get("body", b""), whole)
-                    packed = len(body) == UNPACKED and not gunzip.eof
-                    message = {**message, "body": body, "more_body": packed or not whole}
-                piece = len(message.get("body", b""))
-                read += piece
-                share.take(piece)
-            if max(size, read) > self.max_body_bytes:
-                raise PayloadTooLarge(f"A request body may have at most {self.max_body_bytes:,} bytes.")
-            return message
 
         async def labelled_send(message: Message) -> None:
             nonlocal started
@@ -91,7 +113,8 @@ class Envelope:
         caller = CALLER.set(Caller(request_id, trace))
         try:
             with self._budget.share() as share:
-                await self.app(scope, bounded_receive, labelled_send)
+                body = RequestBody(receive, headers, self.max_body_bytes, self._timeout, share)
+                await self.app(scope, body.receive, labelled_send)
         except Exception:
             log.exception("request %s to %s failed", request_id, scope["path"])
             if started:
@@ -101,13 +124,6 @@ class Envelope:
         finally:
             CALLER.reset(caller)
 
-    async def _receive(self, receive: Receive, deadline: float | None) -> Message:
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await receive()
-        except TimeoutError:
-            raise SlowRequest(f"The request's body has not come within {self._timeout} seconds.") from None
-
 
 def unpack(gunzip: Any, piece: bytes, last: bool) -> bytes:
     """At most UNPACKED bytes of a gzip body; the rest waits in `gunzip`. Raises InvalidRequest for what is none."""
@@ -116,6 +132,6 @@ def unpack(gunzip: Any, piece: bytes, last: bool) -> bytes:
     except zlib.error:
         raise InvalidRequest("The body is not gzip, as its Content-Encoding says.") from None
     cut = last and len(body) < UNPACKED and not gunzip.eof
-    if cut or (last and gunzip.unused_data):
+    if cut or gunzip.unused_data:
         raise InvalidRequest("The gzip body is cut short, or something follows it.")
     return body

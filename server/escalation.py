@@ -13,7 +13,7 @@ class Escalation:
     """Holds each choice's first answer back until it is known to be sure enough.
 
     `again(choice)` asks for the choice's second answer, and says whether it will come: where the server has no place for it, the
-    first one stays.
+    first one stays, as where the second fails before it begins.
     """
 
     below: float
@@ -24,6 +24,9 @@ class Escalation:
     def pass_on(self, choice: int, event: Event) -> list[Event]:
         """The events that may be told now that `event` of a choice has come."""
         if first := self._first.get(choice):
+            held = self._held.pop(choice, [])
+            if isinstance(event, Failed):
+                return held or [event]
             return [self._joined(first, event) if isinstance(event, Finished) else event]
         held = self._held.setdefault(choice, [])
         held.append(event)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-from server.chat import conversation, open_chat, prepare, told, turn_options
+from server.chat import chat_of, open_chat, prepare, with_tools
 from server.errors import ContextTooLong
 from server.schemas import ChatRequest, parse
 from server.served import Served
@@ -18,9 +18,7 @@ def estimate(served: Served, settings: Settings, body: bytes) -> dict[str, Any]:
     picked = served.pick(request.model)
     engine, level = picked.engine, request.pruning.level if request.pruning else None
     prepared = prepare(picked, settings, request, [], header=None, body=level)
-    chat = replace(conversation(request.messages), **turn_options(request))
-    if prepared.tools:
-        chat = replace(chat, turns=told(chat.turns, prepared.tools.prompt()))
+    chat = with_tools(chat_of(request.messages, request), prepared.tools)
     prompt, opened = open_chat(engine, settings, chat)
     layouts = [image.layout for image in opened]
     max_tokens = prepared.sampling.max_tokens

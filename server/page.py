@@ -27,8 +27,9 @@ class PlaygroundFiles(StaticFiles):
 
 
 def add_playground(app: FastAPI) -> None:
-    app.mount("/playground", PlaygroundFiles(directory=PLAYGROUND), name="playground")
-
+    @app.get("/playground", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PLAYGROUND / "index.html", headers=HEADERS)
+
+    app.mount("/playground", PlaygroundFiles(directory=PLAYGROUND), name="playground")

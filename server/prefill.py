@@ -19,6 +19,7 @@ from models.vision.features import ImageFeatures
 from pruning.dynamic.planner import Plan, Planner
 from server.confidence import Confidence, YesNo
 from server.detokenize import Detokenizer, LogprobQueue
+from server.load import WorkRate
 from server.metrics import Metrics
 from server.request import PreparedImage, Receipt, Request
 from server.route_detail import explain
@@ -32,10 +33,10 @@ class Prefill:
     """Makes waiting requests into running ones; remembers image features and beginnings of prompts for those that follow."""
 
     def __init__(
-        self, checkpoint: Checkpoint, planner: Planner, metrics: Metrics, *, default_level: str, cached_images: int,
-        prefix_rows: int,
+        self, checkpoint: Checkpoint, planner: Planner, metrics: Metrics, work: WorkRate, *, default_level: str,
+        cached_images: int, prefix_rows: int,
     ) -> None:  # fmt: skip
-        self._checkpoint, self._planner, self._metrics = checkpoint, planner, metrics
+        self._checkpoint, self._planner, self._metrics, self._work = checkpoint, planner, metrics, work
         self._default_level, self._cached_images = default_level, cached_images
         self._features: OrderedDict[tuple[str, Layout, float], ImageFeatures] = OrderedDict()
         self._prefixes = PrefixCache(prefix_rows)
@@ -92,7 +93,9 @@ class Prefill:
         features = self._features.get(key)
         self._metrics.cache_queries.labels("image").inc()
         if features is None:
+            started = time.monotonic()
             features = self._checkpoint.model.encode(picture.pixels, picture.layout, ratio)
+            self._work.visual_token.observe(time.monotonic() - started, picture.layout.visual_tokens)
         else:
             self._metrics.cache_hits.labels("image").inc()
         self._features[key] = features
@@ -114,6 +117,8 @@ class Prefill:
             return None
         self._metrics.cache_queries.labels("prefix").inc()
         prefix = self._prefixes.find(self._prefix_key(request, plan), plan.visual)
+        if prefix and prefix.rows == len(request.prompt) - plan.route.dropped:
+            prefix = None  # a pass needs a row, whose logits are the answer's
         if prefix:
             self._metrics.cache_hits.labels("prefix").inc()
         return prefix
@@ -124,7 +129,7 @@ class Prefill:
             return
         key = self._prefix_key(one.request, one.plan)
         rows = len(key[-1]) - one.plan.route.dropped
-        if rows < len(one.input):
+        if rows < len(one.request.prompt) - one.plan.route.dropped:
             self._prefixes.keep(key, Prefix(rows, one.plan.visual, one.cache.beginning(rows)))
 
     def _prefix_key(self, request: Request, plan: Plan) -> tuple[str, Route, tuple[int, ...]]:

@@ -121,10 +121,10 @@ class AnswerStream:
         return self._told_next.popleft()
 
     def _again(self, index: int) -> bool:
-        """Ask for a choice again at the fullest level; whether there is a place for it."""
+        """Ask for a choice again at the fullest level; whether there is a place for it. It has begun, so its deadline is past."""
         request = self._request(index)
         request = replace(
-            request, id=f"{request.id}-again", level=self._fullest, timings={}, created=time.monotonic(),
+            request, id=f"{request.id}-again", level=self._fullest, deadline=None, timings={}, created=time.monotonic(),
             parent=ParentRequest(1, self._prepared.model),
         )  # fmt: skip
         try:
@@ -158,6 +158,7 @@ class AnswerStream:
             continues=prepared.continues,
             detail=prepared.detail,
             constraint=prepared.constraint and prepared.constraint.copy(),
+            tools=prepared.tools,
             choices=prepared.choices,
             confidence=prepared.escalate_below is not None,
             timings={"image": prepared.image_seconds},
@@ -202,7 +203,7 @@ def _usage(finished: Sequence[Finished]) -> dict[str, Any]:
         "prompt_tokens": last.prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": last.prompt_tokens + completion,
-        "prompt_tokens_details": {"cached_tokens": last.cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": min(event.cached_tokens for event in finished)},  # choices find each other's
         # Not among the details: there, tools that measure servers add them to the prompt's tokens, which hold them already.
         "image_tokens": last.receipt.visual_tokens_total,
         "image_tokens_kept": last.receipt.visual_tokens,

@@ -162,6 +162,7 @@ class Request:
     continues: bool = False  # the answer goes on with a text, as in a completion: its leading blanks are its own
     detail: bool = False  # the receipt tells the route in full
     constraint: Constraint | None = None  # what the answer must be
+    tools: ToolUse | None = None  # functions that it may call; no stop string or token cuts a call
     choices: tuple[str, ...] = ()  # of which the answer is one: their probabilities are told
     confidence: bool = False  # of any answer, tell how sure it is
     deadline: Deadline | None = None

@@ -105,6 +105,11 @@ class TextOptions(Body):
 class FunctionTool(Function):
     type: Literal["function"]
 
+    @property
+    def function(self) -> Function:
+        """As in the body of chat completions, where it is a part."""
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _is_a_function(cls, values: Any) -> Any:
@@ -116,3 +121,8 @@ class FunctionTool(Function):
 class NamedFunctionTool(Body):
     type: Literal["function"]
     name: str
+
+    @property
+    def function(self) -> NamedFunctionTool:
+        """As in the body of chat completions, where it is a part."""
+        return self

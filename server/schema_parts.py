@@ -104,6 +104,13 @@ class Message(Body):
     )
     tool_call_id: str | None = Field(None, description="Of a tool: the call that this is the result of.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_older_call(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("function_call"):
+            raise ValueError("function_call: is not supported here; send tool_calls")
+        return values
+
     @field_validator("content")
     @classmethod
     def _has_content(cls, value: list[Part] | None, info: ValidationInfo) -> list[Part] | None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -133,10 +132,28 @@ Picture = Annotated[str, Field(min_length=1, json_schema_extra={"format": "data-
 Images = Annotated[list[bytes | str], Field(fail_fast=True), BeforeValidator(_many, json_schema_input_type=Picture | list[Picture])]
 
 
-class Generation(Body):
-    """What every endpoint lets a client say about the answer. A null means the default, as it does for OpenAI."""
+class Refusing(Body):
+    """Bodies that refuse by name what would change the answer and is not obeyed."""
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
+    misplaced: ClassVar[dict[str, str]] = MISPLACED
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nothing(cls, values: Any) -> Any:
+        foreign = (cls.misplaced.keys() | cls.refused.keys()) - cls.model_fields.keys()
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if name not in foreign or _is_one_of(value, NEUTRAL):
+                continue
+            if name in cls.misplaced:
+                raise InvalidRequest(f"{name}: is not known here; send {cls.misplaced[name]}", param=name)
+            if not _is_one_of(value, cls.refused[name]):
+                raise InvalidRequest(f"{name}: is not supported here; leave it out", param=name)
+        return values
+
+
+class Generation(Refusing):
+    """What every endpoint lets a client say about the answer. A null means the default, as it does for OpenAI."""
 
     model: ModelName | None = Field(None, description="The served model, or `model@level`.")
     max_tokens: int | None = Field(None, ge=1, description="Length limit of the answer; the server has a default.")
@@ -151,26 +168,13 @@ class Generation(Body):
     stop: Stop = Field(None, max_length=4)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=100, description="Divides the logits of tokens seen before.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="Divides the logits of tokens seen before.")
     logit_bias: LogitBias = Field(None, max_length=1024, fail_fast=True, description="By token id, what is added to its logit.")
     min_tokens: int | None = Field(None, ge=0, description="No end and no stop before so many tokens.")
     ignore_eos: bool | None = Field(None, description="Go on when the model ends its answer.")
     stop_token_ids: list[TokenId] | None = Field(
         None, max_length=64, fail_fast=True, description="End at these tokens, which are not shown."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nothing(cls, values: Any) -> Any:
-        foreign = (MISPLACED.keys() | cls.refused.keys()) - cls.model_fields.keys()
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if name not in foreign or _is_one_of(value, NEUTRAL):
-                continue
-            if name in MISPLACED:
-                raise InvalidRequest(f"{name}: is not known here; send {MISPLACED[name]}", param=name)
-            if not _is_one_of(value, cls.refused[name]):
-                raise InvalidRequest(f"{name}: is not supported here; leave it out", param=name)
-        return values
 
     def sampling(self, default_max_tokens: int) -> Sampling:
         same = {
@@ -192,6 +196,9 @@ def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 
 AnyTool = TypeVar("AnyTool", Tool, FunctionTool)
+AnyChoice = TypeVar("AnyChoice", bound=str | NamedTool | NamedFunctionTool | None)
+Tools = Annotated[list[AnyTool], Field(max_length=128, fail_fast=True)]
+ToolChoice = Literal["none", "auto", "required"]
 
 
 @dataclass(frozen=True)
@@ -214,26 +221,42 @@ class StreamedRequest(Generation):
         """What the answer is asked to be, by field."""
         return []
 
+    def continues(self) -> bool:
+        """Whether the prompt ends within the answer, whose leading blanks are then its own."""
+        return False
+
+
+class ToolUser(Body):
+    """Bodies whose fields `tools` and `tool_choice` name the functions that an answer may or must call."""
+
+    @field_validator("tools", check_fields=False)
+    @classmethod
+    def _are_different(cls, value: list[AnyTool] | None) -> list[AnyTool] | None:
+        names = [tool.function.name for tool in value or ()]
+        if len(names) != len(set(names)):
+            raise ValueError("two functions have one name")
+        return value
+
+    @field_validator("tool_choice", check_fields=False)
+    @classmethod
+    def _is_a_tool(cls, value: AnyChoice, info: ValidationInfo) -> AnyChoice:
+        names = {tool.function.name for tool in info.data.get("tools") or ()}
+        if isinstance(value, NamedTool | NamedFunctionTool) and value.function.name not in names:
+            raise ValueError("names no function of `tools`")
+        if value == "required" and not names:
+            raise ValueError("requires `tools`")
+        return value
+
     def tool_use(self) -> ToolUse | None:
         """The functions that the answer may or must call; None for none."""
-        return None
-
-
-def _tool_use(tools: Sequence[Tool | FunctionTool] | None, choice: str | None, name: str | None) -> ToolUse | None:
-    """`choice` is OpenAI's word, `name` that of the one function to call."""
-    functions = tuple(tool.function if isinstance(tool, Tool) else tool for tool in tools or ())
-    if not functions or choice == "none":
-        return None
-    chosen = tuple(function for function in functions if name in (None, function.name))
-    return ToolUse(chosen, required=choice == "required" or name is not None)
-
-
-def _check_tools(tools: Sequence[Tool | FunctionTool] | None, choice: str | None, name: str | None) -> None:
-    names = {tool.function.name if isinstance(tool, Tool) else tool.name for tool in tools or ()}
-    if name is not None and name not in names:
-        raise ValueError("names no function of `tools`")
-    if choice == "required" and not names:
-        raise ValueError("requires `tools`")
+        tools: Sequence[Tool | FunctionTool] = getattr(self, "tools", None) or ()
+        choice: str | NamedTool | NamedFunctionTool | None = getattr(self, "tool_choice", None)
+        if not tools or choice == "none":
+            return None
+        functions = tuple(tool.function for tool in tools)
+        if choice is None or isinstance(choice, str):
+            return ToolUse(functions, required=choice == "required")
+        return ToolUse(tuple(one for one in functions if one.name == choice.function.name), required=True)
 
 
 def _may_be_empty(schema: dict[str, Any]) -> None:
@@ -283,24 +306,7 @@ class OpenAIRequest(StreamedRequest):
         return asked
 
 
-def _chosen(choice: str | NamedTool | NamedFunctionTool | None) -> tuple[str | None, str | None]:
-    """OpenAI's word for a choice of functions, and the name of the one function to call."""
-    if isinstance(choice, NamedTool):
-        return None, choice.function.name
-    return (None, choice.name) if isinstance(choice, NamedFunctionTool) else (choice, None)
-
-
-def _different(tools: list[AnyTool]) -> list[AnyTool]:
-    names = [tool.function.name if isinstance(tool, Tool) else tool.name for tool in tools]
-    if len(names) != len(set(names)):
-        raise ValueError("two functions have one name")
-    return tools
-
-
-Tools = Annotated[list[AnyTool], Field(max_length=128, fail_fast=True), AfterValidator(_different)]
-
-
-class ChatRequest(OpenAIRequest):
+class ChatRequest(OpenAIRequest, ToolUser):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, max_length=1024, fail_fast=True)
@@ -309,7 +315,7 @@ class ChatRequest(OpenAIRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token; requires `logprobs`.")
     tools: Tools[Tool] | None = Field(None, description="Functions that the model may call, one an answer.")
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(None, description="`auto` is the default.")
+    tool_choice: ToolChoice | NamedTool | None = Field(None, description="`auto` is the default.")
     parallel_tool_calls: bool | None = Field(None, description="Taken, and no matter: an answer makes one call.")
 
     @field_validator("continue_final_message")
@@ -329,14 +335,8 @@ class ChatRequest(OpenAIRequest):
             raise ValueError("requires `logprobs: true`")
         return value
 
-    @field_validator("tool_choice")
-    @classmethod
-    def _is_a_tool(cls, value: str | NamedTool | None, info: ValidationInfo) -> str | NamedTool | None:
-        _check_tools(info.data.get("tools"), *_chosen(value))
-        return value
-
-    def tool_use(self) -> ToolUse | None:
-        return _tool_use(self.tools, *_chosen(self.tool_choice))
+    def continues(self) -> bool:
+        return bool(self.continue_final_message)
 
     def sampling(self, default_max_tokens: int) -> Sampling:
         alternatives = (self.top_logprobs or 0) if self.logprobs else None
@@ -363,11 +363,14 @@ class CompletionRequest(OpenAIRequest):
     logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token.")
     add_special_tokens: bool | None = Field(None, description="Begin the prompt as the model's prompts begin; the default.")
 
+    def continues(self) -> bool:
+        return True
+
     def sampling(self, default_max_tokens: int) -> Sampling:
         return replace(super().sampling(default_max_tokens), logprobs=self.logprobs)
 
 
-class ResponsesRequest(StreamedRequest):
+class ResponsesRequest(StreamedRequest, ToolUser):
     """`POST /v1/responses`, without state: nothing is stored, so each request holds its whole chat."""
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -380,21 +383,12 @@ class ResponsesRequest(StreamedRequest):
     max_output_tokens: int | None = Field(None, ge=1, description="Length limit of the answer; the server has a default.")
     text: TextOptions | None = Field(None, description="JSON, or JSON that fits a schema.")
     tools: Tools[FunctionTool] | None = Field(None, description="Functions that the model may call, one an answer.")
-    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = Field(None, description="`auto` is the default.")
+    tool_choice: ToolChoice | NamedFunctionTool | None = Field(None, description="`auto` is the default.")
     parallel_tool_calls: bool | None = Field(None, description="Taken, and no matter: an answer makes one call.")
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = Field(None, fail_fast=True)
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token.")
     store: bool | None = Field(None, description="Taken, and nothing is stored: the reply says false.")
     metadata: dict[str, str] | None = Field(None, fail_fast=True, description="Comes back with the reply.")
-
-    @field_validator("tool_choice")
-    @classmethod
-    def _is_a_tool(cls, value: str | NamedFunctionTool | None, info: ValidationInfo) -> str | NamedFunctionTool | None:
-        _check_tools(info.data.get("tools"), *_chosen(value))
-        return value
-
-    def tool_use(self) -> ToolUse | None:
-        return _tool_use(self.tools, *_chosen(self.tool_choice))
 
     def forms(self) -> list[Form]:
         format = self.text and self.text.format
@@ -403,9 +397,10 @@ class ResponsesRequest(StreamedRequest):
         return [Form("text.format", schema=format.json_schema or {"type": "object"}, strict=format.strict)]
 
     def sampling(self, default_max_tokens: int) -> Sampling:
-        sampling = super().sampling(self.max_output_tokens or default_max_tokens)
+        sampling = super().sampling(default_max_tokens)
+        most = self.max_output_tokens or sampling.max_tokens
         asked = "message.output_text.logprobs" in (self.include or ()) or self.top_logprobs
-        return replace(sampling, logprobs=(self.top_logprobs or 0) if asked else None)
+        return replace(sampling, max_tokens=most, logprobs=(self.top_logprobs or 0) if asked else None)
 
 
 def _text_or_chat(schema: dict[str, Any]) -> None:
@@ -416,9 +411,13 @@ def _text_or_chat(schema: dict[str, Any]) -> None:
     ]
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Refusing, ToolUser):
     """`POST /tokenize`: a text or a chat."""
 
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "chat_template": (), "chat_template_kwargs": (), "media_io_kwargs": (), "mm_processor_kwargs": (),
+    }  # fmt: skip
+    misplaced: ClassVar[dict[str, str]] = {}
     model_config = ConfigDict(json_schema_extra=_text_or_chat)
 
     model: ModelName | None = None
@@ -428,11 +427,15 @@ class TokenizeRequest(Body):
     add_generation_prompt: bool | None = Field(None, description="Let the assistant's turn begin; the default.")
     continue_final_message: bool | None = Field(None, description="End within the last message.")
     return_token_strs: bool | None = None
+    tools: Tools[Tool] | None = Field(None, description="Of a chat: functions that the model is told of.")
+    tool_choice: ToolChoice | NamedTool | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("send either prompt or messages")
+        if self.tools and self.messages is None:
+            raise ValueError("tools go with messages")
         return self
 
 

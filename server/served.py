@@ -105,7 +105,10 @@ class Served:
             if self._draining:
                 raise ShuttingDown("the server is shutting down")
             engine.start()
-            old, self.engines = self.engines.get(name), {**self.engines, name: engine}
+            old = [self.engines[name]] if name in self.engines else []
+            self.engines = {**self.engines, name: engine}
+            if self._draining:  # by now: `drain` has not seen this one
+                engine.drain()
             log.info("serving %s, levels %s", name, ", ".join(engine.menu))
             if old:
                 self._retire(old)
@@ -118,16 +121,17 @@ class Served:
                 raise self.unknown(name)
             if len(self.engines) == 1:
                 raise LastModel(f"{name} is the only model here; load another one first, or stop the server.")
-            engines = dict(self.engines)
-            old = engines.pop(name)
-            self.engines = engines
+            old = [self.engines[name]]
+            self.engines = {other: engine for other, engine in self.engines.items() if other != name}
             self._retire(old)
 
-    def _retire(self, engine: Engine) -> None:
-        self._retiring.append(engine)
-        threading.Thread(target=self._free, args=(engine,), name="espalier-retire", daemon=True).start()
+    def _retire(self, old: list[Engine]) -> None:
+        self._retiring += old
+        threading.Thread(target=self._free, args=(old,), name="espalier-retire", daemon=True).start()
 
-    def _free(self, engine: Engine) -> None:
+    def _free(self, old: list[Engine]) -> None:
+        """The list gives its one engine away: who called still holds the list, and nobody may hold what is freed."""
+        engine = old.pop()
         engine.stop(None)
         self._retiring.remove(engine)
         log.info("freed %s, checkpoint %s", engine.model_name, engine.fingerprint)

@@ -14,8 +14,8 @@ from torch import Tensor
 from server.errors import InvalidRequest
 
 LIMITS = LLParserLimits(verbose_errors=False)
-MAX_SCHEMA_CHARS = 2**16
-"""Of all schemas of a request together; llguidance bounds what it makes of them."""
+MAX_GRAMMAR_CHARS = 2**16
+"""Of all schemas or choices of a request together; llguidance bounds what it makes of them."""
 FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as models write it most: free blanks would let a weak model write blanks for ever."""
 
@@ -45,14 +45,19 @@ class Constraint:
         return bool(self._matcher.is_stopped())
 
 
-def compile_grammar(tokenizer: LLTokenizer, grammar: str, param: str) -> Constraint:
-    """A grammar, whose rule `answer` is what an answer must be, ready to run. A blank may come before: it is the prompt's, and
-    SentencePiece writes it into the first token. Raises InvalidRequest, on `param`, for one that llguidance does not take."""
+def compile_grammar(tokenizer: LLTokenizer, grammar: str, param: str, blank: bool = True) -> Constraint:
+    """A grammar, whose rule `answer` is what an answer must be, ready to run. A `blank` may come before: it is the prompt's, and
+    SentencePiece writes it into the first token. Raises InvalidRequest, on `param`, for one that is too large, or that llguidance
+    does not take."""
+    if len(grammar) > MAX_GRAMMAR_CHARS:
+        message = f"{param}: all schemas or choices together may have at most {MAX_GRAMMAR_CHARS:,} characters"
+        raise InvalidRequest(message, param=param)
     alone = LLMatcher(tokenizer, f"start: answer\n{grammar}", log_level=0, limits=LIMITS)
     alone.compute_bitmask()
     if alone.is_error():
         raise InvalidRequest(f"{param}: {_reason(alone)}", param=param)
-    return Constraint(LLMatcher(tokenizer, f'start: " "? answer\n{grammar}', log_level=0, limits=LIMITS))
+    start = '" "? answer' if blank else "answer"
+    return Constraint(LLMatcher(tokenizer, f"start: {start}\n{grammar}", log_level=0, limits=LIMITS))
 
 
 def _too_large(matcher: LLMatcher) -> InvalidRequest:
@@ -66,9 +71,9 @@ def _reason(matcher: LLMatcher) -> str:
     return first.rpartition("failed to compile JSON schema: ")[2][:200].replace("NoExtensionBias", "no answer can fit")
 
 
-def schema_grammar(schema: dict[str, Any], param: str, *, strict: bool) -> str:
+def schema_grammar(schema: dict[str, Any], *, strict: bool) -> str:
     """Answers that are JSON and fit `schema`; unless `strict`, keywords that llguidance lacks bind nothing."""
-    return f"answer: {json_rule(schema, param, strict=strict)}"
+    return f"answer: {json_rule(schema, strict=strict)}"
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
@@ -76,12 +81,9 @@ def choice_grammar(choices: Sequence[str]) -> str:
     return f"answer: {' | '.join(map(quoted, choices))}"
 
 
-def json_rule(schema: dict[str, Any], param: str, *, strict: bool) -> str:
-    """A schema as the right side of a Lark rule. Raises InvalidRequest, on `param`, for one that is too large."""
-    text = json.dumps({**closed(schema), "x-guidance": {**FORM, "lenient": not strict}})
-    if len(text) > MAX_SCHEMA_CHARS:
-        raise InvalidRequest(f"{param}: a schema may have at most {MAX_SCHEMA_CHARS:,} characters", param=param)
-    return f"%json {text}"
+def json_rule(schema: dict[str, Any], *, strict: bool) -> str:
+    """A schema as the right side of a Lark rule."""
+    return f"%json {json.dumps({**closed(schema), 'x-guidance': {**FORM, 'lenient': not strict}})}"
 
 
 SCHEMAS_BY_NAME = {"properties", "$defs", "definitions", "patternProperties"}

@@ -32,9 +32,13 @@ class ToolUse:
         """The function that is certain to be called."""
         return self.functions[0] if self.required and len(self.functions) == 1 else None
 
+    def calls(self, begun: bytes) -> bool:
+        """Whether an answer that begins so is a call and no text."""
+        return self.required or begun.lstrip().startswith(b"{")
+
     def grammar(self) -> str:
         """Of the answers: a call, or, unless one is required, a text."""
-        rules = [f"args_{i}: {_arguments(function, i)}" for i, function in enumerate(self.functions)]
+        rules = [f"args_{i}: {_arguments(function)}" for i, function in enumerate(self.functions)]
         if self.only:
             return "\n".join(["answer: args_0", *rules])
         calls = [
@@ -42,7 +46,7 @@ class ToolUse:
             for i, function in enumerate(self.functions)
         ]
         answer = "answer: call" if self.required else "answer: (TEXT | call)?"
-        text = [] if self.required else [r"TEXT: /[^ {](.|\n)*/"]
+        text = [] if self.required else [r"TEXT: /[^\s{](.|\n)*/"]
         return "\n".join([answer, *text, f"call: {' | '.join(calls)}", *rules])
 
     def prompt(self) -> str:
@@ -53,9 +57,9 @@ class ToolUse:
         return "\n".join([ASK, *told])
 
 
-def _arguments(function: Function, index: int) -> str:
+def _arguments(function: Function) -> str:
     schema = NO_ARGUMENTS if function.parameters is None else function.parameters
-    return json_rule(schema, f"tools[{index}].function.parameters", strict=bool(function.strict))
+    return json_rule(schema, strict=bool(function.strict))
 
 
 def call_text(call: AssistantCall) -> str:
@@ -80,6 +84,8 @@ class AnswerReader:
 
     def finish(self, reason: FinishReason) -> tuple[list[dict[str, Any]], FinishReason]:
         """What is left to tell, and why the answer ended."""
+        if self._kind is None and self._held:  # cut before it showed whose call it is
+            return [{"content": self._held}], reason
         if self._kind != "call":
             return [], reason
         if reason == "stop":

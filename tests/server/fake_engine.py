@@ -82,7 +82,8 @@ class FakePreprocessor:
 
 class FakeEngine:
     """What a test may set: `refusals` of the next submits (None lets one pass), `full` to refuse all before they are read,
-    `hold_after` how many events a request waits for `release`, and `failure` of a reply's first choice after `fail_after` events.
+    `hold_after` how many events a request waits for `release`, `failure` of a reply's first choice after `fail_after` events, and
+    `failures` of all at a level, at once.
     """
 
     model_name = "fake-llava"
@@ -104,6 +105,7 @@ class FakeEngine:
         self.confidence: dict[str, float] = {}
         self.words: tuple[str, ...] = WORDS
         self.failure: Failed | None = None
+        self.failures: dict[str, Failed] = {}
         self.fail_after = 0
         self.refusals: list[Exception | None] = []
         self.full: Exception | None = None
@@ -165,6 +167,9 @@ class FakeEngine:
         said = words[: request.sampling.max_tokens]
         events: list[Event] = [Started(receipt, dict(timings))]
         events += [Delta(word, _logprobs(word, request.sampling.logprobs)) for word in said]
+        if level.name in self.failures:
+            yield self.failures[level.name]
+            return
         if self.failure and request.id.endswith("-0"):
             yield from [*events[: self.fail_after], self.failure]
             return

@@ -71,7 +71,8 @@ async def test_another_key_does_not(guarded: httpx.AsyncClient, header: str) -> 
 
 
 async def test_the_page_can_be_opened_without_a_key(guarded: httpx.AsyncClient) -> None:
-    assert (await guarded.get("/")).status_code == 200
+    for path in ("/", "/playground", "/playground/"):
+        assert "Espalier" in (await guarded.get(path)).text
     assert (await guarded.get("/playground/app.js")).status_code == 200
 
 
@@ -143,6 +144,11 @@ async def test_a_key_file_that_is_wrong_is_named(tmp_path: Path, text: str, reas
         read_keys(Settings(api_key_file=tmp_path / "keys.toml"))
 
 
+def test_two_keys_have_two_names(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="named 'key-1'"):
+        read_keys(Settings(api_keys=OTHER, api_key_file=key_file(tmp_path, **{"key-1": KEY})))
+
+
 async def test_a_key_with_an_unknown_level_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="API key a: level 'ligth' is not one of off, light"):
         connect(FakeEngine(), api_key_file=key_file(tmp_path, a=f'{KEY}\nlevels = ["ligth"]'))
@@ -187,6 +193,19 @@ async def test_an_allowed_origin_may_ask_and_read() -> None:
         assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == origin
         assert (await ask(client, headers={"Origin": "https://evil.example"})).status_code == 403
+
+
+async def test_an_origin_may_be_an_address() -> None:
+    origin = "http://[::1]:3000"
+    async with connect(FakeEngine(), cors_origins=(origin,)) as client:
+        assert (await ask(client, headers={"Origin": origin})).status_code == 200
+        assert (await ask(client, headers={"Origin": "http://1:3000"})).status_code == 403
+
+
+@pytest.mark.parametrize("headers", [{"Host": "["}, {"Origin": "http://["}, {"Host": "[", "Origin": "http://["}])
+async def test_a_host_that_is_none_is_no_fault_of_ours(headers: dict[str, str]) -> None:
+    async with connect(FakeEngine()) as client:
+        assert (await ask(client, headers=headers)).status_code == (403 if "Origin" in headers else 200)
 
 
 async def test_other_hosts_are_refused_where_hosts_are_named() -> None:

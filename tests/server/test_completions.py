@@ -56,6 +56,7 @@ async def test_a_prompt_may_be_tokens(client: httpx.AsyncClient, engine: FakeEng
         ({"prompt": []}, "prompt"),
         ({"prompt": [1000]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
+        ({"prompt": "word " * 3000}, "prompt"),
         ({"prompt": ["one", "two"]}, "prompt"),
         ({"prompt": "what is <image> ?"}, "prompt"),
         ({"prompt": "a" * 200_000}, "prompt"),
@@ -83,6 +84,11 @@ async def test_tokens_and_their_text(client: httpx.AsyncClient) -> None:
     assert plain["tokens"] == [1, 2]
     chat = (await client.post("/tokenize", json=body(image_part()))).json()
     assert chat["count"] == VISUAL_TOKENS + len(QUESTION.split())
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    asked = (await ask(client, body(image_part(), **tools))).json()
+    assert (await client.post("/tokenize", json=body(image_part(), **tools))).json()["count"] == asked["usage"]["prompt_tokens"]
+    for fields, param in ((body(chat_template="x"), "chat_template"), ({"prompt": "a", **tools}, None)):
+        assert check_error(await client.post("/tokenize", json=fields), 400)["param"] == param
     assert (await client.post("/detokenize", json={"tokens": [1, 2]})).json() == {"prompt": "w1 w2"}
     for path, wrong in (("/tokenize", {}), ("/tokenize", {"prompt": "a", "messages": []}), ("/detokenize", {"tokens": [1000]})):
         check_error(await client.post(path, json=wrong), 400)

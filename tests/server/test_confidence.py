@@ -17,7 +17,7 @@ from server import confidence
 from server.confidence import ChoiceScorer, YesNo
 from server.engine import Engine
 from server.errors import Overloaded
-from server.request import Failed
+from server.request import Failed, Request
 from server.structured import choice_grammar, compile_grammar
 from tests.server.client import app_of, ask, body, events, image_part
 from tests.server.client import client as client  # fixtures
@@ -106,6 +106,27 @@ def test_many_choices_that_begin_alike_cost_few_passes(real: Engine) -> None:
     assert sum(parts.values()) == pytest.approx(1, abs=0.01) and min(parts.values()) > 0
 
 
+@pytest.mark.parametrize("choices", [(" red", " blue"), (" red", "blue"), ("\n", "x"), ("  a", "b")])
+async def test_leading_blanks_of_a_choice_are_its_own(real: Engine, choices: tuple[str, ...]) -> None:
+    real.start()
+    try:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app_of(real)), base_url="http://x") as client:
+            for seed in range(4):
+                fields = {"guided_choice": choices, "model": None, "temperature": 2, "seed": seed}
+                reply = (await ask(client, body(image_part(), **fields))).json()
+                said = reply["choices"][0]["message"]["content"]
+                assert said in choices
+                assert reply["pruning"]["confidence"] == reply["pruning"]["probabilities"][said]
+    finally:
+        real.stop()
+
+
+def test_a_token_that_cuts_a_choice_is_none_of_it(real: Engine) -> None:
+    cut = real.preprocessor.tokenize(" red", special=False)
+    receipt, _ = choose(real, stop_token_ids=(*cut,))
+    assert receipt.probabilities is None or sum(receipt.probabilities.values()) == pytest.approx(1, abs=1e-3)
+
+
 def test_yes_and_no_are_known_in_any_spelling(real: Engine) -> None:
     words = [b"Yes", b" yes", b"no", b"YES", b"none", b"</s>"]
     score = YesNo(len(words), words.__getitem__).score
@@ -164,6 +185,27 @@ async def test_without_a_place_the_first_answer_stays(client: httpx.AsyncClient,
     reply = (await ask(client, body(image_part(), pruning={"level": "strong", "escalate_below": 0.7}))).json()
     assert reply["pruning"]["level"] == "strong" and reply["choices"][0]["message"]["content"] == "A red star."
     assert "escalated" not in reply["pruning"]
+
+
+async def test_where_the_second_answer_fails_the_first_stays(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.failures = {"off": Failed("This request failed.")}
+    reply = (await ask(client, body(image_part(), pruning={"level": "strong", "escalate_below": 0.7}))).json()
+    assert reply["pruning"]["level"] == "strong" and reply["choices"][0]["message"]["content"] == "A red star."
+    assert [request.level for request in engine.submitted] == ["strong", "off"]
+
+
+async def test_a_deadline_is_that_of_the_first_answer(real: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted: list[Request] = []
+    submit = real.submit
+    monkeypatch.setattr(real, "submit", lambda request: (submitted.append(request), submit(request)))
+    real.start()
+    try:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app_of(real)), base_url="http://x") as client:
+            asked = body(image_part(), model=None, max_tokens=4, pruning={"level": "strong", "escalate_below": 1})
+            assert (await ask(client, asked, headers={"X-Request-Deadline-Ms": "60000"})).status_code == 200
+    finally:
+        real.stop()
+    assert [request.deadline is None for request in submitted] == [False, True]
 
 
 async def test_a_failed_first_answer_is_a_failure(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -158,8 +158,10 @@ def test_at_off_an_answer_is_transformers_own(engine, tiny):
         assert request.emit.text == tiny.preprocessor.tokenizer.decode(made, skip_special_tokens=True).lstrip()
 
 
+@pytest.mark.parametrize("tokens", [1024, 64], ids=["at once", "in parts"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_further_question_starts_behind_the_picture(engine, tiny, level):
+def test_a_further_question_starts_behind_the_picture(tiny, level, tokens):
+    engine = new_engine(tiny, max_prefill=tokens)
     first = answer(engine, 0, level=level, logprobs=0)
     further = answer(engine, 0, level=level, text="Read the sign.", logprobs=0)
     assert first.finished.cached_tokens == 0
@@ -167,6 +169,17 @@ def test_a_further_question_starts_behind_the_picture(engine, tiny, level):
     same(further, answer(new_engine(tiny), 0, level=level, text="Read the sign.", logprobs=0))
     assert answer(engine, 1, level=level).finished.cached_tokens == 0, "another picture"
     assert (value(engine, "cache_queries_total", cache="prefix"), value(engine, "cache_hits_total", cache="prefix")) == (3, 1)
+
+
+def test_a_prompt_that_ends_with_its_picture_may_be_asked_again(engine):
+    readers = []
+    for _ in range(2):
+        request = ask(engine)
+        end = len(request.prompt) - request.prompt[::-1].index(engine.model.config.image_token_id)
+        engine.submit(replace(request, prompt=request.prompt[:end]))
+        drain(engine)
+        readers.append(request.emit)
+    assert readers[0].answer == readers[1].answer
 
 
 def test_levels_do_not_share_beginnings(engine):

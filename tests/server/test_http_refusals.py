@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -62,6 +63,8 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "text for a number": (body(max_tokens="many"), 400, "max_tokens"),
     "top_logprobs alone": (body(top_logprobs=3), 400, "top_logprobs"),
     "unknown level": (body(pruning={"level": "x"}), 400, "pruning.level"),
+    "tiny penalty": (body(repetition_penalty=1e-45), 400, "repetition_penalty"),
+    "older call": ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, 400, "messages[0]"),
     "unknown model": (body(model="gpt-4o"), 404, "model"),
 }  # fmt: skip
 
@@ -124,6 +127,42 @@ async def test_a_gzip_body_is_read_within_the_same_bound(engine: FakeEngine) -> 
             assert check_error(response, status), name
         response = await client.post("/v1/chat/completions", content=packed, headers={"Content-Encoding": "br"})
         assert "br" in check_error(response, 415)["message"]
+
+
+@pytest.mark.parametrize("more", [b"\0" * 100, b"", gzip.compress(b"")], ids=["zeros", "nothing", "another"])
+async def test_what_follows_a_gzip_body_is_not_read(engine: FakeEngine, more: bytes) -> None:
+    """zlib would keep all of it, and count none."""
+    sent = 0
+
+    async def pieces() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield gzip.compress(json.dumps(body()).encode())
+        for _ in range(100):
+            sent += 1
+            yield more
+
+    async with connect(engine, max_body_bytes=2000) as client:
+        response = await client.post("/v1/chat/completions", content=pieces(), headers={"Content-Encoding": "gzip"})
+    if more:
+        check_error(response, 400)
+        assert sent <= 2
+    else:
+        assert response.status_code == 200
+
+
+async def test_empty_pieces_of_gzip_count_as_sent(engine: FakeEngine) -> None:
+    sent, packer = 0, zlib.compressobj(wbits=31)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(10_000):
+            sent += len(block := packer.flush(zlib.Z_FULL_FLUSH) or b"\0\0\0\xff\xff")
+            yield block
+
+    async with connect(engine, max_body_bytes=1000) as client:
+        headers = {"Content-Encoding": "gzip"}
+        check_error(await client.post("/v1/chat/completions", content=pieces(), headers=headers), 413)
+    assert sent <= 1100
 
 
 async def test_a_byte_order_mark_is_no_fault(client: httpx.AsyncClient) -> None:

@@ -7,7 +7,7 @@ import pytest
 from models.checkpoint import Checkpoint
 from server.engine import Engine, Limits
 from server.load import WINDOW_S, DefaultLevel
-from tests.server.tiny import ask, drain, value
+from tests.server.tiny import answer, ask, drain, new_engine, value
 from tests.server.tiny import tiny_checkpoint as tiny_checkpoint  # a fixture
 
 LEVELS = ("off", "light", "balanced")
@@ -64,6 +64,15 @@ def test_who_waited_gets_the_level_of_now(tiny: Checkpoint, monkeypatch: pytest.
     drain(engine)
     found = [(one.emit.finished.receipt.level, one.emit.finished.receipt.reason) for one in (first, waiting, asked)]
     assert found == [("off", "default"), ("light", "load"), ("off", "body")]
+
+
+def test_pictures_at_hand_say_nothing_of_new_ones(tiny: Checkpoint) -> None:
+    engine = new_engine(tiny)
+    answer(engine, 0, max_tokens=1)
+    learned = engine._work.visual_token.value
+    for _ in range(3):
+        answer(engine, 0, max_tokens=1)
+    assert engine._work.visual_token.value == learned > 0
 
 
 def test_without_being_asked_to_the_default_stays(tiny: Checkpoint) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from prometheus_client import generate_latest
 
 from models.checkpoint import load
 from server.engine import Engine
-from server.errors import Overloaded
+from server.errors import InvalidRequest, Overloaded
 from server.load import WorkRate
 from server.metrics import OUTCOMES
 from server.request import ParentRequest
 from server.scheduler import ScheduledRequest, Scheduler
 from server.served import Served
+from server.structured import Constraint
 from tests.pruning.dynamic.tiny_router import POINTS, expect, plain_checkpoint, routed_checkpoint  # noqa: F401
 from tests.server.tiny import Reader, ask, drain, new_engine, submit, total, value
 from tests.server.tiny import stepped_engine as stepped_engine  # fixtures
@@ -115,6 +118,27 @@ def test_a_request_refused_half_way_did_not_end(tiny) -> None:
         engine.abort(request)
     drain(engine)
     assert total(engine, "requests_total") == 0
+
+
+def test_an_answer_refused_in_its_middle_ended_in_error(engine: Engine) -> None:
+    class Narrow(Constraint):
+        def __init__(self) -> None:
+            self.taken = 0
+
+        def allowed(self, size: int) -> Any:
+            return torch.ones(size, dtype=torch.bool)
+
+        def take(self, token: int) -> bool:
+            self.taken += 1
+            if self.taken > 2:
+                raise InvalidRequest("the schema is too large to be followed")
+            return False
+
+    request = replace(ask(engine), constraint=Narrow())
+    engine.submit(request)
+    drain(engine)
+    assert request.emit.end.refusal
+    assert total(engine, "requests_total", outcome="error") == 1
 
 
 def test_saturation_counts_places_and_memory() -> None:

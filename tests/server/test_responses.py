@@ -136,6 +136,11 @@ async def test_what_is_wrong_is_named(client: httpx.AsyncClient, engine: FakeEng
     assert not engine.submitted
 
 
+async def test_its_own_name_of_the_length_limit_wins(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    reply = (await ask(client, input="Hi?", max_output_tokens=3, max_tokens=9)).json()
+    assert reply["max_output_tokens"] == engine.submitted[0].sampling.max_tokens == 3
+
+
 async def test_harmless_fields_pass(client: httpx.AsyncClient) -> None:
     fields = {
         "store": True, "truncation": "disabled", "reasoning": {"effort": None}, "include": ["reasoning.encrypted_content"],

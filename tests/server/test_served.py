@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+import weakref
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -253,6 +255,32 @@ def test_an_engine_that_retires_is_watched(served: Served, first: Stoppable) -> 
     assert served.hung_seconds == 3.0 and served.alive
     first._running.clear()
     assert first.stopped.wait(30)
+
+
+async def test_others_are_answered_while_a_model_loads(admin: httpx.AsyncClient, served: Served) -> None:
+    built, build = threading.Event(), served._build
+    served._build = lambda *asked: (built.wait(30), build(*asked))[1]
+    loading = asyncio.create_task(admin.post("/v1/admin/models", json={"name": "third", "checkpoint": "x"}, headers=ADMIN))
+    await asyncio.sleep(0.05)
+    unloading = asyncio.create_task(admin.delete("/v1/admin/models/second", headers=ADMIN))
+    await asyncio.sleep(0.05)
+    assert not unloading.done()
+    assert (await admin.get("/live")).status_code == 200
+    built.set()
+    assert (await loading).status_code == (await unloading).status_code == 200
+
+
+def test_an_engine_that_was_swapped_is_freed(served: Served) -> None:
+    """Though objects within it point to each other."""
+    served.put("third", "x")
+    served.engines["third"].itself = served.engines["third"]
+    old, stopped = weakref.ref(served.engines["third"]), served.engines["third"].stopped
+    served.put("third", "y")
+    assert stopped.wait(30)
+    deadline = time.monotonic() + 30
+    while old() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert old() is None
 
 
 # ---- from settings, with weights

@@ -214,6 +214,32 @@ def test_an_answer_shows_whether_it_is_a_call(step: int) -> None:
         assert reason == ("tool_calls" if call else "stop")
 
 
+@pytest.mark.parametrize("how", ["required", "auto", {"type": "function", "function": {"name": "paint"}}])
+async def test_stops_cut_no_call(client: httpx.AsyncClient, running: Engine, how: Any) -> None:
+    """`auto` is led to a call by the bias of its first token."""
+    spell, (red,) = running.preprocessor.token_bytes, running.preprocessor.tokenize(" red", special=False)
+    braces = [token for token in range(running.preprocessor.vocab_size) if spell(token).lstrip().startswith(b"{")]
+    bias = dict.fromkeys(map(str, braces), 100) if how == "auto" else {}
+    plain = {"tools": TOOLS, "tool_choice": how, "logit_bias": bias, "temperature": 1, "seed": 1}
+    stops = {"stop": ["{", '"', ":", "r"], "stop_token_ids": [red]}
+    calls = [(await ask(client, **plain, **more)).json()["choices"][0] for more in ({}, stops)]
+    called = [choice["message"]["tool_calls"][0]["function"] for choice in calls]
+    assert called[0] == called[1] and calls[1]["finish_reason"] == "tool_calls"
+    json.loads(called[1]["arguments"])
+
+
+async def test_stops_cut_a_text_beside_tools(client: httpx.AsyncClient) -> None:
+    whole = (await ask(client, tools=TOOLS, max_tokens=6)).json()["choices"][0]["message"]["content"]
+    cut = (await ask(client, tools=TOOLS, max_tokens=6, stop=whole[2:4])).json()["choices"][0]
+    assert cut["message"]["content"] == whole[: whole.index(whole[2:4])] and cut["finish_reason"] == "stop"
+
+
+def test_an_answer_cut_before_it_shows_its_call_is_told() -> None:
+    reader = AnswerReader(USE)
+    assert reader.push('{"name": "pa') == []
+    assert reader.finish("length") == ([{"content": '{"name": "pa'}], "length")
+
+
 def test_a_call_cut_short_keeps_all_it_had() -> None:
     reader = AnswerReader(USE)
     deltas = reader.push('{"name": "paint", "arguments": {"a": {}')
@@ -240,6 +266,7 @@ async def test_calls_and_their_results_are_turns(client: httpx.AsyncClient) -> N
 DEEP: dict[str, Any] = {"type": "object"}
 for _ in range(50):
     DEEP = {"type": "object", "properties": {"x": DEEP}}
+HUGE = {"parameters": {"type": "object", "properties": {"a": {"enum": ["x" * 1000] * 50}}}}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown type": ({"response_format": schema_format({"type": "foo"})}, "response_format"),
     "unknown keyword": ({"response_format": schema_format({"type": "array", "uniqueItems": True}, strict=True)}, "response_format"),
@@ -247,6 +274,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "endless reference": ({"guided_json": {"$ref": "#"}}, "guided_json"),
     "nothing fits": ({"guided_json": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "guided_json"),
     "no schema": ({"response_format": {"type": "json_schema"}}, "response_format"),
+    "huge together": ({"tools": [{"type": "function", "function": HUGE | {"name": f"f{i}"}} for i in range(2)]}, "tools"),
     "huge": ({"guided_json": {"enum": ["x" * 1000] * 100}}, "guided_json"),
     "explosive": (
         {"guided_json": {"allOf": [{"anyOf": [{"properties": {f"{x}{i}": {}}} for x in "pq"]} for i in range(18)]}}, "guided_json",
