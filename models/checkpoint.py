@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from models.errors import CheckpointError
 from models.families import ARCHITECTURES, family_of
 from models.headers import TensorHeader, first_misfit, read_headers
 from models.layer_shapes import head_dim, layer_shapes, sliced
-from models.llava import QUANTIZED_MODULES, Llava, check_supported, from_transformers
+from models.llava import Llava, check_supported, from_transformers
 from models.manifest import MANIFEST, Manifest, read_manifest
 from models.preprocess import Preprocessor
 from models.quantized import QUANTIZED, bitsandbytes, multiplied_natively, quantization_of, read_dense
@@ -49,12 +48,15 @@ def load(directory: Path, device: str = "cpu", dtype: str = "auto", quantization
     Raises CheckpointError for a missing or truncated file and UnsupportedCheckpoint for what the forward does not compute.
     """
     check_device(device)
-    source, quantization, quantized = _open(directory, device, dtype, quantization)
+    source, quantization, saved = _open(directory, device, dtype, quantization)
     manifest = source.manifest
     eos = source.model.generation_config.eos_token_id
     if eos is None:
         eos = source.model.config.text_config.eos_token_id
-    model = from_transformers(source.model, quantization, quantized, device)
+    # bitsandbytes' own files have no form for an embedding that is the head too.
+    model = from_transformers(
+        source.model, quantization, saved=saved, quantize_embedding=not saved or bool(manifest.quantization), device=device
+    )
     check_manifest(directory, manifest, model)
     return Checkpoint(
         directory=directory,
@@ -124,8 +126,8 @@ def footprint(directory: Path, dtype: str = "auto") -> Footprint:
 
 def _open(
     directory: Path, device: str, dtype: str, quantization: str | None
-) -> tuple[TransformersCheckpoint, str | None, Collection[str]]:
-    """A checkpoint in memory, all weights dense; the format that they shall have, and the modules that have it."""
+) -> tuple[TransformersCheckpoint, str | None, bool]:
+    """A checkpoint in memory, all weights dense; the format that they shall have, and whether its files hold it."""
     if dtype not in ("auto", *DTYPES):
         raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     if quantization not in (None, *QUANTIZED):
@@ -142,11 +144,9 @@ def _open(
     manifest = read_manifest(directory)
     _verify(directory, manifest)
     weights: dict[str, Tensor] | None = None
-    modules: Collection[str] = QUANTIZED_MODULES
     if saved:
-        weights, modules = _dequantized(shards, config, dtype)
-        if manifest.quantization:
-            modules = {*modules, "embedding"}  # bitsandbytes' files have no form for one that is the head too
+        weights = read_dense(shards, DTYPES.get(dtype) or config.dtype or torch.float16)
+        del config.quantization_config  # else transformers would make modules of bitsandbytes'
     model, info = _from_pretrained(config, directory, dtype, weights)
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted((*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])))
@@ -161,17 +161,7 @@ def _open(
         manifest=manifest,
         fingerprint="fp_" + fingerprint(shards),
     )
-    return source, quantization, modules
-
-
-def _dequantized(
-    shards: Sequence[Path], config: PreTrainedConfig, dtype: str
-) -> tuple[dict[str, Tensor], Collection[str]]:
-    """A quantized checkpoint's tensors, dense, and which modules were not so."""
-    weights, quantized = read_dense(shards, DTYPES.get(dtype) or config.dtype or torch.float16)
-    parts = {"vision": "vision_tower.", "projector": "multi_modal_projector.", "language": "language_model."}
-    del config.quantization_config  # else transformers would make modules of bitsandbytes'
-    return weights, [module for module, part in parts.items() if any(part in key and "lm_head" not in key for key in quantized)]
+    return source, quantization, saved is not None
 
 
 def check_device(name: str) -> None:

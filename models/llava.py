@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,7 +27,6 @@ from models.vision.features import ImageFeatures, VisionEncoder
 from models.weight_format import holder
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
-QUANTIZED_MODULES = ("vision", "projector", "language", "embedding")
 
 
 class UnsupportedCheckpoint(ValueError):
@@ -206,20 +205,20 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 @torch.no_grad()
 def from_transformers(
-    model: PreTrainedModel, quantization: str | None = None, quantized_modules: Collection[str] = QUANTIZED_MODULES,
+    model: PreTrainedModel, quantization: str | None = None, *, saved: bool = False, quantize_embedding: bool = True,
     device: str | None = None,
 ) -> Llava:  # fmt: skip
     """Take the weights out of a transformers model and leave it empty, so that they are held once.
 
     Each matrix gets its format at once (see `models.weight_format`), on `device`, so that a device need not hold all weights as
     they were. The head stays dense, as it is seldom pruned and decides every token. Where it is tied to the embedding, quantizing
-    holds both in 8 bits: together they are a fifth of `smol`.
+    holds both in 8 bits: together they are a fifth of `smol`. `saved` says that the model's files held quantized weights.
     """
     config = model.config
     check_supported(config)
     text, inner = model.model.language_model, model.model
     device = device or model.device
-    hold = {module: holder(module, quantization, quantized_modules) for module in ("vision", "projector", "language")}
+    hold = {module: holder(module, quantization, saved) for module in ("vision", "projector", "language")}
     inner.vision_tower.to(device)
     projector = inner.multi_modal_projector.to(device)
     vision = VisionEncoder(
@@ -245,7 +244,7 @@ def from_transformers(
         )
         return_freed_memory()
     model.to(device)
-    embedding, head = _embedding_and_head(model, quantize=quantization is not None and "embedding" in quantized_modules)
+    embedding, head = _embedding_and_head(model, quantize=quantization is not None and quantize_embedding)
     return Llava(
         config=config,
         vision=vision,

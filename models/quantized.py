@@ -263,8 +263,12 @@ def _take_as_dense(config: Any, about: dict[str, Any]) -> None:
     del config.quantization_config
 
 
-def read_dense(shards: Sequence[Path], dtype: torch.dtype) -> tuple[dict[str, Tensor], set[str]]:
-    """All tensors of a quantized checkpoint, by the files' names, its matrices dense in `dtype`; and which were quantized.
+SAMPLED_ROWS = 64
+"""Of a matrix, that are quantized again to see whether it was quantized."""
+
+
+def read_dense(shards: Sequence[Path], dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors of a quantized checkpoint, by the files' names, its matrices dense in `dtype`.
 
     Quantized again they are what they were: the scales are the largest magnitudes, which have a code of their own. Raises
     CheckpointError for a matrix whose scales are not there.
@@ -282,7 +286,20 @@ def read_dense(shards: Sequence[Path], dtype: torch.dtype) -> tuple[dict[str, Te
             dense[key] = _dense(held.pop(key), beside, key).to(dtype)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{shards[0].parent}: {key} is quantized and its scales are missing: {error}") from error
-    return held | dense, quantized
+    return held | dense
+
+
+def was_quantized(weight: Tensor, kind: str) -> bool:
+    """Whether a dense weight [out, in] is what `read_dense` made of a quantized one: quantized again, some of its rows are the same
+    but for the dtype's rounding."""
+    step = 1 if weight.shape[1] % BLOCK else max(1, len(weight) // SAMPLED_ROWS)
+    rows = weight.detach()[::step].contiguous()
+    if kind == "int8":
+        again = Int8Linear.of(Linear(rows)).rows(torch.arange(len(rows), device=rows.device))
+    else:
+        codes, state = bitsandbytes().functional.quantize_4bit(rows, blocksize=BLOCK, quant_type="nf4")
+        again = dequantize_4bit(codes, state, torch.float32)
+    return torch.allclose(again, rows.float(), rtol=2**-6, atol=0)
 
 
 def _dense(codes: Tensor, beside: dict[str, Tensor], key: str) -> Tensor:

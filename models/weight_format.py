@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -13,20 +13,25 @@ from torch.utils.benchmark import Timer
 from models import kernels
 from models.kernels import thresholds
 from models.linear import Linear
-from models.quantized import QUANTIZED
+from models.quantized import QUANTIZED, was_quantized
 from models.sparse import AnyLinear, PackedLinear, SemiStructuredLinear, SparseLinear
 
 log = logging.getLogger("espalier.weight_format")
 
 
-def holder(module: str, quantization: str | None, quantized_modules: Collection[str]) -> Callable[[Linear], AnyLinear]:
-    """How the matrices of `vision`, `projector` or `language` are held: quantized, or else in the fastest lossless format.
+def holder(module: str, quantization: str | None, saved: bool) -> Callable[[Linear], AnyLinear]:
+    """How the matrices of `vision`, `projector` or `language` are held: quantized, or else in the fastest lossless format. Of a
+    checkpoint that was `saved` quantized, those that it holds dense stay so.
 
     Vision tower and projector multiply hundreds of rows at a time, so that without quantization they stay dense.
     """
-    if quantization and module in quantized_modules:
-        return QUANTIZED[quantization].of
-    return choose_format if module == "language" else lambda linear: linear
+    lossless = choose_format if module == "language" else lambda linear: linear
+    if quantization is None:
+        return lossless
+    quantize = QUANTIZED[quantization].of
+    if not saved:
+        return quantize
+    return lambda linear: quantize(linear) if was_quantized(linear.weight, quantization) else lossless(linear)
 
 
 SAMPLED_ROWS = 64

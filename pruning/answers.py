@@ -27,13 +27,16 @@ class Prompt:
         return ImageFeatures(self.visual[None])
 
 
+@torch.inference_mode()
 def generate(model: Llava, batch: Sequence[Prompt], eos: Collection[int], max_new_tokens: int) -> list[list[int]]:
-    """The un-pruned model's greedy answers; the end token is among them."""
+    """The un-pruned model's greedy answers; the end token is among them, and the image's, which is no text, never is."""
     inputs = [_input(model, one, (), Route.full(len(one.visual), model.num_layers), reserve=max_new_tokens) for one in batch]
     answers: list[list[int]] = [[] for _ in batch]
     live = list(range(len(batch)))
     while live:
-        tokens = forward(model, [inputs[i] for i in live]).argmax(-1).tolist()
+        logits = forward(model, [inputs[i] for i in live])
+        logits[:, model.config.image_token_id] = -torch.inf
+        tokens = logits.argmax(-1).tolist()
         for i, token in zip(live, tokens, strict=True):
             answers[i].append(token)
             position = len(batch[i].ids) + len(answers[i]) - 1

@@ -78,7 +78,7 @@ class VisionTransformer:
             return ImageFeatures(features[:, int(leaves_out_first) :])
         if leaves_out_first:
             return ImageFeatures(features[:, 1:], attention)
-        # "full" keeps the class token as a visual token, which must never be dropped.
+        # "full" keeps the class token as a visual token, the likeliest of all where tokens are chosen by its attention.
         return ImageFeatures(features, F.pad(attention, (1, 0), value=1.0))
 
     def _embed(self, pixels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Allocation = dict[str, int]
 MARGIN = 0.1
 """ECoFLaP: a block may lose so much more than the sparsity asked for."""
 OWL_RANGE = 0.08
-"""OWL's λ: the most by which a block's sparsity differs from the mean."""
+"""OWL's λ: the most and the least pruned block differ by twice as much at most."""
 
 
 def block_of(matrix: str) -> str:

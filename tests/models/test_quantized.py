@@ -290,12 +290,17 @@ def test_a_tied_embedding_that_was_left_dense_stays_dense(tmp_path):
     assert load(write_hub(tmp_path / "dense", config), quantization="nf4").model.head.format == "int8"
 
 
-def test_modules_that_were_left_dense_stay_dense(tmp_path):
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize(
+    ("skip", "dense"),
+    [("vision_tower", "vision"), ("model.model.layers.0", "language.0"), ("model.layers.1.self_attn.v_proj", "language.1.qkv")],
+)
+def test_what_was_left_dense_stays_dense(tmp_path, kind, skip, dense):
     saved = write_hub(tmp_path / "saved", hub_config("llava"))
-    quantize_saved(saved, "nf4", skip="vision_tower")
-    formats = {name: matrix.format for name, matrix in load(saved).model.linears().items()}
-    assert {form for name, form in formats.items() if name.startswith("vision")} == {"dense"}
-    assert {form for name, form in formats.items() if name.startswith(("language", "projector"))} == {"nf4"}
+    quantize_saved(saved, kind, skip=skip)
+    formats = {name: matrix.format for name, matrix in load(saved).model.linears().items() if name != "head"}
+    assert any(name.startswith(dense) for name in formats)
+    assert formats == {name: "dense" if name.startswith(dense) else kind for name in formats}
 
 
 # ---- what is refused

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Binomial
 
 from pruning.dynamic.levels import AUTO, OperatingPoint, choose, costs_of
 from pruning.dynamic.router import AgreementHead
@@ -22,8 +23,8 @@ COST_WEIGHTS = np.geomspace(1e-4, 100, 61).tolist()
 """In answers: at 0.1 a tenth of a dense prefill is worth a hundredth of an answer."""
 FINE = [0.0, *np.geomspace(COST_WEIGHTS[0], COST_WEIGHTS[-1], 601).tolist()]
 """Those that `auto` is found among; at none the whole model runs."""
-CONFIDENCE = 1.645
-"""Standard errors that a share must lie above its target to be above it by more than chance (one-sided, 95 %)."""
+CHANCE = 0.05
+"""Probability that a share that lies above its target does so by chance; more is too much."""
 FOLDS = 5
 SHARPNESS = 2.0
 """An answer whose least certain token is ahead by a margin counts as kept by the sigmoid of so many times the margin: one that
@@ -48,13 +49,16 @@ class HeldOut:
         """With those operating points alone to choose from."""
         return HeldOut(self.expected[:, points], self.stayed[:, points], [self.points[i] for i in points])
 
+    def take(self, cost_weight: float) -> tuple[Tensor, Tensor]:
+        """Which point each question takes at a cost weight, and whether its answer stays there, bool."""
+        taken = choose(self.expected, costs_of(self.points), cost_weight)
+        return taken, self.stayed.gather(1, taken[:, None])[:, 0]
+
     def measure(self, cost_weight: float) -> Measured:
         """What the questions take at a cost weight, on average."""
-        costs = costs_of(self.points)
-        taken = choose(self.expected, costs, cost_weight)
+        costs, (taken, stayed) = costs_of(self.points), self.take(cost_weight)
         kept = torch.tensor([point.visual_ratio for point in self.points])
-        stayed = self.stayed.gather(1, taken[:, None]).float()
-        flops, tokens, agreement = (round(float(values.mean()), 4) for values in (costs[taken], kept[taken], stayed))
+        flops, tokens, agreement = (round(float(values.mean()), 4) for values in (costs[taken], kept[taken], stayed.float()))
         return Measured(
             cost_weight=cost_weight, flops_ratio=flops, visual_ratio=tokens, agreement=agreement, questions=len(taken)
         )  # fmt: skip
@@ -124,19 +128,26 @@ def within_budget(held_out: HeldOut, budget: float) -> float:
 
 def keeping(held_out: HeldOut, target: float) -> Measured:
     """The highest cost weight at which more than `target` of the answers stay, by more than chance: were that the share, so many of
-    these would stay once in twenty times.
+    these would stay once in twenty times (the exact binomial test: of fewer than 299 questions not even all are proof of 99 %).
 
     Weights are tried upwards until one fails, so that the confidence is that of a single test (Learn then Test's fixed sequence,
     arXiv 2110.01052).
     """
-    sure = min(1.0, target + CONFIDENCE * (target * (1 - target) / len(held_out.expected)) ** 0.5)
-    found = held_out.measure(FINE[0])
+    enough = fewest_above(target, len(held_out.expected))
+    taken = FINE[0]
     for weight in FINE[1:]:
-        measured = held_out.measure(weight)
-        if measured.agreement < sure:
+        if int(held_out.take(weight)[1].sum()) < enough:
             break
-        found = measured
-    return found
+        taken = weight
+    return held_out.measure(taken)
+
+
+def fewest_above(share: float, n: int) -> int:
+    """The fewest of `n` that are more than `share` of them by more than chance; n + 1 where no number is."""
+    chances = Binomial(n, torch.tensor(share, dtype=torch.float64))
+    of_each: Tensor = chances.log_prob(torch.arange(n + 1, dtype=torch.float64)).exp()  # type: ignore[no-untyped-call]
+    of_so_many = of_each.flip(0).cumsum(0).flip(0)
+    return int((of_so_many > CHANCE).sum())
 
 
 def sweep(held_out: HeldOut) -> dict[str, list[Measured]]:

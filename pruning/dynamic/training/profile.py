@@ -57,7 +57,12 @@ def operating_points(source: Checkpoint, config: RouterConfig, text: int) -> lis
         route = Route(visual, tuple(range(kept)), runs, frozen_layers=frozen_layers)
         cost = flops_ratio(model.config, route, visual + text, config.flops(visual, min(text, MAX_TEXT), kept))
         found.append(replace(point, cost=round(cost, 4)))
-    return sorted(found, key=lambda point: point.cost)
+    return sorted(found, key=lambda point: (_is_whole(point), point.cost))
+
+
+def _is_whole(point: OperatingPoint) -> bool:
+    """Whether it leaves nothing out. It need not be the dearest: of large routers the correction may cost more than it saves."""
+    return (point.visual_ratio, point.skipped_layers, point.frozen_layers) == (1.0, 0, 0)
 
 
 def profile(

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from models.checkpoint import Checkpoint, load, open_transformers, sha256
+from models.checkpoint import Checkpoint, fingerprint, load, open_transformers, sha256, weight_files
 from models.manifest import Manifest, read_manifest, write_manifest
 from models.run_state import RunState
 from models.saving import derive
@@ -57,6 +57,8 @@ def run(
     derive(source.directory, draft, {}, source.manifest.derive())
     save_router(router, draft / FILE)
     files = read_manifest(draft).files | {FILE: sha256(draft / FILE)}
+    # The weights are the same, their files need not be: some have headers of their own.
+    record = record.model_copy(update={"checkpoint": "fp_" + fingerprint(weight_files(draft))})
     write_manifest(draft, source.manifest.derive(router=record.model_dump(), files=files))
     state.complete()
     return read_manifest(out)

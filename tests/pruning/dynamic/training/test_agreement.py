@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 
 from pruning.dynamic.levels import AUTO, OperatingPoint
-from pruning.dynamic.training.agreement import BUDGETS, HeldOut, find_levels, fit, fit_and_validate, keeping, sweep
+from pruning.dynamic.training.agreement import BUDGETS, HeldOut, fewest_above, find_levels, fit, fit_and_validate, keeping, sweep
 
 POINTS = [OperatingPoint(share, 0, 0, share) for share in (0.1, 0.3, 0.6, 1.0)]
 
@@ -86,6 +86,21 @@ def test_auto_keeps_the_share_that_is_asked_for_of_both_kinds(held_out, target):
         assert binomtest(stayed, 500, target, "greater").pvalue < 0.06
         assert stayed < 500 * target + 30, "and not many more"
     assert auto.first.flops_ratio < auto.follow_up.flops_ratio <= POINTS[-1].cost
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.99, 4000), (0.99, 299), (0.9, 30), (0.5, 7)])
+def test_a_share_is_above_another_by_more_than_chance(share, n):
+    fewest = fewest_above(share, n)
+    chance = [binomtest(count, n, share, "greater").pvalue for count in (fewest, fewest - 1)]
+    assert chance[0] <= 0.05 < chance[1]
+
+
+@pytest.mark.parametrize(("n", "proven"), [(2, False), (298, False), (299, True)])
+def test_few_answers_prove_no_high_share(n, proven):
+    """Though all of them stay."""
+    expected = torch.tensor([0.5, 0.6, 0.7, 1.0]).repeat(n, 1)
+    found = keeping(HeldOut(expected, torch.ones(n, 4, dtype=torch.bool), POINTS), 0.99)
+    assert (found.flops_ratio < POINTS[-1].cost) == proven
 
 
 def test_where_no_question_follows_another_both_weights_are_one(held_out):

@@ -6,10 +6,14 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from models.manifest import read_manifest
+from models.checkpoint import load
+from models.manifest import read_manifest, write_manifest
 from models.run_state import RunStateError
 from pruning.dynamic.levels import AUTO
+from pruning.dynamic.planner import Planner
+from pruning.dynamic.router import RouterConfig
 from pruning.dynamic.router_file import RouterRecord
 from pruning.dynamic.training import dataset, loop, profile, train
 from pruning.dynamic.training.agreement import BUDGETS
@@ -58,6 +62,26 @@ def test_a_killed_run_ends_as_one_that_never_stopped(plain, routed, tmp_path, mo
     assert again[0] == left
     assert read_manifest(out).files == read_manifest(routed).files
     assert {path.name for path in out.parent.iterdir()} == {"out"}
+
+
+def test_a_router_fits_the_files_that_are_written(plain, tmp_path):
+    """The weights of some checkpoints have another header, as files that are not transformers' do."""
+    source = tmp_path / "source"
+    shutil.copytree(plain, source)
+    write_manifest(source, read_manifest(plain).model_copy(update={"files": {}}))
+    save_file(load_file(plain / "model.safetensors"), source / "model.safetensors", metadata={"format": "pt", "by": "somebody"})
+    run(TrainingConfig(**QUICK | {"steps": 2, "corrector_steps": 0}), source, tmp_path / "out", quiet=True)
+    assert Planner(load(tmp_path / "out")).router is not None
+
+
+@pytest.mark.parametrize("width", [8, 4096])
+def test_the_whole_model_is_the_last_point(plain, width):
+    """Though it is not the dearest, where the router is larger than the model."""
+    source = load(plain)
+    config = RouterConfig(source.model.config.text_config.hidden_size, source.model.num_layers, width, operating_points=POINTS)
+    *others, last = profile.operating_points(source, config, 8)
+    assert (last.visual_ratio, last.skipped_layers, last.frozen_layers) == (1.0, 0, 0)
+    assert (max(point.cost for point in others) > last.cost) == (width == 4096)
 
 
 def test_another_config_does_not_go_on_with_a_killed_run(plain, tmp_path, monkeypatch):
