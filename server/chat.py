@@ -158,7 +158,7 @@ def _constraint(engine: Engine, forms: Sequence[Form], tools: ToolUse | None, bl
 
 
 def _form_grammar(form: Form) -> str:
-    return choice_grammar(form.choices) if form.schema is None else schema_grammar(form.schema, strict=form.strict)
+    return choice_grammar(form.choices) if form.schema is None else schema_grammar(form.schema, form.field, strict=form.strict)
 
 
 def told(turns: list[Turn], text: str) -> list[Turn]:

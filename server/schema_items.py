@@ -87,6 +87,8 @@ class TextFormat(Body):
     model_config = ConfigDict(json_schema_extra=schema_by_type)
 
     type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = Field(None, description="Of the schema; comes back with the reply, as does `description`.")
+    description: str | None = None
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool = Field(False, description="Refuse a schema with keywords that cannot be kept, instead of ignoring these.")
 

@@ -68,8 +68,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 values that ask for nothing, beside NEUTRAL. Fields that are in neither table change no answer and are ignored."""
 STRUCTURED = {"response_format", "structured_outputs", "guided_choice", "guided_json", "tools", "tool_choice"}
 """Fields whose empty values ask for nothing, where a body has them."""
-MISPLACED = {"level": "pruning.level", "pruning": "level"}
-"""Where our own fields belong in the bodies that do not have them."""
+MISPLACED = {
+    "level": "pruning.level", "max_output_tokens": "max_completion_tokens", "text": "response_format",
+    "instructions": "a system message", "input": "messages", "prompt": "messages", "question": "messages",
+    "image": "image_url parts of messages", "images": "image_url parts of messages",
+}  # fmt: skip
+"""What fields of other bodies are called in a chat's."""
 
 
 MAX_JSON_VALUES = 2**16
@@ -137,6 +141,7 @@ class Refusing(Body):
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
     misplaced: ClassVar[dict[str, str]] = MISPLACED
+    """By name, what to send instead."""
 
     @model_validator(mode="before")
     @classmethod
@@ -359,6 +364,11 @@ Prompt = Annotated[str | list[int], BeforeValidator(_one_prompt, json_schema_inp
 class CompletionRequest(OpenAIRequest):
     """`POST /v1/completions`: a text, or its tokens, to go on with."""
 
+    misplaced: ClassVar[dict[str, str]] = {
+        "level": "pruning.level", "max_output_tokens": "max_tokens", "input": "prompt",
+        "messages": "prompt, or ask at /v1/chat/completions",
+    }  # fmt: skip
+
     prompt: Prompt
     logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives per token.")
     add_special_tokens: bool | None = Field(None, description="Begin the prompt as the model's prompts begin; the default.")
@@ -376,6 +386,10 @@ class ResponsesRequest(StreamedRequest, ToolUser):
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
         **UNSUPPORTED, "background": (), "conversation": (), "previous_response_id": (), "prompt": (),
         "reasoning": ({"effort": "none"}, {"effort": None}), "truncation": ("disabled",),
+    }  # fmt: skip
+    misplaced: ClassVar[dict[str, str]] = {
+        "level": "pruning.level", "messages": "input", "question": "input", "image": "input_image parts of input",
+        "images": "input_image parts of input",
     }  # fmt: skip
 
     input: Items = Field(min_length=1, max_length=1024)
@@ -448,6 +462,11 @@ class DetokenizeRequest(Body):
 
 class VqaRequest(Generation):
     """`POST /v1/vqa`: pictures and a question. In a form the pictures are files, in JSON base64 or data URLs."""
+
+    misplaced: ClassVar[dict[str, str]] = {
+        "pruning": "level", "pruning.level": "level", "detail": "level", "max_output_tokens": "max_tokens", "images": "image",
+        "messages": "question", "input": "question", "prompt": "question", "text": "question",
+    }  # fmt: skip
 
     image: Images = Field(min_length=1)
     question: str = Field(json_schema_extra={"pattern": r"\S"})

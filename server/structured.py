@@ -12,12 +12,20 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
 from server.errors import InvalidRequest
+from server.json_schema import check_schema, closed
 
 LIMITS = LLParserLimits(verbose_errors=False)
 MAX_GRAMMAR_CHARS = 2**16
 """Of all schemas or choices of a request together; llguidance bounds what it makes of them."""
 FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as models write it most: free blanks would let a weak model write blanks for ever."""
+
+
+WORDS = {
+    "NoExtensionBias": "no answer can fit",
+    "Enable 'coerce_one_of' option to approximate oneOf with anyOf": "Send anyOf, or no `strict`",
+}
+"""What llguidance says that a client cannot know, and what it means here."""
 
 
 class Constraint:
@@ -66,14 +74,20 @@ def _too_large(matcher: LLMatcher) -> InvalidRequest:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """llguidance says on its first line what is wrong, behind a place in our own grammar."""
-    first = str(matcher.get_error()).partition("\n")[0]
-    return first.rpartition("failed to compile JSON schema: ")[2][:200].replace("NoExtensionBias", "no answer can fit")
+    """llguidance says on its first line what is wrong, behind a place in our own grammar; of a pattern below it."""
+    lines = str(matcher.get_error()).splitlines() or [""]
+    of_pattern = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if "regex parse error" in lines[0] and of_pattern:
+        return f"a pattern is not understood: {of_pattern[0][:200]}"
+    reason = lines[0].rpartition("failed to compile JSON schema: ")[2][:200]
+    for theirs, ours in WORDS.items():
+        reason = reason.replace(theirs, ours)
+    return reason
 
 
-def schema_grammar(schema: dict[str, Any], *, strict: bool) -> str:
+def schema_grammar(schema: dict[str, Any], param: str, *, strict: bool) -> str:
     """Answers that are JSON and fit `schema`; unless `strict`, keywords that llguidance lacks bind nothing."""
-    return f"answer: {json_rule(schema, strict=strict)}"
+    return f"answer: {json_rule(schema, param, strict=strict)}"
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
@@ -81,33 +95,12 @@ def choice_grammar(choices: Sequence[str]) -> str:
     return f"answer: {' | '.join(map(quoted, choices))}"
 
 
-def json_rule(schema: dict[str, Any], *, strict: bool) -> str:
-    """A schema as the right side of a Lark rule."""
+def json_rule(schema: dict[str, Any], param: str, *, strict: bool) -> str:
+    """A schema as the right side of a Lark rule. Raises InvalidRequest, on `param`, for one that would harm the server."""
+    check_schema(schema, param)
     return f"%json {json.dumps({**closed(schema), 'x-guidance': {**FORM, 'lenient': not strict}})}"
-
-
-SCHEMAS_BY_NAME = {"properties", "$defs", "definitions", "patternProperties"}
-SCHEMAS = {"items", "prefixItems", "anyOf", "oneOf", "additionalProperties"}
-OPEN = {"additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "$ref"}
-"""Keywords by which an object has properties beside those of `properties`."""
-
-
-def closed(schema: Any) -> Any:
-    """The schema, where objects that list their properties and say nothing of others have no others: a weak model would never stop
-    to make some up. XGrammar reads schemas so too."""
-    if isinstance(schema, list):
-        return [closed(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    out = dict(schema)
-    for key, value in schema.items():
-        if key in SCHEMAS_BY_NAME and isinstance(value, dict):
-            out[key] = {name: closed(one) for name, one in value.items()}
-        elif key in SCHEMAS:
-            out[key] = closed(value)
-    return out if "properties" not in out or OPEN & out.keys() else {**out, "additionalProperties": False}
 
 
 def quoted(text: str) -> str:
     """A literal of a Lark grammar."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text)

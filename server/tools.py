@@ -38,7 +38,7 @@ class ToolUse:
 
     def grammar(self) -> str:
         """Of the answers: a call, or, unless one is required, a text."""
-        rules = [f"args_{i}: {_arguments(function)}" for i, function in enumerate(self.functions)]
+        rules = [f"args_{i}: {_arguments(function, i)}" for i, function in enumerate(self.functions)]
         if self.only:
             return "\n".join(["answer: args_0", *rules])
         calls = [
@@ -57,9 +57,9 @@ class ToolUse:
         return "\n".join([ASK, *told])
 
 
-def _arguments(function: Function) -> str:
+def _arguments(function: Function, index: int) -> str:
     schema = NO_ARGUMENTS if function.parameters is None else function.parameters
-    return json_rule(schema, strict=bool(function.strict))
+    return json_rule(schema, f"tools[{index}].function.parameters", strict=bool(function.strict))
 
 
 def call_text(call: AssistantCall) -> str:

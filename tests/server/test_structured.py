@@ -16,8 +16,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from server.engine import Engine
+from server.errors import InvalidRequest
+from server.json_schema import check_schema, closed
 from server.schema_parts import Function
-from server.structured import choice_grammar, closed, compile_grammar
+from server.structured import choice_grammar, compile_grammar
 from server.tools import AnswerReader, ToolUse
 from tests.server.client import app_of, body, check_error, events, image_part
 from tests.server.tiny import LEVELS, new_engine
@@ -150,6 +152,47 @@ def test_sentencepiece_tokenizers_are_masked_too() -> None:
     assert complete
 
 
+INHERITED = {
+    "allOf": [{"$ref": "#/$defs/A"}, {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}],
+    "$defs": {"A": {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}},
+}
+VARIANTS = {
+    "type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"],
+    "anyOf": [{"properties": {"b": {"type": "boolean"}}, "required": ["b"]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", [INHERITED, VARIANTS], ids=["inherited", "variants"])
+async def test_schemas_that_others_extend_stay_open(client: httpx.AsyncClient, schema: dict[str, Any]) -> None:
+    reply = (await ask(client, guided_json=schema, max_tokens=200, temperature=1, seed=3)).json()
+    choice = reply["choices"][0]
+    assert choice["message"]["content"].startswith('{"') or choice["finish_reason"] == "length", reply
+
+
+@pytest.mark.parametrize("pattern", [{"type": "string", "pattern": "a"}, {"type": "string", "format": "date"}])
+def test_patterns_met_at_once_are_counted(pattern: dict[str, Any]) -> None:
+    """Each further one doubles the time in which a schema is read. Those that never meet are free."""
+    wide = {"properties": {f"p{i}": {"anyOf": [pattern, {"type": "null"}]} for i in range(50)}}
+    check_schema(wide, "x")
+    chain: dict[str, Any] = {}
+    for _ in range(20):
+        chain = {**pattern, "anyOf": [chain]}
+    split = {"allOf": [{"properties": {"a": pattern}} for _ in range(20)]}
+    linked = {"$ref": "#/$defs/d0", "$defs": {f"d{i}": {**pattern, "$ref": f"#/$defs/d{i + 1}"} for i in range(20)}}
+    pairs = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)}
+    doubled = {"$ref": "#/$defs/d0", "$defs": pairs | {"d40": pattern}}
+    for schema in ({"allOf": [pattern] * 20}, chain, split, linked, doubled):
+        with pytest.raises(InvalidRequest, match="at most 12 patterns"):
+            check_schema(schema, "x")
+    check_schema({"$defs": {"n": {"properties": {"n": {"$ref": "#/$defs/n"}, "a": pattern}}}, "$ref": "#/$defs/n"}, "x")
+
+
+@pytest.mark.parametrize("choice", ["\u007f", "\N{GRINNING FACE}", "\u2028\u0085x", "\\\"a\n"])
+async def test_a_choice_may_hold_any_character(client: httpx.AsyncClient, choice: str) -> None:
+    reply = (await ask(client, guided_choice=[choice])).json()
+    assert reply["choices"][0]["message"]["content"] == choice
+
+
 # ---- functions
 
 
@@ -274,6 +317,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "endless reference": ({"guided_json": {"$ref": "#"}}, "guided_json"),
     "nothing fits": ({"guided_json": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "guided_json"),
     "no schema": ({"response_format": {"type": "json_schema"}}, "response_format"),
+    "a range that ends processes": ({"guided_json": {"type": "integer", "minimum": -(2**63), "maximum": -(2**63)}}, "guided_json"),
+    "a large constant": ({"response_format": schema_format({"enum": [1234567890123456789]})}, "response_format"),
+    "a function's large number": (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"maximum": 1e300}}}]},
+        "tools[0].function.parameters",
+    ),
+    "a tiny bound": ({"guided_json": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e-9}}, "guided_json"),
+    "many patterns": ({"guided_json": {"allOf": [{"type": "string", "pattern": f"a{i}"} for i in range(40)]}}, "guided_json"),
     "huge together": ({"tools": [{"type": "function", "function": HUGE | {"name": f"f{i}"}} for i in range(2)]}, "tools"),
     "huge": ({"guided_json": {"enum": ["x" * 1000] * 100}}, "guided_json"),
     "explosive": (
