@@ -59,7 +59,7 @@ def options_from(settings: type[BaseModel]) -> Callable[[Callable[..., None]], C
 
     def option(name: str, field: FieldInfo) -> Parameter:
         repeats = get_origin(field.annotation) is tuple
-        default = ", ".join(field.default) or "all" if repeats else str(field.default)
+        default = ", ".join(field.default) if repeats else str(field.default)
         shown = typer.Option(help=field.description, show_default=default or False)
         kind: Any = list[str] if repeats else field.annotation
         return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, shown])

@@ -122,7 +122,8 @@ def prepare(
 ) -> PreparedRequest:  # fmt: skip
     """What a request says beside its prompt: model, level, sampling, form of the reply."""
     engine = picked.engine
-    level, reason = choose_level(engine, header=header, body=body, alias=picked.level, detail=detail)
+    field = "level" if isinstance(request, VqaRequest) else "pruning.level"
+    level, reason = choose_level(engine, header=header, body=body, alias=picked.level, detail=detail, field=field)
     sampling = request.sampling(settings.default_max_tokens)
     check_tokens(engine, sampling.stop_token_ids, "stop_token_ids")
     check_tokens(engine, [token for token, _ in sampling.logit_bias], "logit_bias")
@@ -187,7 +188,7 @@ def conversation(messages: Sequence[Message], field: str = "messages") -> Chat:
     for i, message in enumerate(messages):
         content: list[dict[str, str]] = []
         for j, part in enumerate(message.content or ()):
-            place = f"{field}[{i}].content[{j}]"
+            place = f"{field}[{i}].{'output' if field == 'input' and message.role == 'tool' else 'content'}[{j}]"
             if not isinstance(part, ImagePart):
                 content.append({"type": "text", "text": part.text})
             elif message.role == "user":
@@ -247,23 +248,25 @@ def hinted_level(engine: Engine, details: Sequence[str]) -> str | None:
 
 
 def choose_level(
-    engine: Engine, *, header: str | None, body: str | None, alias: str | None, detail: str | None
+    engine: Engine, *, header: str | None, body: str | None, alias: str | None, detail: str | None, field: str = "pruning.level"
 ) -> tuple[str, str]:
-    """The level, and where it came from: header before body before alias before detail before the key's or server's default."""
+    """The level, and where it came from: header before the body's `field` before alias before detail before the key's or server's
+    default."""
+    fields = {"header": "X-Pruning-Level", "body": field, "alias": "model", "detail": "image_url.detail"}
     allowed = CALLER.get().allowed(engine.menu)
     if not allowed:
         raise LevelNotAllowed("This key may ask for none of this model's levels.", param="model")
     asked = {"header": header, "body": body, "alias": alias, "detail": detail}
     if unknown := [level for level in asked.values() if level is not None and level not in engine.menu]:
         message = f"Unknown pruning level {unknown[0][:100]!r}. The menu: {', '.join(engine.menu)}."
-        raise UnknownLevel(message, param="pruning.level")
+        raise UnknownLevel(message, param=next(fields[reason] for reason, level in asked.items() if level == unknown[0]))
     for reason, level in asked.items():
         if level is None:
             continue
         if level not in allowed and reason == "detail":
             continue  # it is a hint
         if level not in allowed:
-            raise LevelNotAllowed(f"This key may ask for {', '.join(allowed)}, and not for {level!r}.", param="pruning.level")
+            raise LevelNotAllowed(f"This key may ask for {', '.join(allowed)}, and not for {level!r}.", param=fields[reason])
         return level, reason
     if (level := engine.current_default()) in allowed:
         return level, "default" if level == engine.default_level else "load"

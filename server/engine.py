@@ -211,7 +211,7 @@ class Engine:
         new_tokens = min(max_tokens, self.context_length - prompt_tokens)
         most = self.planner.reserve(level, prompt_tokens, images, new_tokens)
         if most.cache_rows > self.kv.budget:
-            message = f"it needs {most.cache_rows} rows of KV cache and the server has {self.kv.budget}"
+            message = f"it needs {most.cache_rows} rows of KV cache (tokens times layers) and the server has {self.kv.budget}"
             raise ContextTooLong(f"the request can never run here: {message}", param="max_tokens")
         return most.cache_rows, most.prefill_tokens
 

@@ -257,8 +257,9 @@ def chat_reply(reply: dict[str, Any], prepared: PreparedRequest) -> dict[str, An
 
 def vqa_reply(reply: dict[str, Any], prepared: PreparedRequest) -> dict[str, Any]:
     """The short form: the answer, what was run for it, and what it cost."""
-    answer = reply["choices"][0]["message"]["content"]
-    return {"answer": answer, **{key: reply[key] for key in ("pruning", "usage", "model", "id")}}
+    (choice,) = reply["choices"]
+    said = {"answer": choice["message"]["content"], "finish_reason": choice["finish_reason"]}
+    return said | {key: reply[key] for key in ("pruning", "usage", "model", "id")}
 
 
 async def chat_events(chunks: AsyncIterator[Chunk], prepared: PreparedRequest) -> AsyncIterator[str]:

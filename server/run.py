@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from checkpoints.shipped import resolve
-from models.checkpoint import load
+from models.checkpoint import check_device, load
 from server.access import read_keys, warning
 from server.app import create_app
 from server.engine import Engine, Limits
+from server.errors import ContextTooLong
 from server.logs import configure
 from server.memory import FreedMemory, check_room
 from server.protocol import DeadlineProtocol
@@ -35,7 +37,9 @@ SWITCH_S = 0.0005
 """How long a thread keeps the interpreter's lock while another waits for it, a tenth of Python's own value: the event loop and the
 engine ask for it many times a request and give it back soon, and who reads a large body does not."""
 TELLING_S = 5
-"""Seconds in which those whose answers are cut short are told."""
+"""Seconds in which those whose answers are cut short are told; and then in which threads that read requests may end."""
+SHORT = 16
+"""Tokens of a short question, and of its answer."""
 FAILED, CUT_SHORT = 70, 75
 """Exit status after a failure of the engine, EX_SOFTWARE, and after answers that the grace period cut short, EX_TEMPFAIL."""
 
@@ -64,9 +68,14 @@ class DrainingServer(uvicorn.Server):
         threading.Thread(target=self._stop_engines, args=(grace,), name="espalier-drain", daemon=True).start()
 
     def _stop_engines(self, grace: float) -> None:
+        last = time.monotonic() + grace + 2 * TELLING_S
         if not self._served.stop(grace):
             self.cut_short = True
             log.warning("answers were cut short at the end of the grace period")
+        time.sleep(max(0.0, last - time.monotonic()))
+        log.warning("a request is still being read: the process ends without it")  # Python would wait for its thread
+        logging.shutdown()
+        os._exit(CUT_SHORT)
 
 
 class Watchdog(threading.Thread):
@@ -175,6 +184,7 @@ def build_engine(
 ) -> Engine:
     """An engine for a checkpoint, a directory or a shipped one's name. Raises OutOfMemory, before it takes any, where `promised`
     bytes for other engines' caches leave too little."""
+    check_device(settings.device)
     directory = resolve(checkpoint)
     check_room(directory, settings.device, settings.dtype, settings.kv_tokens, promised)
     loaded = load(directory, settings.device, settings.dtype, settings.quantization)
@@ -186,7 +196,19 @@ def build_engine(
         "loaded %s (%.1f MB of weights, %s, %s)", loaded.directory, loaded.model.weight_bytes / 1e6,
         loaded.quantization or loaded.model.dtype, loaded.model.device,
     )  # fmt: skip
-    return Engine(
+    engine = Engine(
         loaded, limits, default_level=settings.default_level, degrade=settings.degrade, token_policy=settings.token_policy,
         name=name, tracing=tracing, shadow=settings.shadow,
     )  # fmt: skip
+    check_cache(engine)
+    return engine
+
+
+def check_cache(engine: Engine) -> None:
+    """Raises ValueError for a KV cache that holds no short question about one picture."""
+    side = engine.preprocessor.image_side
+    layout = engine.preprocessor.layout(side, side)
+    try:
+        engine.reserve(engine.default_level, layout.visual_tokens + SHORT, [layout], SHORT)
+    except ContextTooLong as error:
+        raise ValueError(f"kv_tokens is too small for a question about one picture: {error.message}") from error

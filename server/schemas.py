@@ -3,9 +3,11 @@ fields that would change the answer and are not obeyed."""
 
 from __future__ import annotations
 
+import json
 import re
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -123,7 +125,10 @@ Stop = Annotated[list[StopString] | None, BeforeValidator(_many, json_schema_inp
 
 
 def _bias(value: Any) -> Any:
-    """JSON's keys are text."""
+    """JSON's keys are text; of a form, all of it is."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
     if not isinstance(value, dict) or not all(str(token).isdecimal() and len(str(token)) < 10 for token in value):
         raise ValueError("must map token ids to numbers from -100 to 100")
     return {int(token): bias for token, bias in value.items()}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from models.errors import faults
 from models.image_limits import MAX_PIXELS, PILLOW_MAX_PIXELS
@@ -22,6 +23,20 @@ OTHERS = ("ESPALIER_CACHE", "ESPALIER_THINGS")
 MODEL_NAME = r"[\w.-]+(/[\w.-]+)*"
 """What a model may be called here; `@` stands before a level, so no name has it."""
 NamedCheckpoint = Annotated[str, Field(pattern=f"^{MODEL_NAME}=.+$")]
+HostName = Annotated[str, Field(pattern=r"^[\w*?.:\[\]-]+$")]
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z]+://.+)$")]
+
+
+def _listed(value: Any) -> Any:
+    """Of a variable, which is one text: JSON, or values between commas."""
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if value.startswith("[") else [one.strip() for one in value.split(",") if one.strip()]
+
+
+HostNames = Annotated[tuple[HostName, ...], NoDecode, BeforeValidator(_listed)]
+Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_listed)]
+NamedCheckpoints = Annotated[tuple[NamedCheckpoint, ...], NoDecode, BeforeValidator(_listed)]
 
 
 class Settings(BaseSettings):
@@ -37,14 +52,14 @@ class Settings(BaseSettings):
     api_keys: str = Field("", repr=False, description="API keys, between commas; better set as ESPALIER_API_KEYS.")
     api_key_file: Path | None = Field(None, description="API keys by their hashes, with levels and limits: docs/operations.md.")
     open_metrics: bool = Field(False, description="Let /metrics be read without a key.")
-    allowed_hosts: tuple[str, ...] = Field((), description="Host names that this server answers to, such as *.example.com; all.")
-    allow_image_hosts: tuple[str, ...] = Field(
+    allowed_hosts: HostNames = Field((), description="Host names that this server answers to, such as *.example.com; else all.")
+    allow_image_hosts: HostNames = Field(
         (), description="Fetch pictures by URL from these hosts, such as images.example.com; needs the extra urls. By default none."
     )
-    cors_origins: tuple[str, ...] = Field((), description="Web origins that may ask, such as https://app.example.com; its own.")
+    cors_origins: Origins = Field((), description="Web origins that may ask, such as https://app.example.com; its own always may.")
 
     checkpoint: str = Field("embedded", description="A directory that transformers loads, or the name of a shipped checkpoint.")
-    model: tuple[NamedCheckpoint, ...] = Field(
+    model: NamedCheckpoints = Field(
         (), description="NAME=CHECKPOINT, one of several to serve; may repeat. CHECKPOINT is then served only if given."
     )
     served_model_name: str | None = Field(None, min_length=1, description="The model's name; by default the checkpoint's.")

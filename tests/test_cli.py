@@ -139,7 +139,7 @@ def test_every_setting_is_an_option_with_its_default(command: str, model: type[B
     for name, field in model.model_fields.items():
         if name == "checkpoint":  # an argument
             continue
-        default = ", ".join(field.default) or "all" if isinstance(field.default, tuple) else str(field.default)
+        default = ", ".join(field.default) if isinstance(field.default, tuple) else str(field.default)
         said = re.escape(f"[default: ({default})]") if default else ""
         assert re.search(rf"--{name.replace('_', '-')} ((?! --).)*{said}", shown), name
 
@@ -172,8 +172,10 @@ def test_errors_are_no_markup() -> None:
 
 def test_a_device_that_is_not_here_is_one_line(dense: Path) -> None:
     for device in ("cuda:99", "gpu"):
-        result = CliRunner().invoke(app, ["inspect", str(dense), "--device", device])
-        assert result.exit_code == 1 and f"error: device '{device}' is not" in result.output and "Traceback" not in result.output
+        for command in ("inspect", "serve"):
+            result = CliRunner().invoke(app, [command, str(dense), "--device", device])
+            assert result.exit_code == 1 and f"error: device '{device}' is not" in result.output
+            assert "Traceback" not in result.output
 
 
 def test_help_opens_without_torch() -> None:

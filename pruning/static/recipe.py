@@ -43,7 +43,7 @@ class Recipe(BaseModel):
     samples: int = Field(64, ge=MIN_SAMPLES, description="Calibration samples.")
     seed: int = Field(0, description="Which samples, and every random choice.")
     data: str = Field("", description="A JSONL file (docs/pruning.md), world or things; what it was trained on by default.")
-    families: tuple[str, ...] = Field((), description="world, things: draw from these families alone; may repeat.")
+    families: tuple[str, ...] = Field((), description="world, things: draw from these families alone, not from all; may repeat.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

@@ -13,8 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
+from server import run
+from server.served import Served
 from tests.server.client import body, image_part
+from tests.server.fake_engine import FakeEngine
 from tests.server.scripted import scripted_server
 from tests.server.tiny import write
 
@@ -73,6 +77,19 @@ def wait_until_closed(url: str) -> None:
 def accepted(url: str) -> int:
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     return sum(int(float(line.split()[1])) for line in lines if re.match("espalier_requests_(running|waiting){", line))
+
+
+def test_a_thread_that_reads_for_ever_holds_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would wait for it at the end, and the pod be killed."""
+    ended = []
+    monkeypatch.setattr(run.os, "_exit", ended.append)
+    monkeypatch.setattr(run, "TELLING_S", 0)
+    engine = FakeEngine()
+    engine.stop = lambda grace: True
+    engine.drain = lambda: None
+    server = run.DrainingServer(uvicorn.Config(lambda: None), Served([engine]), 0)
+    server._stop_engines(0)
+    assert ended == [run.CUT_SHORT]
 
 
 @pytest.mark.parametrize("server", [60], indirect=True)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration
 
 import server.batch
+from models.errors import CheckpointError
 from models.flops import flops_ratio
 from models.forward import decode_input, forward, prefill_input
 from pruning.dynamic.planner import make_route
@@ -397,6 +398,12 @@ def test_an_engine_from_settings_holds_what_they_say(tmp_path):
     assert (engine.default_level, engine.token_policy, engine.model_name) == ("strong", "merging", "tiny-sixteen")
     receipt = answer(engine, level="strong").finished.receipt
     assert (receipt.layers, receipt.layers_total) == (15, 16), "the menu's own layer skipping, from the calibration"
+
+
+@pytest.mark.parametrize(("setting", "word"), [({"kv_tokens": 5}, "kv_tokens"), ({"device": "cuda:99"}, "cuda:99")])
+def test_settings_under_which_nothing_runs_are_refused(tmp_path, setting, word):
+    with pytest.raises((CheckpointError, ValueError), match=word):
+        build_engine(Settings(**setting), None, str(write(tmp_path / "tiny")))
 
 
 def test_the_cache_takes_a_share_of_free_memory_by_default(tiny):

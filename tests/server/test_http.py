@@ -14,7 +14,7 @@ from anyio import to_thread
 from server import replies
 from server.chat import read_chat
 from server.served import Served
-from server.settings import Settings
+from server.settings import Settings, read_settings
 from tests.server.client import MENU, PICTURE, QUESTION, ask, body, check_error, connect, events, image_part
 from tests.server.client import client as client  # fixtures
 from tests.server.client import engine as engine
@@ -180,12 +180,17 @@ async def test_header_body_alias_and_detail_make_the_same_request(
 
 
 @pytest.mark.parametrize(
-    "way", [{"headers": {"X-Pruning-Level": "x"}}, {"pruning": {"level": "x"}}, {"model": "fake-llava@x"}]
+    ("way", "param"),
+    [
+        ({"headers": {"X-Pruning-Level": "x"}}, "X-Pruning-Level"),
+        ({"pruning": {"level": "x"}}, "pruning.level"),
+        ({"model": "fake-llava@x"}, "model"),
+    ],
 )
-async def test_an_unknown_level_is_refused_with_the_menu(client: httpx.AsyncClient, way: dict[str, Any]) -> None:
+async def test_an_unknown_level_is_refused_with_the_menu(client: httpx.AsyncClient, way: dict[str, Any], param: str) -> None:
     headers = way.pop("headers", {})
     error = check_error(await ask(client, body(image_part(), **way), headers=headers), 400)
-    assert error["code"] == "unknown_pruning_level"
+    assert (error["code"], error["param"]) == ("unknown_pruning_level", param)
     assert all(level in error["message"] for level in MENU)
 
 
@@ -210,14 +215,15 @@ async def test_models_and_menu(client: httpx.AsyncClient) -> None:
 
 async def test_a_form_with_files(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     files = [("image", ("a.png", picture(), "image/png")), ("image", ("b", picture("WEBP"), "text/plain"))]
-    data = {"question": QUESTION, "level": "light", "max_tokens": "3", "temperature": "0.5", "seed": "4"}
+    data = {"question": QUESTION, "level": "light", "max_tokens": "3", "temperature": "0.5", "seed": "4", "logit_bias": '{"5": 1}'}
     response = await client.post("/v1/vqa", files=files, data=data)
     reply = response.json()
     assert response.status_code == 200
-    assert set(reply) == {"answer", "pruning", "usage", "model", "id"}
+    assert set(reply) == {"answer", "finish_reason", "pruning", "usage", "model", "id"}
     assert (reply["answer"], reply["pruning"]["level"], reply["pruning"]["reason"]) == ("seed 4", "light", "body")
     assert response.headers["x-pruning-visual-tokens"] == "16/24"
     assert engine.submitted[0].sampling.max_tokens == 3
+    assert engine.submitted[0].sampling.logit_bias == ((5, 1.0),)
     kinds = [part["type"] for part in engine.preprocessor.turns[0]["content"]]
     assert kinds == ["image", "image", "text"]
 
@@ -246,6 +252,8 @@ async def test_a_form_and_json_make_the_same_request(client: httpx.AsyncClient, 
         ({"image": None, "question": QUESTION}, "image"),
         ({"image": PICTURE}, "question"),
         ({"image": PICTURE, "question": " "}, "question"),
+        ({"image": PICTURE, "question": QUESTION, "level": "x"}, "level"),
+        ({"image": PICTURE, "question": QUESTION, "pruning": {"level": "off"}}, "pruning"),
         ({"image": PICTURE, "question": QUESTION, "max_tokens": "5"}, "max_tokens"),
         ({"image": [PICTURE, "no base64!"], "question": QUESTION}, "image[1]"),
         ({"image": "https://example.com/a.png", "question": QUESTION}, "image[0]"),
@@ -350,6 +358,23 @@ def test_a_kubernetes_service_of_our_name_is_explained(monkeypatch: pytest.Monke
     monkeypatch.setenv("ESPALIER_PORT", "tcp://10.0.0.1:8000")
     with pytest.raises(ValueError, match="enableServiceLinks: false"):
         Settings()
+
+
+@pytest.mark.parametrize("value", ["https://a.example, https://b.example", '["https://a.example", "https://b.example"]'])
+def test_a_variable_may_hold_several_values(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("ESPALIER_CORS_ORIGINS", value)
+    monkeypatch.setenv("ESPALIER_MODEL", "small=embedded,large=smol")
+    settings = read_settings({})
+    assert settings.cors_origins == ("https://a.example", "https://b.example")
+    assert settings.checkpoints() == [("small", "embedded"), ("large", "smol")]
+
+
+@pytest.mark.parametrize(
+    "given", [{"cors_origins": ["foo"]}, {"allow_image_hosts": ["http://x"]}, {"allowed_hosts": ["a b"]}, {"model": ["x"]}]
+)
+def test_settings_that_cannot_work_are_named(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(given))):
+        read_settings(given)
 
 
 def test_settings_are_typed_and_frozen() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types.responses import Response
 
 from server.request import Failed
 from tests.server.client import PICTURE, QUESTION, check_error, connect
@@ -122,6 +123,11 @@ def test_openais_client_learns_of_a_failure(sdk: openai.OpenAI, engine: FakeEngi
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": item("user", {"type": "input_image", "file_id": "x"})}, "input[0].content[0].image_url"),
         ({"input": item("user", {"type": "input_image", "image_url": "http://x/y.png"})}, "input[0].content[0].image_url"),
+        (
+            {"input": [*item("user", {"type": "input_text", "text": "x"}), {"type": "function_call_output", "call_id": "c",
+             "output": [{"type": "input_image", "image_url": PICTURE}]}]}, "input[1].output[0]",
+        ),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
         ({"input": item("assistant", {"type": "input_image", "image_url": PICTURE})}, "input[0].content[0]"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "foo"}}}}, "text.format"),
@@ -134,6 +140,13 @@ async def test_what_is_wrong_is_named(client: httpx.AsyncClient, engine: FakeEng
     error = check_error(await ask(client, **fields), 400)
     assert error["param"] == param, error
     assert not engine.submitted
+
+
+async def test_a_reply_in_json_is_openais(client: httpx.AsyncClient) -> None:
+    form = {"type": "json_schema", "name": "colour", "description": "Of a star.", "schema": {"type": "object"}}
+    reply = (await ask(client, input="Hi?", text={"format": form})).json()
+    told = Response.model_validate(reply).text
+    assert told and told.format and told.format.type == "json_schema" and told.format.name == "colour"
 
 
 async def test_its_own_name_of_the_length_limit_wins(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -297,12 +297,12 @@ def test_settings_name_what_is_served() -> None:
 
 def test_two_checkpoints_in_one_server(tmp_path: Path) -> None:
     directory = write(tmp_path / "tiny")
-    served = build_served(Settings(model=(f"a={directory}", f"b={directory}"), kv_tokens=100))
+    served = build_served(Settings(model=(f"a={directory}", f"b={directory}"), kv_tokens=200))
     assert list(served.engines) == ["a", "b"]
     a, b = served.engines.values()
     assert a.model is not b.model and a.promised_bytes > 0
     with pytest.raises(ValueError, match="two models are named a"):
-        build_served(Settings(model=(f"a={directory}", f"a={directory}"), kv_tokens=100))
+        build_served(Settings(model=(f"a={directory}", f"a={directory}"), kv_tokens=200))
 
 
 def test_what_does_not_fit_is_refused_with_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
