@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from evals.official.run import compare, reopen, run
 from evals.official.task import DataError, check_pictures
 from evals.official.tasks import TASKS
 from evals.statistics import clustered_error, difference_interval, interval, wilson
+from models.manifest import Calibration, read_manifest, write_manifest
 from server.engine import Engine
 from server.errors import Overloaded
 from server.request import Failed
@@ -136,6 +139,24 @@ def test_another_run_is_not_mixed_with_this_one(checkpoint, tmp_path):
     assert "holds a run whose data is " in refused(*given)
 
 
+def test_a_run_is_another_when_its_level_runs_something_else(tmp_path):
+    checkpoint = write(tmp_path / "deep", layers=16)
+    write_own(tmp_path, "What color is it?")
+    given = (checkpoint, "--data", tmp_path / "own.jsonl", "--level", "strong", "--out", tmp_path / "runs", "--json")
+    evaluate(*given)
+    manifest = read_manifest(checkpoint)
+    write_manifest(checkpoint, manifest.model_copy(update={"cards": {"strong": {"accuracy": 0.5}}}))
+    evaluate(*given)  # a card says what was measured, and changes nothing
+    other = Calibration(layer_change=[1 - n / 16 for n in range(16)], data="x", samples=1, seed=0)
+    for changed, told in (
+        ({"patch_ratio": {"strong": 0.25}}, "patch_ratio is 1.0, not 0.25"),
+        ({"calibration": other}, "skipped_layers is [[1]], not [[14]]"),
+        ({"calibration": None}, "operating_points is"),
+    ):
+        write_manifest(checkpoint, manifest.model_copy(update=changed))
+        assert f"holds a run whose {told}" in refused(*given)
+
+
 # ---- levels side by side
 
 
@@ -224,6 +245,23 @@ def test_the_likelihood_of_an_answer_is_what_transformers_says(checkpoint, tmp_p
     assert likelihood.through_engine(engine, "off")(question, "") == (0.0, 0)
 
 
+def test_likelihood_is_of_what_the_levels_tower_sees(checkpoint, tmp_path, monkeypatch):
+    write_own(tmp_path, "What color is it?")
+    merging = Path(shutil.copytree(checkpoint, tmp_path / "merging"))
+    write_manifest(merging, read_manifest(merging).model_copy(update={"patch_ratio": {"strong": 0.25}}))
+    engine = open_engine(merging, ["off"], None, "cpu", "float32")
+    ratios, encode = [], engine.model.encode
+
+    def recorded(pixels: Any, layout: Any, ratio: float = 1.0) -> Any:
+        ratios.append(ratio)
+        return encode(pixels, layout, ratio)
+
+    monkeypatch.setattr(engine.model, "encode", recorded)
+    for level in ("off", "strong"):
+        likelihood.through_engine(engine, level)(*read_own(tmp_path / "own.jsonl"), "red")
+    assert ratios == [1.0, 0.25]
+
+
 # ---- over HTTP
 
 
@@ -250,6 +288,22 @@ def test_a_task_runs_over_http_at_a_level(served, tmp_path):
     assert {line["text"] for line in stored} == {"A red star."}
     assert {line["metadata"]["level"] for line in stored} == {"strong"}
     assert "Unknown pruning level" in refused(*given[:-1], "none", "--out", tmp_path / "others")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda engine: setattr(engine, "fingerprint", "fp_other"), "fingerprint is 'fp_fake', not 'fp_other'"),
+        (lambda engine: engine.menu.update(strong=replace(engine.menu["strong"], patch_ratio=0.5)), "patch_ratio is 1.0, not 0.5"),
+    ],
+)
+def test_a_server_that_serves_something_else_is_another_run(served, tmp_path, change, told):
+    url, engine = served
+    CASES["gqa"].write(tmp_path / "data")
+    given = ("--task", "gqa", "--data", tmp_path / "data", "--out", tmp_path / "runs", "--url", url, "--level", "strong")
+    evaluate(*given)
+    change(engine)
+    assert f"holds a run whose {told}" in refused(*given)
 
 
 def test_an_overloaded_server_is_waited_for(served, tmp_path, monkeypatch):
