@@ -44,7 +44,8 @@ def _measure(engine: Engine, task: Task, level: str, console: Console) -> Measur
         "quantization": engine.checkpoint.quantization,
     }  # fmt: skip
     questions = [Question(number, item.text, None, "") for number, (item, _) in enumerate(results)]
-    return Measured(document, questions, [answer.text for _, answer in results], list(map(float, judged(results))))
+    texts = [answer.text if answer.receipt else None for _, answer in results]
+    return Measured(document, questions, texts, list(map(float, judged(results))))
 
 
 def finish(documents: Sequence[Document], changes: Sequence[Document], picture: Path | None) -> Document:

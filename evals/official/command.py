@@ -142,7 +142,7 @@ def _with_perplexity(task: Task, source: Source, level: str, console: Console) -
         return task
     of_answer = source.likelihood(level)
 
-    def figures(questions: Sequence[Question], texts: Sequence[str]) -> Figures:
+    def figures(questions: Sequence[Question], texts: Sequence[str | None]) -> Figures:
         dense = [question.reference for question in questions]
         return task.figures(questions, texts) | {"perplexity of dense answers": perplexity(of_answer, questions, dense, console)}
 

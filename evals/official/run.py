@@ -22,15 +22,18 @@ from evals.statistics import difference_interval, interval
 from pruning.progress import progress_bar
 
 Document = dict[str, Any]
+REFUSED = {"score": 0.0}
+"""Whatever a judge makes of no answer."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run: what to report of it, and of each question its score (None before a judge has been), text and picture."""
+    """A finished run: what to report of it, and of each question its score (None before a judge has been), text (None where it was
+    refused) and picture."""
 
     document: Document
     questions: list[Question]
-    texts: list[str]
+    texts: list[str | None]
     scores: list[float] | None
 
 
@@ -48,17 +51,21 @@ def run(
     _ask_missing(questions, ask, task.max_tokens, about, path, console)
     lines = [one for one in answers.by_question(path, questions) if one]
     answers.rewrite(path, lines + _others(path, questions))
-    texts = [one["text"] for one in lines]
+    texts = list(map(_text, lines))
     reviews = _review(task, judge, data, questions, texts, folder / "reviews.jsonl", console)
     scores = _scores(task, questions, texts, reviews)
     document = about | summarise(task, questions, texts, scores, lines)
     if reviews:
         document["figures"] = _rounded(task.review_figures(questions, reviews)) | {"judge": reviews[0]["model"]}
-    for name, content in task.files(questions, texts).items():
+    for name, content in task.files(questions, [text or "" for text in texts]).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / "scores.json").write_text(json.dumps(document, indent=2) + "\n")
     return Measured(document, questions, texts, scores)
+
+
+def _text(line: answers.Line) -> str | None:
+    return None if "refused" in line["metadata"] else line["text"]
 
 
 def _others(path: Path, questions: Sequence[Question]) -> list[answers.Line]:
@@ -92,8 +99,9 @@ def _ask_missing(questions: Sequence[Question], ask: Ask, max_tokens: int, about
 
 
 def _review(
-    task: Task, judge: Judge | None, data: Path, questions: Sequence[Question], texts: Sequence[str], path: Path, console: Console
-) -> list[dict[str, Any]]:
+    task: Task, judge: Judge | None, data: Path, questions: Sequence[Question], texts: Sequence[str | None], path: Path,
+    console: Console,
+) -> list[dict[str, Any]]:  # fmt: skip
     """The judge's review of each answer; those stored are kept if they are of this judge. Empty without a judge."""
     if task.review is None or judge is None:
         return []
@@ -105,7 +113,7 @@ def _review(
             key = _key(question, text)
             if key not in known:
                 try:
-                    review = task.review(judge, data, question, text) | {"key": key}
+                    review = task.review(judge, data, question, text or "") | {"key": key} | (REFUSED if text is None else {})
                 except JudgeError as error:
                     raise ValueError(
                         f"{question.where}: the judge {judge.model} at {judge.url} failed: {error}; {len(found)} of "
@@ -118,25 +126,26 @@ def _review(
     return found
 
 
-def _key(question: Question, text: str) -> str:
+def _key(question: Question, text: str | None) -> str:
     """A review is of these words: another answer is reviewed anew."""
-    return json.dumps([question.id, text])
+    return json.dumps([question.id, text or ""])
 
 
 def _scores(
-    task: Task, questions: Sequence[Question], texts: Sequence[str], reviews: Sequence[dict[str, Any]]
+    task: Task, questions: Sequence[Question], texts: Sequence[str | None], reviews: Sequence[dict[str, Any]]
 ) -> list[float] | None:
-    """None where the file withholds the answers or no judge was asked."""
+    """None where the file withholds the answers or no judge was asked. What was refused is wrong."""
     if reviews:
         return [float(review["score"]) for review in reviews]
     if task.score is None or any(question.reference is None for question in questions):
         return None
-    return [task.score(question, text) for question, text in zip(questions, texts, strict=True)]
+    return [0.0 if text is None else task.score(question, text) for question, text in zip(questions, texts, strict=True)]
 
 
 def summarise(
-    task: Task, questions: Sequence[Question], texts: Sequence[str], scores: list[float] | None, lines: Sequence[answers.Line]
-) -> Document:
+    task: Task, questions: Sequence[Question], texts: Sequence[str | None], scores: list[float] | None,
+    lines: Sequence[answers.Line],
+) -> Document:  # fmt: skip
     """The mean score over all and by group, the official script's figures, and what was run for it."""
     groups: dict[str, list[int]] = defaultdict(list)
     for number, question in enumerate(questions):
@@ -184,7 +193,7 @@ def compare(ours: Measured, theirs: Measured) -> Document:
         raise DataError("the two runs have no question in common")
     found: Document = {
         "against": f"{theirs.document['model']} at {theirs.document['level']}", "n": len(pairs),
-        "same_answer": round(fmean(ours.texts[a] == theirs.texts[b] for a, b in pairs), 4),
+        "same_answer": round(fmean(ours.texts[a] == theirs.texts[b] is not None for a, b in pairs), 4),
     }  # fmt: skip
     if ours.scores is None or theirs.scores is None:
         return found
@@ -207,7 +216,7 @@ def reopen(task: Task, folder: Path, questions: Sequence[Question]) -> Measured:
     about = read_json(folder / "run.json")
     known = answers.by_question(folder / "answers.jsonl", questions)
     shared = [question for question, line in zip(questions, known, strict=True) if line]
-    texts = [line["text"] for line in known if line]
+    texts = [_text(line) for line in known if line]
     reviews = {one["key"]: one for one in answers.stored(folder / "reviews.jsonl")}
     found = [reviews.get(_key(question, text)) for question, text in zip(shared, texts, strict=True)]
     return Measured(about, shared, texts, _scores(task, shared, texts, [one for one in found if one] if all(found) else []))

@@ -6,7 +6,7 @@ import json
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 from espalier import app
 from evals.exam import open_engine
 from evals.official import ask, judge, likelihood
-from evals.official.ask import Answer
+from evals.official.ask import Answer, Ask
 from evals.official.judge import Judge
 from evals.official.judged import score_pair
-from evals.official.own import read_own
+from evals.official.own import OWN, read_own, with_dense
 from evals.official.run import compare, reopen, run
-from evals.official.task import DataError, check_pictures
+from evals.official.task import DataError, Question, check_pictures
 from evals.official.tasks import TASKS
 from evals.statistics import clustered_error, difference_interval, interval, wilson
 from models.manifest import Calibration, read_manifest, write_manifest
@@ -127,6 +127,29 @@ def test_what_does_not_fit_the_context_counts_as_wrong(checkpoint, tmp_path):
     write_own(tmp_path, "one " * 2000)
     document, shown = evaluate(checkpoint, "--data", tmp_path / "own.jsonl", "--level", "strong", "--out", tmp_path / "runs")
     assert document["refused"] == 1 and "1 questions do not fit the context" in shown
+
+
+def refuses(questions: Iterable[Question], max_tokens: int) -> Iterator[tuple[Question, Answer]]:
+    yield from ((question, Answer("", refused="too long")) for question in questions)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.scores])
+def test_what_is_refused_is_wrong_in_every_figure(name, tmp_path):
+    CASES[name].write(tmp_path / "data")
+    questions, about = TASKS[name].read(tmp_path / "data", None), {"task": name, "model": "m", "level": "off"}
+    measured = run(TASKS[name], questions, tmp_path / "data", refuses, about, tmp_path / "run", None, QUIET)
+    document = measured.document
+    assert (document["accuracy"], document["refused"]) == (0, len(questions))
+    assert not any(document["figures"].values()) and not any(one["accuracy"] for one in document["groups"].values())
+    again = compare(measured, reopen(TASKS[name], tmp_path / "run", questions))
+    assert (again["same_answer"], again["difference"]) == (0, 0)
+
+
+def test_what_both_models_refuse_is_no_agreement(tmp_path):
+    write_own(tmp_path, "What color is it?")
+    questions, about = with_dense(read_own(tmp_path / "own.jsonl"), [None]), {"task": "own", "model": "m", "level": "strong"}
+    measured = run(OWN, questions, tmp_path, refuses, about, tmp_path / "run", None, QUIET)
+    assert (measured.scores, measured.document["accuracy"], measured.document["figures"]["right"]) == ([0], 0, 0)
 
 
 def test_another_run_is_not_mixed_with_this_one(checkpoint, tmp_path):
@@ -378,11 +401,11 @@ def judging_server(monkeypatch) -> Iterator[tuple[type[Verdicts], Judge]]:
         server.shutdown()
 
 
-def judged(name: str, folder: Path, by: Judge):
+def judged(name: str, folder: Path, by: Judge, ask: Ask | None = None):
     CASES[name].write(folder / "data")
     task, about = TASKS[name], {"task": name, "model": "tiny", "level": "off"}
     questions = task.read(folder / "data", None)
-    return run(task, questions, folder / "data", says(CASES[name].answers), about, folder / "run", by, QUIET)
+    return run(task, questions, folder / "data", ask or says(CASES[name].answers), about, folder / "run", by, QUIET)
 
 
 def test_mm_vet_is_judged_with_its_own_prompt(verdicts, tmp_path):
@@ -395,6 +418,16 @@ def test_mm_vet_is_judged_with_its_own_prompt(verdicts, tmp_path):
     assert first["messages"][0]["content"] == "Give marks.\n\nWhat is x? | -1 <AND> -5 | x = -1 | "
     assert (first["max_tokens"], first["temperature"], first["model"]) == (3, 0.0, "judge-1")
     assert third["messages"][0]["content"].startswith(second["messages"][0]["content"] + "\n") and third["temperature"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["mmvet", "llava-bench"])
+def test_no_judge_makes_a_refusal_right(name, verdicts, tmp_path):
+    server, by = verdicts
+    server.says += ["1.0" if name == "mmvet" else "8 9\nGood."] * 3
+    measured = judged(name, tmp_path, by, refuses)
+    figures = {figure: value for figure, value in measured.document["figures"].items() if figure != "judge"}
+    assert {*measured.scores} == {*figures.values()} == {0}
+    assert reopen(TASKS[name], tmp_path / "run", measured.questions).scores == measured.scores
 
 
 def test_llava_bench_is_relative_to_gpt_4(verdicts, tmp_path):
