@@ -14,7 +14,6 @@ from rich.console import Console
 from evals import curve
 from evals.exam import open_engine
 from evals.official import likelihood
-from evals.official.answers import rewrite
 from evals.official.ask import Ask, server_about, server_model, through_engine, through_server
 from evals.official.judge import Judge
 from evals.official.likelihood import LogLikelihood, perplexity
@@ -22,6 +21,7 @@ from evals.official.own import OWN, with_dense
 from evals.official.run import Document, Measured, compare, reopen, run, show, show_change
 from evals.official.task import DataError, Figures, Question, Task, check_pictures, sample
 from evals.official.tasks import TASKS
+from evals.runs import rewrite
 from models.checkpoint import fingerprint
 from pruning.dynamic.levels import layers_to_run
 from pruning.dynamic.router_file import FILE

@@ -18,6 +18,7 @@ from evals.official import answers
 from evals.official.ask import Ask
 from evals.official.judge import Judge, JudgeError
 from evals.official.task import DataError, Question, Task, read_json
+from evals.runs import Line, rewrite, store, stored, write_whole
 from evals.statistics import difference_interval, interval
 from pruning.progress import progress_bar
 
@@ -50,7 +51,7 @@ def run(
     path = folder / "answers.jsonl"
     _ask_missing(questions, ask, task.max_tokens, about, path, console)
     lines = [one for one in answers.by_question(path, questions) if one]
-    answers.rewrite(path, lines + _others(path, questions))
+    rewrite(path, lines + _others(path, questions))
     texts = list(map(_text, lines))
     reviews = _review(task, judge, data, questions, texts, folder / "reviews.jsonl", console)
     scores = _scores(task, questions, texts, reviews)
@@ -59,19 +60,19 @@ def run(
         document["figures"] = _rounded(task.review_figures(questions, reviews)) | {"judge": reviews[0]["model"]}
     for name, content in task.files(questions, [text or "" for text in texts]).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    (folder / "scores.json").write_text(json.dumps(document, indent=2) + "\n")
+        write_whole(folder / name, content)
+    write_whole(folder / "scores.json", (json.dumps(document, indent=2) + "\n").encode())
     return Measured(document, questions, texts, scores)
 
 
-def _text(line: answers.Line) -> str | None:
+def _text(line: Line) -> str | None:
     return None if "refused" in line["metadata"] else line["text"]
 
 
-def _others(path: Path, questions: Sequence[Question]) -> list[answers.Line]:
+def _others(path: Path, questions: Sequence[Question]) -> list[Line]:
     """Answers to questions that this run does not ask, as those of a larger limit."""
     asked = {question.key for question in questions}
-    return [one for one in answers.stored(path) if (one["question_id"], one["prompt"]) not in asked]
+    return [one for one in stored(path) if (one["question_id"], one["prompt"]) not in asked]
 
 
 def _ask_missing(questions: Sequence[Question], ask: Ask, max_tokens: int, about: Document, path: Path, console: Console) -> None:
@@ -87,7 +88,7 @@ def _ask_missing(questions: Sequence[Question], ask: Ask, max_tokens: int, about
             if answer.failed:
                 failed.append((question, answer.failed))
             else:
-                answers.add(path, answers.line(question, answer, about["model"], now - before))
+                store(path, [answers.line(question, answer, about["model"], now - before)])
             before = now
             progress.advance(bar)
     if failed:
@@ -105,7 +106,7 @@ def _review(
     """The judge's review of each answer; those stored are kept if they are of this judge. Empty without a judge."""
     if task.review is None or judge is None:
         return []
-    known = {one["key"]: one for one in answers.stored(path) if one["model"] == judge.model}
+    known = {one["key"]: one for one in stored(path) if one["model"] == judge.model}
     found: list[dict[str, Any]] = []
     with progress_bar(console) as progress:
         bar = progress.add_task(f"judged by {judge.model}", total=len(questions))
@@ -119,7 +120,7 @@ def _review(
                         f"{question.where}: the judge {judge.model} at {judge.url} failed: {error}; {len(found)} of "
                         f"{len(questions)} answers are judged and kept, run the same command to go on"
                     ) from error
-                answers.add(path, review)
+                store(path, [review])
                 known[key] = review
             found.append(known[key])
             progress.advance(bar)
@@ -144,7 +145,7 @@ def _scores(
 
 def summarise(
     task: Task, questions: Sequence[Question], texts: Sequence[str | None], scores: list[float] | None,
-    lines: Sequence[answers.Line],
+    lines: Sequence[Line],
 ) -> Document:  # fmt: skip
     """The mean score over all and by group, the official script's figures, and what was run for it."""
     groups: dict[str, list[int]] = defaultdict(list)
@@ -217,7 +218,7 @@ def reopen(task: Task, folder: Path, questions: Sequence[Question]) -> Measured:
     known = answers.by_question(folder / "answers.jsonl", questions)
     shared = [question for question, line in zip(questions, known, strict=True) if line]
     texts = [_text(line) for line in known if line]
-    reviews = {one["key"]: one for one in answers.stored(folder / "reviews.jsonl")}
+    reviews = {one["key"]: one for one in stored(folder / "reviews.jsonl")}
     found = [reviews.get(_key(question, text)) for question, text in zip(shared, texts, strict=True)]
     return Measured(about, shared, texts, _scores(task, shared, texts, [one for one in found if one] if all(found) else []))
 
