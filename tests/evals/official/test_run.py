@@ -7,8 +7,9 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from rich.console import Console
 from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
-from espalier import app
+from espalier import app, eval_
+from evals import command
+from evals.command import Options
 from evals.exam import open_engine
 from evals.official import ask, judge, likelihood
 from evals.official.ask import Answer, Ask
@@ -562,12 +565,35 @@ def test_files_that_are_not_there_are_named(tmp_path):
         (["--task", "scenes", "--url", "http://x"], "the task scenes has no --url"),
         (["--data", "nowhere.jsonl", "--level", "strong"], "nowhere.jsonl is missing"),
         (["--data", ".", "--cards"], "a run on your own questions has no --cards"),
+        (["--data", ".", "--split", "test"], "a run on your own questions has no --split; leave it out"),
+        (["--task", "mmvet", "--data", ".", "--judge-model", "x"], "--judge-model needs --judge"),
+        (["--task", "scenes", "--at-once", "2"], "the task scenes has no --at-once"),
+        (["--out", "here"], "the task scenes has no --out"),
+        (["--task", "perplexity", "--level", "strong"], "the task perplexity has no --level; leave it out"),
+        (["--task", "perplexity", "--token-policy", "merging"], "the task perplexity has no --token-policy"),
+        (["--cards", "--token-policy", "merging"], "--cards has no --token-policy: it asks at every level of the checkpoint"),
+        (["--cards", "--level", "most"], "--cards has no --level: it asks at every level"),
+        (["--compare", "off", "--level", "most"], "--compare has no --level: it lists the levels; leave one of them out"),
+        (["--data", ".", "--url", "http://x", "--dtype", "float32"], "--url has no --dtype: the server was started with its own"),
         (["--compare", "off", "--picture", "nowhere/x.png"], "--picture: nowhere is not a directory"),
         (["--compare", "off,most"], "level 'most' is not one of off, "),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(given, message):
     assert message in refused("embedded-dense", *given)
+
+
+def test_every_option_is_some_tasks():
+    options = {field.name for field in fields(Options)}
+    assert options == command.ALWAYS.union(*command.TAKES.values()) == set(signature(eval_).parameters)
+    assert {name for without, _ in command.INSTEAD.values() for name in without} | {*command.INSTEAD, *command.NEEDS} <= options
+
+
+def test_a_dense_checkpoint_beside_a_server_has_its_dtype(served, checkpoint, tmp_path):
+    write_own(tmp_path, "What color is it?")
+    given = ("--data", tmp_path / "own.jsonl", "--out", tmp_path / "runs", "--url", served[0], "--against", checkpoint)
+    document, _ = evaluate(*given, "--dtype", "float32")
+    assert document["n"] == 1
 
 
 # ---- intervals
