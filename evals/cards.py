@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, mean, median
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from evals.exam import LIMITS, RecordedAnswer, Results, Task, ask_all, judged, make_request, share
-from evals.statistics import wilson
+from evals.exam import LIMITS, RecordedAnswer, Results, Task, accuracy, ask_all, bounds, make_request
 from models.checkpoint import load
 from models.llava import Llava
 from models.manifest import read_manifest, write_manifest
@@ -42,11 +41,10 @@ def run(checkpoint: Path, new_task: Callable[[], Task], device: str, dtype: str,
 
 def card(engine: Engine, results: Results, off: Results, first_token_seconds: float) -> dict[str, Any]:
     """One level's: accuracy and agreement with `off` with their 95 % Wilson intervals, arithmetic, memory and latency."""
-    same = sum(one.receipt is not None and one.text == other.text for (_, one), (_, other) in zip(results, off, strict=True))
+    same = [one.receipt is not None and one.text == other.text for (_, one), (_, other) in zip(results, off, strict=True)]
     answered = [(answer, answer.receipt) for _, answer in results if answer.receipt]
-    n = len(results)
-    return share(judged(results)) | {
-        "agreement": round(same / n, 4), "agreement_interval": wilson(same, n),
+    return accuracy(results) | {
+        "agreement": round(fmean(same), 4), "agreement_interval": bounds(same, results),
         "flops_ratio": round(mean(receipt.flops_ratio for _, receipt in answered), 4),
         "visual_tokens": round(mean(receipt.visual_tokens for _, receipt in answered)),
         "layers": round(mean(receipt.layers for _, receipt in answered), 1),

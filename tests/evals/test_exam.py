@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from rich.console import Console
 
 from checkpoints.world import FAMILIES
 from evals import cards, curve, scenes
-from evals.exam import Item, RecordedAnswer, exactly, normalise, run, summarise
+from evals.exam import Item, RecordedAnswer, exactly, make_request, normalise, run, summarise
 from evals.official.run import compare
 from evals.statistics import wilson
 from evals.tasks import open_task
@@ -89,6 +90,26 @@ def test_summary_counts_by_family_and_type_and_failures_as_wrong():
     assert document["types"] == {"shapes/asked": half, "signs/asked": half}
     assert (document["visual_tokens"], document["layers"], document["flops_ratio"]) == (24, 7, 0.25)
     assert (document["level"], document["token_policy"], document["split"]) == ("strong", "merging", "test")
+
+
+def test_questions_about_one_picture_widen_the_interval(directory, monkeypatch):
+    results = [result("shapes", "red", text) for text in ("Red.", "red") * 25 + ("blue", "green") * 25]
+    for number, (_, answer) in enumerate(results):
+        answer.picture = f"picture {number // 2}"
+    document = summarise(results, {"task": "names"}, "off", "merging")
+    assert document["interval"] == document["families"]["shapes"]["interval"] == pytest.approx(wilson(25, 50), abs=3e-3)
+    engine = Engine(load(directory))
+    assert cards.card(engine, results, results, 0.1)["agreement_interval"] == wilson(50, 50)
+    monkeypatch.setattr(curve, "ask_all", lambda *_: results)
+    measured = curve._measure(engine, open_task("scenes", 2), "off", Console(quiet=True))
+    assert len({question.picture for question in measured.questions}) == 50
+
+
+def test_a_question_tells_its_picture(directory):
+    engine, answers = Engine(load(directory)), [RecordedAnswer() for _ in range(3)]
+    for answer, color in zip(answers, ("red", "red", "blue"), strict=True):
+        make_request(engine.preprocessor, 0, Image.new("RGB", (24, 24), color), "What is it?", "off", answer)
+    assert answers[0].picture == answers[1].picture != answers[2].picture
 
 
 def test_a_cards_layers_are_a_mean_as_all_else(directory):
