@@ -103,18 +103,23 @@ def test_a_run_that_was_stopped_asks_only_what_is_missing(checkpoint, tmp_path, 
     assert {**again, "seconds_per_question": 0} == {**whole, "seconds_per_question": 0}
 
 
-def test_a_folder_whose_beginning_was_cut_short_is_begun_anew(tmp_path, monkeypatch):
+def test_a_write_that_is_cut_short_leaves_the_folder_whole(tmp_path, monkeypatch):
     CASES["gqa"].write(tmp_path / "data")
     questions, about = TASKS["gqa"].read(tmp_path / "data", None), {"task": "gqa", "model": "m", "level": "off"}
     given = (TASKS["gqa"], questions, tmp_path / "data", says(["yes"] * 3), about, tmp_path / "run", None, QUIET)
-    with monkeypatch.context() as power:
-        power.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(*given)
-    assert run(*given).texts == ["yes"] * 3
-    written = (tmp_path / "run/run.json").stat().st_ino
-    assert run(*given).texts == ["yes"] * 3
-    assert (tmp_path / "run/run.json").stat().st_ino == written, "written once"
+
+    def cut(path: Path, content: str | bytes, *_: object) -> None:
+        with path.open("wb") as file:
+            file.write((content.encode() if isinstance(content, str) else content)[:9])
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # as it is begun, and as it goes on
+        with monkeypatch.context() as power:
+            power.setattr(Path, "write_text", cut)
+            power.setattr(Path, "write_bytes", cut)
+            with pytest.raises(KeyboardInterrupt):
+                run(*given)
+        assert run(*given).texts == ["yes"] * 3
 
 
 def test_a_larger_limit_goes_on_and_a_smaller_one_loses_nothing(checkpoint, tmp_path):
