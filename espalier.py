@@ -181,11 +181,12 @@ def eval_(
     cards: Annotated[bool, typer.Option("--cards", help="Ask at every level and write what each does into the manifest.")] = False,
 ) -> None:
     """Ask held-out questions and count right answers, with 95 % intervals."""
-    given = dict(locals())
+    options = dict(locals())
     from evals.command import Options, evaluate
 
+    given = [name for name, value in options.items() if value != signature(eval_).parameters[name].default]
     with _plain_errors():
-        evaluate(Options(**given))
+        evaluate(Options(**options), given)
 
 
 @app.command()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, mean, median
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from evals.exam import LIMITS, RecordedAnswer, Results, Task, ask_all, judged, make_request, share
-from evals.statistics import wilson
+from evals.exam import LIMITS, RecordedAnswer, Results, Task, accuracy, ask_all, bounds, make_request
 from models.checkpoint import load
-from models.manifest import write_manifest
+from models.llava import Llava
+from models.manifest import read_manifest, write_manifest
 from server.engine import Engine
+from server.request import Receipt
 
 ALONE = 20
 """Questions asked one at a time, for the latency."""
@@ -32,32 +33,31 @@ def run(checkpoint: Path, new_task: Callable[[], Task], device: str, dtype: str,
         level: card(engine, results, answered["off"], _first_token(engine, level, new_task())) | about
         for level, results in answered.items()
     }
-    write_manifest(loaded.directory, loaded.manifest.model_copy(update={"cards": cards}))
+    manifest = read_manifest(loaded.directory)  # anew: others may have written it in the meantime
+    write_manifest(loaded.directory, manifest.model_copy(update={"cards": cards}))
     _show(cards, loaded.name, console)
     return cards
 
 
 def card(engine: Engine, results: Results, off: Results, first_token_seconds: float) -> dict[str, Any]:
     """One level's: accuracy and agreement with `off` with their 95 % Wilson intervals, arithmetic, memory and latency."""
-    same = sum(one[1].text == other[1].text for one, other in zip(results, off, strict=True))
-    receipts = [answer.receipt for _, answer in results if answer.receipt]
-    n = len(results)
-    return share(judged(results)) | {
-        "agreement": round(same / n, 4), "agreement_interval": wilson(same, n),
-        "flops_ratio": round(mean(receipt.flops_ratio for receipt in receipts), 4),
-        "visual_tokens": round(mean(receipt.visual_tokens for receipt in receipts)),
-        "layers": receipts[0].layers, "kv_bytes": round(mean(_kv_bytes(engine, answer) for _, answer in results)),
+    same = [one.receipt is not None and one.text == other.text for (_, one), (_, other) in zip(results, off, strict=True)]
+    answered = [(answer, answer.receipt) for _, answer in results if answer.receipt]
+    return accuracy(results) | {
+        "agreement": round(fmean(same), 4), "agreement_interval": bounds(same, results),
+        "flops_ratio": round(mean(receipt.flops_ratio for _, receipt in answered), 4),
+        "visual_tokens": round(mean(receipt.visual_tokens for _, receipt in answered)),
+        "layers": round(mean(receipt.layers for _, receipt in answered), 1),
+        "kv_bytes": round(mean(_kv_bytes(engine.model, answer.prompt_tokens, receipt) for answer, receipt in answered)),
         "first_token_seconds": round(first_token_seconds, 4),
         "measured_on": f"{engine.model.device.type}, {torch.get_num_threads()} threads, batch 1",
         "token_policy": engine.token_policy,
     }  # fmt: skip
 
 
-def _kv_bytes(engine: Engine, answer: RecordedAnswer) -> float:
+def _kv_bytes(model: Llava, prompt_tokens: int, receipt: Receipt) -> float:
     """Of the prompt: rows kept in the layers that run."""
-    receipt, model = answer.receipt, engine.model
-    assert receipt is not None
-    rows = answer.prompt_tokens - receipt.visual_tokens_total + receipt.visual_tokens
+    rows = prompt_tokens - receipt.visual_tokens_total + receipt.visual_tokens
     return rows * receipt.layers * 2 * mean(model.kv_heads) * model.head_dim * model.dtype.itemsize
 
 

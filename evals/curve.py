@@ -43,8 +43,10 @@ def _measure(engine: Engine, task: Task, level: str, console: Console) -> Measur
         "model": engine.checkpoint.name, "measure": "accuracy", "seconds_per_question": round(seconds, 4),
         "quantization": engine.checkpoint.quantization,
     }  # fmt: skip
-    questions = [Question(number, item.text, None, "") for number, (item, _) in enumerate(results)]
-    return Measured(document, questions, [answer.text for _, answer in results], list(map(float, judged(results))))
+    # The digest stands for a picture's bytes, which are not kept.
+    questions = [Question(number, item.text, answer.picture.encode(), "") for number, (item, answer) in enumerate(results)]
+    texts = [answer.text if answer.receipt else None for _, answer in results]
+    return Measured(document, questions, texts, list(map(float, judged(results))))
 
 
 def finish(documents: Sequence[Document], changes: Sequence[Document], picture: Path | None) -> Document:

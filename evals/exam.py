@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from evals.statistics import wilson
+from evals.statistics import interval, wilson
 from models.checkpoint import load
 from models.preprocess import Preprocessor
 from pruning.dynamic.token_policy import TokenPolicy
@@ -59,9 +59,10 @@ def exactly(answer: str) -> Callable[[str], bool]:
 
 
 class RecordedAnswer:
-    """Collects one request's events."""
+    """Collects one request's events. `picture` tells its picture from others."""
 
     def __init__(self) -> None:
+        self.picture = ""
         self.text = ""
         self.receipt: Receipt | None = None
         self.prompt_tokens = 0
@@ -88,6 +89,7 @@ def make_request(
     if picture:
         images = [PreparedImage(preprocessor.picture(picture), sha256(picture.tobytes()).hexdigest())]
         prompt = preprocessor.question(text, layout=images[0].picture.layout)
+        answer.picture = images[0].digest
     else:
         images, prompt = [], preprocessor.prompt([{"role": "user", "content": [{"type": "text", "text": text}]}])
     return Request(f"exam-{number}", prompt, images, level, Sampling(max_tokens=max_tokens), answer)
@@ -146,22 +148,21 @@ def ask_all(engine: Engine, level: str, task: Task, console: Console) -> Results
 
 def summarise(results: Results, about: dict[str, str], level: str, policy: str) -> dict[str, Any]:
     """Accuracy over all, by family and by type in each family."""
-    right = judged(results)
-    families: dict[str, list[bool]] = defaultdict(list)
-    types: dict[str, list[bool]] = defaultdict(list)
-    for (item, _), ok in zip(results, right, strict=True):
-        families[item.family].append(ok)
-        types[f"{item.family}/{item.type}"].append(ok)
+    families: dict[str, Results] = defaultdict(list)
+    types: dict[str, Results] = defaultdict(list)
+    for item, answer in results:
+        families[item.family].append((item, answer))
+        types[f"{item.family}/{item.type}"].append((item, answer))
     receipts = [answer.receipt for _, answer in results if answer.receipt]
 
     def mean(name: str) -> float:
         return round(sum(getattr(r, name) for r in receipts) / max(1, len(receipts)), 4)
 
-    return about | share(right) | {
+    return about | accuracy(results) | {
         "failed": len(results) - len(receipts),
         "different_answers": len({item.answer for item, _ in results}),
-        "families": {name: share(families[name]) for name in sorted(families)},
-        "types": {name: share(types[name]) for name in sorted(types)},
+        "families": {name: accuracy(families[name]) for name in sorted(families)},
+        "types": {name: accuracy(types[name]) for name in sorted(types)},
         "level": level,
         "token_policy": policy,
         "visual_tokens": mean("visual_tokens"),
@@ -175,10 +176,16 @@ def judged(results: Results) -> list[bool]:
     return [answer.receipt is not None and item.judge(answer.text) for item, answer in results]
 
 
-def share(right: list[bool]) -> dict[str, Any]:
-    """How many are right, as a share with its 95 % Wilson interval."""
-    n = len(right)
-    return {"accuracy": round(sum(right) / max(1, n), 4), "interval": wilson(sum(right), n), "n": n}
+def accuracy(results: Results) -> dict[str, Any]:
+    """How many are right, as a share with its interval."""
+    right = judged(results)
+    return {"accuracy": round(sum(right) / max(1, len(right)), 4), "interval": bounds(right, results), "n": len(right)}
+
+
+def bounds(true: Sequence[bool], results: Results) -> tuple[float, float]:
+    """95 % Wilson interval of the share of results for which something is true; those about one picture vary together."""
+    pictures = [answer.picture or number for number, (_, answer) in enumerate(results)]
+    return wilson(sum(true), len(true)) if len(set(pictures)) == len(true) else interval(true, pictures)
 
 
 def _show(document: dict[str, Any], results: Results, console: Console) -> None:

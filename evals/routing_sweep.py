@@ -82,9 +82,9 @@ def drawn_by(checkpoint: Checkpoint) -> str:
     return checkpoint.manifest.trained_on or WORLD
 
 
-def encode(checkpoint: Checkpoint, scene: Scene) -> ImageFeatures:
+def encode(checkpoint: Checkpoint, scene: Scene, patch_ratio: float = 1.0) -> ImageFeatures:
     picture = checkpoint.preprocessor.picture(scene.image)
-    return checkpoint.model.encode(picture.pixels, picture.layout)
+    return checkpoint.model.encode(picture.pixels, picture.layout, patch_ratio)
 
 
 def score(router: Router, model: Llava, prompt: Prompt, image: ImageFeatures) -> RequestRouting:
@@ -340,13 +340,16 @@ def run_levels(checkpoint: Checkpoint, pictures: int, split: str) -> dict[str, A
     """Every level of the menu, first in a chat and following up, and fixed budgets for first questions."""
     planner = Planner(checkpoint)
     menu, fixed = list(planner.menu), {f"{share:.3f} of the tokens": share for share in FIXED_SHARES}
+    ratios = {1.0, *(level.patch_ratio for level in planner.menu.values())}
     data = drawn_by(checkpoint)
     columns: Columns = defaultdict(Column)
     for index in track(range(pictures), "asking", console=console):
         scene = DRAW[data](split, index)
-        for place, chat in chats(checkpoint, scene, encode(checkpoint, scene).tokens[0]).items():
+        seen = {ratio: encode(checkpoint, scene, ratio).tokens for ratio in ratios}
+        for place, chat in chats(checkpoint, scene, seen[1.0][0]).items():
             for level in menu:
-                plans = [planner.plan(level, "", p.ids, [p.image], follow_up=place == "follow_up") for p in chat[0]]
+                image = ImageFeatures(seen[planner.menu[level].patch_ratio])
+                plans = [planner.plan(level, "", p.ids, [image], follow_up=place == "follow_up") for p in chat[0]]
                 columns[place, level].add(*outcome(planner.model, chat, plans))
             for name, share in fixed.items() if place == "first" else ():
                 plans = [fixed_plan(planner, share, prompt) for prompt in chat[0]]

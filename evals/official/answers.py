@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from evals.official.ask import Answer
 from evals.official.task import DataError, Question, read_json
-
-Line = dict[str, Any]
+from evals.runs import Line, stored, write_whole
 
 
 def open_folder(folder: Path, about: dict[str, Any]) -> None:
@@ -28,37 +27,9 @@ def open_folder(folder: Path, about: dict[str, Any]) -> None:
                 f"{folder} holds a run whose {name} is {before.get(name)!r}, not {about.get(name)!r}; "
                 "name another --out, or delete it"
             )
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about, indent=2) + "\n")
-
-
-def stored(path: Path) -> list[Line]:
-    """All whole lines; a last one that was cut short as it was written is cut off. Raises DataError for another that is none."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        path.write_bytes(whole)
-    lines = []
-    for number, line in enumerate(whole.decode().split("\n")[:-1], 1):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); delete it, and its question is asked again") from error
-    return lines
-
-
-def add(path: Path, line: Line) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def rewrite(path: Path, lines: Iterable[Line]) -> None:
-    """All at once, or not at all."""
-    whole = path.with_suffix(".tmp")
-    whole.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    whole.replace(path)
+    write_whole(path, (json.dumps(about, indent=2) + "\n").encode())
 
 
 def line(question: Question, answer: Answer, model: str, seconds: float) -> Line:

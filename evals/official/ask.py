@@ -104,6 +104,22 @@ def server_model(url: str) -> str:
     return str(value_at(reply, "data", 0, "id"))
 
 
+def server_about(url: str, model: str) -> Callable[[str], dict[str, Any]]:
+    """What an Espalier server tells of a model's weights and of what a level runs of them; of another server, nothing."""
+    with client(url) as http:
+        version, levels = http.get("version"), http.get("v1/pruning/levels", params={"model": model})
+    if version.status_code != 200 or levels.status_code != 200:
+        return lambda level: {}
+    weights = {"fingerprint": value_at(version, "models", model)}
+    menu = {one["name"]: _told(one) for one in value_at(levels, "data")}
+    return lambda level: weights | menu.get(level, {})
+
+
+def _told(level: dict[str, Any]) -> dict[str, Any]:
+    """Without what says nothing of what runs."""
+    return {name: value for name, value in level.items() if name not in ("name", "description", "visual_ratio", "card")}
+
+
 def through_server(url: str, model: str, level: str, at_once: int) -> Ask:
     """The level goes in the header, which servers without levels ignore. Raises ConnectionError when the server is gone and
     ValueError for a request that it refuses whatever the question is."""

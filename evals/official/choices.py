@@ -138,11 +138,11 @@ def _score_mmbench(question: Question, answer: str) -> float:
     return float(infer(answer, question.entry[0]) == question.reference)
 
 
-def _circular(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
+def _circular(questions: Sequence[Question], answers: Sequence[str | None]) -> Figures:
     """A question counts if it is answered right in every rotation."""
     rounds: dict[int, list[float]] = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
-        rounds[int(question.id) % _CIRCLE].append(_score_mmbench(question, answer))
+        rounds[int(question.id) % _CIRCLE].append(_score_mmbench(question, answer or ""))
     return {"circular accuracy": fmean([min(each) for each in rounds.values()])} if len(rounds) < len(questions) else {}
 
 

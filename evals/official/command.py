@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -14,24 +14,27 @@ from rich.console import Console
 from evals import curve
 from evals.exam import open_engine
 from evals.official import likelihood
-from evals.official.answers import rewrite
-from evals.official.ask import Ask, server_model, through_engine, through_server
+from evals.official.ask import Ask, server_about, server_model, through_engine, through_server
 from evals.official.judge import Judge
 from evals.official.likelihood import LogLikelihood, perplexity
 from evals.official.own import OWN, with_dense
 from evals.official.run import Document, Measured, compare, reopen, run, show, show_change
 from evals.official.task import DataError, Figures, Question, Task, check_pictures, sample
 from evals.official.tasks import TASKS
-from server.engine import Limits
+from evals.runs import rewrite
+from models.checkpoint import fingerprint
+from pruning.dynamic.levels import layers_to_run
+from pruning.dynamic.router_file import FILE
+from server.engine import Engine, Limits
 
 
 @dataclass(frozen=True)
 class Source:
-    """What answers: its name, what else makes its answers another run's, how to ask at a level, and how likely an answer is there;
-    a server does not tell that."""
+    """What answers: its name, what else makes its answers at a level another run's, how to ask at a level, and how likely an answer
+    is there; a server does not tell that."""
 
     name: str
-    about: Document
+    about: Callable[[str], Document]
     ask: Callable[[str], Ask]
     likelihood: Callable[[str], LogLikelihood] | None = None
 
@@ -64,13 +67,29 @@ def engine_source(
         "quantization": engine.checkpoint.quantization,
     }  # fmt: skip
     how_likely = partial(likelihood.through_engine, engine)
-    return Source(engine.checkpoint.name, about, lambda level: through_engine(engine, level, at_once), how_likely)
+    return Source(
+        engine.checkpoint.name, lambda level: about | _runs(engine, level), lambda level: through_engine(engine, level, at_once),
+        how_likely,
+    )  # fmt: skip
+
+
+def _runs(engine: Engine, level: str) -> Document:
+    """What a level runs of the weights: the manifest says it, and may be written anew beside the same weights."""
+    asked, planner = engine.menu[level], engine.planner
+    runs = [layers_to_run(engine.model.num_layers, one.skipped_layers, planner.layer_change) for one in asked.operating_points]
+    return {
+        "patch_ratio": asked.patch_ratio, "operating_points": [asdict(one) for one in asked.operating_points],
+        "cost_weight": asked.cost_weight, "follow_up_cost_weight": asked.follow_up_cost_weight,
+        "skipped_layers": [[layer for layer, run in enumerate(each) if not run] for each in runs],
+        "router": fingerprint([engine.checkpoint.directory / FILE]) if asked.routed else None,
+    }  # fmt: skip
 
 
 def server_source(url: str, at_once: int) -> Source:
     """A running server. Raises ConnectionError where none answers."""
     model = server_model(url)
-    return Source(model, {"url": url}, lambda level: through_server(url, model, level, at_once))
+    about = server_about(url, model)
+    return Source(model, lambda level: {"url": url} | about(level), lambda level: through_server(url, model, level, at_once))
 
 
 def evaluate(
@@ -123,7 +142,7 @@ def _with_perplexity(task: Task, source: Source, level: str, console: Console) -
         return task
     of_answer = source.likelihood(level)
 
-    def figures(questions: Sequence[Question], texts: Sequence[str]) -> Figures:
+    def figures(questions: Sequence[Question], texts: Sequence[str | None]) -> Figures:
         dense = [question.reference for question in questions]
         return task.figures(questions, texts) | {"perplexity of dense answers": perplexity(of_answer, questions, dense, console)}
 
@@ -133,7 +152,7 @@ def _with_perplexity(task: Task, source: Source, level: str, console: Console) -
 def _one(
     task: Task, questions: list[Question], plan: Plan, source: Source, level: str, data: Document, console: Console
 ) -> Measured:
-    about = {"task": plan.task or "own", "split": plan.split, "model": source.name, "level": level, **source.about, **data}
+    about = {"task": plan.task or "own", "split": plan.split, "model": source.name, "level": level, **source.about(level), **data}
     return run(task, questions, plan.data, source.ask(level), about, _folder(plan, source, level), plan.judge, console)
 
 

@@ -139,14 +139,15 @@ def score_pair(review: str) -> list[float]:
 
 def _llava_bench_figures(questions: Sequence[Question], reviews: Sequence[dict[str, Any]]) -> Figures:
     """Of each category and of all: the mean of the model's marks in percent of the mean of GPT-4's."""
-    pairs: dict[str, list[list[float]]] = defaultdict(list)
+    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for review in reviews:
-        pairs[review["category"].removeprefix("llava_bench_")].append(review["tuple"])
-    pairs["all"] = [review["tuple"] for review in reviews]
+        pair = review["tuple"][0], 10 * review["score"]
+        for kind in (review["category"].removeprefix("llava_bench_"), "all"):
+            pairs[kind].append(pair)
     return {f"{kind}: relative score": _relative(each) for kind, each in pairs.items()} | _unreadable(reviews)
 
 
-def _relative(pairs: Sequence[Sequence[float]]) -> float:
+def _relative(pairs: Sequence[tuple[float, float]]) -> float:
     return 100 * fmean(ours for _, ours in pairs) / (fmean(theirs for theirs, _ in pairs) or 1)
 
 

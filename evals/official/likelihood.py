@@ -19,8 +19,8 @@ LogLikelihood = Callable[[Question, str], tuple[float, int]]
 
 
 def through_engine(engine: Engine, level: str) -> LogLikelihood:
-    """On the route that the level gives the question."""
-    model, preprocessor = engine.model, engine.preprocessor
+    """On the route that the level gives the question, from what its vision tower sees."""
+    model, preprocessor, patch_ratio = engine.model, engine.preprocessor, engine.menu[level].patch_ratio
 
     def measure(question: Question, text: str) -> tuple[float, int]:
         pictures = [] if question.image is None else [preprocessor.picture(decode_picture(question))]
@@ -28,7 +28,7 @@ def through_engine(engine: Engine, level: str) -> LogLikelihood:
         prompt, answer, _ = preprocessor.answered(question.text, text, layouts, len(layouts))
         if not answer or len(prompt) + len(answer) > engine.context_length:
             return 0.0, 0
-        features = [model.encode(picture.pixels, picture.layout) for picture in pictures]
+        features = [model.encode(picture.pixels, picture.layout, patch_ratio) for picture in pictures]
         plan = engine.planner.plan(level, "default", prompt, features)
         tokens = torch.tensor(prompt + answer, device=model.device)
         cache = model.new_cache(plan.route.rows(len(tokens) - 1, 0))

@@ -32,23 +32,23 @@ def _read(path: Path) -> Iterator[Question]:
                 yield Question(name, text.replace("<image>", "").strip(), picture, where, entry=answer)
 
 
-def with_dense(questions: Sequence[Question], texts: Sequence[str]) -> list[Question]:
-    """The same questions, whose `reference` is what the dense model said."""
-    return [replace(question, reference=text) for question, text in zip(questions, texts, strict=True)]
+def with_dense(questions: Sequence[Question], texts: Sequence[str | None]) -> list[Question]:
+    """The same questions, whose `reference` is what the dense model said, nothing where it refused."""
+    return [replace(question, reference=text or "") for question, text in zip(questions, texts, strict=True)]
 
 
 def _same(question: Question, answer: str) -> float:
     return float(normalise(answer) == normalise(question.reference))
 
 
-def _figures(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
+def _figures(questions: Sequence[Question], answers: Sequence[str | None]) -> Figures:
     """Where the file has all answers, the share that is right, by exact match."""
     right = [question.entry for question in questions]
     if any(answer is None for answer in right):
         return {}
     dense = [question.reference for question in questions]
     return {
-        name: fmean(normalise(text) == normalise(answer) for text, answer in zip(texts, right, strict=True))
+        name: fmean(text is not None and normalise(text) == normalise(answer) for text, answer in zip(texts, right, strict=True))
         for name, texts in (("right", answers), ("right, dense", dense))
     }
 

@@ -18,19 +18,23 @@ from evals.official import answers
 from evals.official.ask import Ask
 from evals.official.judge import Judge, JudgeError
 from evals.official.task import DataError, Question, Task, read_json
+from evals.runs import Line, rewrite, store, stored, write_whole
 from evals.statistics import difference_interval, interval
 from pruning.progress import progress_bar
 
 Document = dict[str, Any]
+REFUSED = {"score": 0.0}
+"""Whatever a judge makes of no answer."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run: what to report of it, and of each question its score (None before a judge has been), text and picture."""
+    """A finished run: what to report of it, and of each question its score (None before a judge has been), text (None where it was
+    refused) and picture."""
 
     document: Document
     questions: list[Question]
-    texts: list[str]
+    texts: list[str | None]
     scores: list[float] | None
 
 
@@ -47,24 +51,28 @@ def run(
     path = folder / "answers.jsonl"
     _ask_missing(questions, ask, task.max_tokens, about, path, console)
     lines = [one for one in answers.by_question(path, questions) if one]
-    answers.rewrite(path, lines + _others(path, questions))
-    texts = [one["text"] for one in lines]
+    rewrite(path, lines + _others(path, questions))
+    texts = list(map(_text, lines))
     reviews = _review(task, judge, data, questions, texts, folder / "reviews.jsonl", console)
     scores = _scores(task, questions, texts, reviews)
     document = about | summarise(task, questions, texts, scores, lines)
     if reviews:
         document["figures"] = _rounded(task.review_figures(questions, reviews)) | {"judge": reviews[0]["model"]}
-    for name, content in task.files(questions, texts).items():
+    for name, content in task.files(questions, [text or "" for text in texts]).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    (folder / "scores.json").write_text(json.dumps(document, indent=2) + "\n")
+        write_whole(folder / name, content)
+    write_whole(folder / "scores.json", (json.dumps(document, indent=2) + "\n").encode())
     return Measured(document, questions, texts, scores)
 
 
-def _others(path: Path, questions: Sequence[Question]) -> list[answers.Line]:
+def _text(line: Line) -> str | None:
+    return None if "refused" in line["metadata"] else line["text"]
+
+
+def _others(path: Path, questions: Sequence[Question]) -> list[Line]:
     """Answers to questions that this run does not ask, as those of a larger limit."""
     asked = {question.key for question in questions}
-    return [one for one in answers.stored(path) if (one["question_id"], one["prompt"]) not in asked]
+    return [one for one in stored(path) if (one["question_id"], one["prompt"]) not in asked]
 
 
 def _ask_missing(questions: Sequence[Question], ask: Ask, max_tokens: int, about: Document, path: Path, console: Console) -> None:
@@ -80,7 +88,7 @@ def _ask_missing(questions: Sequence[Question], ask: Ask, max_tokens: int, about
             if answer.failed:
                 failed.append((question, answer.failed))
             else:
-                answers.add(path, answers.line(question, answer, about["model"], now - before))
+                store(path, [answers.line(question, answer, about["model"], now - before)])
             before = now
             progress.advance(bar)
     if failed:
@@ -92,12 +100,13 @@ def _ask_missing(questions: Sequence[Question], ask: Ask, max_tokens: int, about
 
 
 def _review(
-    task: Task, judge: Judge | None, data: Path, questions: Sequence[Question], texts: Sequence[str], path: Path, console: Console
-) -> list[dict[str, Any]]:
+    task: Task, judge: Judge | None, data: Path, questions: Sequence[Question], texts: Sequence[str | None], path: Path,
+    console: Console,
+) -> list[dict[str, Any]]:  # fmt: skip
     """The judge's review of each answer; those stored are kept if they are of this judge. Empty without a judge."""
     if task.review is None or judge is None:
         return []
-    known = {one["key"]: one for one in answers.stored(path) if one["model"] == judge.model}
+    known = {one["key"]: one for one in stored(path) if one["model"] == judge.model}
     found: list[dict[str, Any]] = []
     with progress_bar(console) as progress:
         bar = progress.add_task(f"judged by {judge.model}", total=len(questions))
@@ -105,38 +114,39 @@ def _review(
             key = _key(question, text)
             if key not in known:
                 try:
-                    review = task.review(judge, data, question, text) | {"key": key}
+                    review = task.review(judge, data, question, text or "") | {"key": key} | (REFUSED if text is None else {})
                 except JudgeError as error:
                     raise ValueError(
                         f"{question.where}: the judge {judge.model} at {judge.url} failed: {error}; {len(found)} of "
                         f"{len(questions)} answers are judged and kept, run the same command to go on"
                     ) from error
-                answers.add(path, review)
+                store(path, [review])
                 known[key] = review
             found.append(known[key])
             progress.advance(bar)
     return found
 
 
-def _key(question: Question, text: str) -> str:
+def _key(question: Question, text: str | None) -> str:
     """A review is of these words: another answer is reviewed anew."""
-    return json.dumps([question.id, text])
+    return json.dumps([question.id, text or ""])
 
 
 def _scores(
-    task: Task, questions: Sequence[Question], texts: Sequence[str], reviews: Sequence[dict[str, Any]]
+    task: Task, questions: Sequence[Question], texts: Sequence[str | None], reviews: Sequence[dict[str, Any]]
 ) -> list[float] | None:
-    """None where the file withholds the answers or no judge was asked."""
+    """None where the file withholds the answers or no judge was asked. What was refused is wrong."""
     if reviews:
         return [float(review["score"]) for review in reviews]
     if task.score is None or any(question.reference is None for question in questions):
         return None
-    return [task.score(question, text) for question, text in zip(questions, texts, strict=True)]
+    return [0.0 if text is None else task.score(question, text) for question, text in zip(questions, texts, strict=True)]
 
 
 def summarise(
-    task: Task, questions: Sequence[Question], texts: Sequence[str], scores: list[float] | None, lines: Sequence[answers.Line]
-) -> Document:
+    task: Task, questions: Sequence[Question], texts: Sequence[str | None], scores: list[float] | None,
+    lines: Sequence[Line],
+) -> Document:  # fmt: skip
     """The mean score over all and by group, the official script's figures, and what was run for it."""
     groups: dict[str, list[int]] = defaultdict(list)
     for number, question in enumerate(questions):
@@ -184,7 +194,7 @@ def compare(ours: Measured, theirs: Measured) -> Document:
         raise DataError("the two runs have no question in common")
     found: Document = {
         "against": f"{theirs.document['model']} at {theirs.document['level']}", "n": len(pairs),
-        "same_answer": round(fmean(ours.texts[a] == theirs.texts[b] for a, b in pairs), 4),
+        "same_answer": round(fmean(ours.texts[a] == theirs.texts[b] is not None for a, b in pairs), 4),
     }  # fmt: skip
     if ours.scores is None or theirs.scores is None:
         return found
@@ -207,8 +217,8 @@ def reopen(task: Task, folder: Path, questions: Sequence[Question]) -> Measured:
     about = read_json(folder / "run.json")
     known = answers.by_question(folder / "answers.jsonl", questions)
     shared = [question for question, line in zip(questions, known, strict=True) if line]
-    texts = [line["text"] for line in known if line]
-    reviews = {one["key"]: one for one in answers.stored(folder / "reviews.jsonl")}
+    texts = [_text(line) for line in known if line]
+    reviews = {one["key"]: one for one in stored(folder / "reviews.jsonl")}
     found = [reviews.get(_key(question, text)) for question, text in zip(shared, texts, strict=True)]
     return Measured(about, shared, texts, _scores(task, shared, texts, [one for one in found if one] if all(found) else []))
 

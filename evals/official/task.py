@@ -66,14 +66,14 @@ def _no_files(data: Path) -> None:
 class Task:
     """`read` takes the data's folder and a split, and raises DataError. `score` is that of an answer, 0 to 1. A task that a judge
     scores has `review` instead, a record with a `score`; `judge_reads` raises DataError if what the judge is to be told is missing.
-    `figures` are what the official script reports beyond a mean; `files` what the official server or judge reads, by name.
-    `measure` names the mean."""
+    `figures` are what the official script reports beyond a mean; an answer is None there where the model refused. `files` are what
+    the official server or judge reads, by name. `measure` names the mean."""
 
     read: Callable[[Path, str | None], list[Question]]
     score: Callable[[Question, str], float] | None
     max_tokens: int = SHORT_TOKENS
     measure: str = "accuracy"
-    figures: Callable[[Sequence[Question], Sequence[str]], Figures] = _nothing
+    figures: Callable[[Sequence[Question], Sequence[str | None]], Figures] = _nothing
     files: Callable[[Sequence[Question], Sequence[str]], Files] = _nothing
     review: Callable[[Judge, Path, Question, str], dict[str, Any]] | None = None
     judge_reads: Callable[[Path], Any] = _no_files

@@ -37,10 +37,10 @@ def said(answer: str) -> str:
     return "no" if {"No", "not", "no"} & {*words} else "yes"
 
 
-def _pope_figures(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
-    pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
+def _pope_figures(questions: Sequence[Question], answers: Sequence[str | None]) -> Figures:
+    pairs: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
-        pairs[question.groups[0]].append((said(answer), question.reference))
+        pairs[question.groups[0]].append((None if answer is None else said(answer), question.reference))
     found: Figures = {}
     for category, each in pairs.items():
         yes, right = sum(given == "yes" for given, _ in each), sum(given == label == "yes" for given, label in each)
@@ -103,11 +103,11 @@ def _score_mme(question: Question, answer: str) -> float:
     return float(meant(answer) == question.reference.lower())
 
 
-def _mme_figures(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
+def _mme_figures(questions: Sequence[Question], answers: Sequence[str | None]) -> Figures:
     """Of each category, the accuracy and the share of pictures with all answers right, both in percent and added up."""
     right: dict[str, dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
     for question, answer in zip(questions, answers, strict=True):
-        right[question.groups[0]][question.id].append(_score_mme(question, answer))
+        right[question.groups[0]][question.id].append(_score_mme(question, answer or ""))
     scores = {}
     for category, pictures in right.items():
         singly, whole = [one for each in pictures.values() for one in each], [min(each) for each in pictures.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -10,13 +11,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
 
 from checkpoints.world import FAMILIES
-from evals import cards, scenes
-from evals.exam import Item, RecordedAnswer, exactly, normalise, run, summarise
+from evals import cards, curve, scenes
+from evals.exam import Item, RecordedAnswer, exactly, make_request, normalise, run, summarise
+from evals.official.run import compare
 from evals.statistics import wilson
 from evals.tasks import open_task
 from models.checkpoint import load
+from models.manifest import read_manifest, write_manifest
 from server.engine import Engine
 from server.request import Delta, Failed, Finished, Receipt
 from tests.server.tiny import LAYERS, VISUAL, write
@@ -85,6 +90,53 @@ def test_summary_counts_by_family_and_type_and_failures_as_wrong():
     assert document["types"] == {"shapes/asked": half, "signs/asked": half}
     assert (document["visual_tokens"], document["layers"], document["flops_ratio"]) == (24, 7, 0.25)
     assert (document["level"], document["token_policy"], document["split"]) == ("strong", "merging", "test")
+
+
+def test_questions_about_one_picture_widen_the_interval(directory, monkeypatch):
+    results = [result("shapes", "red", text) for text in ("Red.", "red") * 25 + ("blue", "green") * 25]
+    for number, (_, answer) in enumerate(results):
+        answer.picture = f"picture {number // 2}"
+    document = summarise(results, {"task": "names"}, "off", "merging")
+    assert document["interval"] == document["families"]["shapes"]["interval"] == pytest.approx(wilson(25, 50), abs=3e-3)
+    engine = Engine(load(directory))
+    assert cards.card(engine, results, results, 0.1)["agreement_interval"] == wilson(50, 50)
+    monkeypatch.setattr(curve, "ask_all", lambda *_: results)
+    measured = curve._measure(engine, open_task("scenes", 2), "off", Console(quiet=True))
+    assert len({question.picture for question in measured.questions}) == 50
+
+
+def test_a_question_tells_its_picture(directory):
+    engine, answers = Engine(load(directory)), [RecordedAnswer() for _ in range(3)]
+    for answer, color in zip(answers, ("red", "red", "blue"), strict=True):
+        make_request(engine.preprocessor, 0, Image.new("RGB", (24, 24), color), "What is it?", "off", answer)
+    assert answers[0].picture == answers[1].picture != answers[2].picture
+
+
+def test_a_cards_layers_are_a_mean_as_all_else(directory):
+    results = [result("shapes", "red", "Red.", replace(RECEIPT, layers=layers)) for layers in (8, 6, 6)]
+    assert cards.card(Engine(load(directory)), results, results, 0.1)["layers"] == 6.7
+
+
+def test_cards_leave_what_others_wrote_meanwhile(tmp_path, monkeypatch):
+    directory = write(tmp_path / "tiny-llava")
+
+    def slow(*_: object) -> float:
+        write_manifest(directory, read_manifest(directory).model_copy(update={"name": "renamed"}))
+        return 0.1
+
+    monkeypatch.setattr(cards, "_first_token", slow)
+    cards.run(directory, partial(open_task, "scenes", 1), "cpu", "float32", quiet=True)
+    manifest = read_manifest(directory)
+    assert manifest.name == "renamed" and "strong" in manifest.cards
+
+
+def test_what_failed_at_both_levels_is_no_agreement(directory, monkeypatch):
+    failed = [result("shapes", "red", "", receipt=None), result("shapes", "red", "Red.")]
+    engine = Engine(load(directory))
+    assert cards.card(engine, failed, failed, 0.1)["agreement"] == 0.5
+    monkeypatch.setattr(curve, "ask_all", lambda *_: failed)
+    measured = curve._measure(engine, open_task("scenes", 2), "off", Console(quiet=True))
+    assert measured.texts == [None, "Red."] and compare(measured, measured)["same_answer"] == 0.5
 
 
 def test_an_exam_repeats_itself_and_takes_all_families_in_turn():

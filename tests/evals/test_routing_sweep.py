@@ -150,6 +150,22 @@ def test_following_up_auto_is_held_against_itself_first(found):
     assert low <= found["follow_up_against_first"]["agreement"] <= high
 
 
+def test_a_level_is_asked_about_what_its_tower_sees(routed, monkeypatch):
+    checkpoint = load(routed)
+    merging = replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"patch_ratio": {"strong": 0.25}}))
+    seen, plan, encode = {}, Planner.plan, routing_sweep.encode
+
+    def recorded(planner, level, reason, prompt, images, **options):
+        seen[level] = images[0].tokens
+        return plan(planner, level, reason, prompt, images, **options)
+
+    monkeypatch.setattr(Planner, "plan", recorded)
+    routing_sweep.run_levels(merging, pictures=1, split="validation")
+    scene = draw("validation", 0)
+    for level in seen:
+        assert torch.equal(seen[level], encode(checkpoint, scene, 0.25 if level == "strong" else 1.0).tokens)
+
+
 def test_levels_need_a_router(directory, tmp_path):
     result = CliRunner().invoke(routing_sweep.app, ["levels", str(directory), "--runs", str(tmp_path / "runs.jsonl")])
     assert result.exit_code == 2

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +20,20 @@ from rich.console import Console
 from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
-from espalier import app
+from espalier import app, eval_
+from evals import command
+from evals.command import Options
 from evals.exam import open_engine
 from evals.official import ask, judge, likelihood
-from evals.official.ask import Answer
+from evals.official.ask import Answer, Ask
 from evals.official.judge import Judge
 from evals.official.judged import score_pair
-from evals.official.own import read_own
+from evals.official.own import OWN, read_own, with_dense
 from evals.official.run import compare, reopen, run
-from evals.official.task import DataError, check_pictures
+from evals.official.task import DataError, Question, check_pictures
 from evals.official.tasks import TASKS
 from evals.statistics import clustered_error, difference_interval, interval, wilson
+from models.manifest import Calibration, read_manifest, write_manifest
 from server.engine import Engine
 from server.errors import Overloaded
 from server.request import Failed
@@ -97,6 +103,25 @@ def test_a_run_that_was_stopped_asks_only_what_is_missing(checkpoint, tmp_path, 
     assert {**again, "seconds_per_question": 0} == {**whole, "seconds_per_question": 0}
 
 
+def test_a_write_that_is_cut_short_leaves_the_folder_whole(tmp_path, monkeypatch):
+    CASES["gqa"].write(tmp_path / "data")
+    questions, about = TASKS["gqa"].read(tmp_path / "data", None), {"task": "gqa", "model": "m", "level": "off"}
+    given = (TASKS["gqa"], questions, tmp_path / "data", says(["yes"] * 3), about, tmp_path / "run", None, QUIET)
+
+    def cut(path: Path, content: str | bytes, *_: object) -> None:
+        with path.open("wb") as file:
+            file.write((content.encode() if isinstance(content, str) else content)[:9])
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # as it is begun, and as it goes on
+        with monkeypatch.context() as power:
+            power.setattr(Path, "write_text", cut)
+            power.setattr(Path, "write_bytes", cut)
+            with pytest.raises(KeyboardInterrupt):
+                run(*given)
+        assert run(*given).texts == ["yes"] * 3
+
+
 def test_a_larger_limit_goes_on_and_a_smaller_one_loses_nothing(checkpoint, tmp_path):
     CASES["mme"].write(tmp_path / "data")
     given = (checkpoint, "--task", "mme", "--data", tmp_path / "data", "--out", tmp_path / "runs", "--json")
@@ -126,6 +151,29 @@ def test_what_does_not_fit_the_context_counts_as_wrong(checkpoint, tmp_path):
     assert document["refused"] == 1 and "1 questions do not fit the context" in shown
 
 
+def refuses(questions: Iterable[Question], max_tokens: int) -> Iterator[tuple[Question, Answer]]:
+    yield from ((question, Answer("", refused="too long")) for question in questions)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.scores])
+def test_what_is_refused_is_wrong_in_every_figure(name, tmp_path):
+    CASES[name].write(tmp_path / "data")
+    questions, about = TASKS[name].read(tmp_path / "data", None), {"task": name, "model": "m", "level": "off"}
+    measured = run(TASKS[name], questions, tmp_path / "data", refuses, about, tmp_path / "run", None, QUIET)
+    document = measured.document
+    assert (document["accuracy"], document["refused"]) == (0, len(questions))
+    assert not any(document["figures"].values()) and not any(one["accuracy"] for one in document["groups"].values())
+    again = compare(measured, reopen(TASKS[name], tmp_path / "run", questions))
+    assert (again["same_answer"], again["difference"]) == (0, 0)
+
+
+def test_what_both_models_refuse_is_no_agreement(tmp_path):
+    write_own(tmp_path, "What color is it?")
+    questions, about = with_dense(read_own(tmp_path / "own.jsonl"), [None]), {"task": "own", "model": "m", "level": "strong"}
+    measured = run(OWN, questions, tmp_path, refuses, about, tmp_path / "run", None, QUIET)
+    assert (measured.scores, measured.document["accuracy"], measured.document["figures"]["right"]) == ([0], 0, 0)
+
+
 def test_another_run_is_not_mixed_with_this_one(checkpoint, tmp_path):
     CASES["gqa"].write(tmp_path / "data")
     given = (checkpoint, "--task", "gqa", "--data", tmp_path / "data", "--out", tmp_path / "runs", "--level", "strong")
@@ -134,6 +182,24 @@ def test_another_run_is_not_mixed_with_this_one(checkpoint, tmp_path):
     path = tmp_path / "data/testdev_balanced_questions.json"
     path.write_text(path.read_text().replace("Is it red?", "Is it blue?"))
     assert "holds a run whose data is " in refused(*given)
+
+
+def test_a_run_is_another_when_its_level_runs_something_else(tmp_path):
+    checkpoint = write(tmp_path / "deep", layers=16)
+    write_own(tmp_path, "What color is it?")
+    given = (checkpoint, "--data", tmp_path / "own.jsonl", "--level", "strong", "--out", tmp_path / "runs", "--json")
+    evaluate(*given)
+    manifest = read_manifest(checkpoint)
+    write_manifest(checkpoint, manifest.model_copy(update={"cards": {"strong": {"accuracy": 0.5}}}))
+    evaluate(*given)  # a card says what was measured, and changes nothing
+    other = Calibration(layer_change=[1 - n / 16 for n in range(16)], data="x", samples=1, seed=0)
+    for changed, told in (
+        ({"patch_ratio": {"strong": 0.25}}, "patch_ratio is 1.0, not 0.25"),
+        ({"calibration": other}, "skipped_layers is [[1]], not [[14]]"),
+        ({"calibration": None}, "operating_points is"),
+    ):
+        write_manifest(checkpoint, manifest.model_copy(update=changed))
+        assert f"holds a run whose {told}" in refused(*given)
 
 
 # ---- levels side by side
@@ -224,6 +290,23 @@ def test_the_likelihood_of_an_answer_is_what_transformers_says(checkpoint, tmp_p
     assert likelihood.through_engine(engine, "off")(question, "") == (0.0, 0)
 
 
+def test_likelihood_is_of_what_the_levels_tower_sees(checkpoint, tmp_path, monkeypatch):
+    write_own(tmp_path, "What color is it?")
+    merging = Path(shutil.copytree(checkpoint, tmp_path / "merging"))
+    write_manifest(merging, read_manifest(merging).model_copy(update={"patch_ratio": {"strong": 0.25}}))
+    engine = open_engine(merging, ["off"], None, "cpu", "float32")
+    ratios, encode = [], engine.model.encode
+
+    def recorded(pixels: Any, layout: Any, ratio: float = 1.0) -> Any:
+        ratios.append(ratio)
+        return encode(pixels, layout, ratio)
+
+    monkeypatch.setattr(engine.model, "encode", recorded)
+    for level in ("off", "strong"):
+        likelihood.through_engine(engine, level)(*read_own(tmp_path / "own.jsonl"), "red")
+    assert ratios == [1.0, 0.25]
+
+
 # ---- over HTTP
 
 
@@ -250,6 +333,22 @@ def test_a_task_runs_over_http_at_a_level(served, tmp_path):
     assert {line["text"] for line in stored} == {"A red star."}
     assert {line["metadata"]["level"] for line in stored} == {"strong"}
     assert "Unknown pruning level" in refused(*given[:-1], "none", "--out", tmp_path / "others")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda engine: setattr(engine, "fingerprint", "fp_other"), "fingerprint is 'fp_fake', not 'fp_other'"),
+        (lambda engine: engine.menu.update(strong=replace(engine.menu["strong"], patch_ratio=0.5)), "patch_ratio is 1.0, not 0.5"),
+    ],
+)
+def test_a_server_that_serves_something_else_is_another_run(served, tmp_path, change, told):
+    url, engine = served
+    CASES["gqa"].write(tmp_path / "data")
+    given = ("--task", "gqa", "--data", tmp_path / "data", "--out", tmp_path / "runs", "--url", url, "--level", "strong")
+    evaluate(*given)
+    change(engine)
+    assert f"holds a run whose {told}" in refused(*given)
 
 
 def test_an_overloaded_server_is_waited_for(served, tmp_path, monkeypatch):
@@ -324,11 +423,11 @@ def judging_server(monkeypatch) -> Iterator[tuple[type[Verdicts], Judge]]:
         server.shutdown()
 
 
-def judged(name: str, folder: Path, by: Judge):
+def judged(name: str, folder: Path, by: Judge, ask: Ask | None = None):
     CASES[name].write(folder / "data")
     task, about = TASKS[name], {"task": name, "model": "tiny", "level": "off"}
     questions = task.read(folder / "data", None)
-    return run(task, questions, folder / "data", says(CASES[name].answers), about, folder / "run", by, QUIET)
+    return run(task, questions, folder / "data", ask or says(CASES[name].answers), about, folder / "run", by, QUIET)
 
 
 def test_mm_vet_is_judged_with_its_own_prompt(verdicts, tmp_path):
@@ -341,6 +440,16 @@ def test_mm_vet_is_judged_with_its_own_prompt(verdicts, tmp_path):
     assert first["messages"][0]["content"] == "Give marks.\n\nWhat is x? | -1 <AND> -5 | x = -1 | "
     assert (first["max_tokens"], first["temperature"], first["model"]) == (3, 0.0, "judge-1")
     assert third["messages"][0]["content"].startswith(second["messages"][0]["content"] + "\n") and third["temperature"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["mmvet", "llava-bench"])
+def test_no_judge_makes_a_refusal_right(name, verdicts, tmp_path):
+    server, by = verdicts
+    server.says += ["1.0" if name == "mmvet" else "8 9\nGood."] * 3
+    measured = judged(name, tmp_path, by, refuses)
+    figures = {figure: value for figure, value in measured.document["figures"].items() if figure != "judge"}
+    assert {*measured.scores} == {*figures.values()} == {0}
+    assert reopen(TASKS[name], tmp_path / "run", measured.questions).scores == measured.scores
 
 
 def test_llava_bench_is_relative_to_gpt_4(verdicts, tmp_path):
@@ -461,12 +570,35 @@ def test_files_that_are_not_there_are_named(tmp_path):
         (["--task", "scenes", "--url", "http://x"], "the task scenes has no --url"),
         (["--data", "nowhere.jsonl", "--level", "strong"], "nowhere.jsonl is missing"),
         (["--data", ".", "--cards"], "a run on your own questions has no --cards"),
+        (["--data", ".", "--split", "test"], "a run on your own questions has no --split; leave it out"),
+        (["--task", "mmvet", "--data", ".", "--judge-model", "x"], "--judge-model needs --judge"),
+        (["--task", "scenes", "--at-once", "2"], "the task scenes has no --at-once"),
+        (["--out", "here"], "the task scenes has no --out"),
+        (["--task", "perplexity", "--level", "strong"], "the task perplexity has no --level; leave it out"),
+        (["--task", "perplexity", "--token-policy", "merging"], "the task perplexity has no --token-policy"),
+        (["--cards", "--token-policy", "merging"], "--cards has no --token-policy: it asks at every level of the checkpoint"),
+        (["--cards", "--level", "most"], "--cards has no --level: it asks at every level"),
+        (["--compare", "off", "--level", "most"], "--compare has no --level: it lists the levels; leave one of them out"),
+        (["--data", ".", "--url", "http://x", "--dtype", "float32"], "--url has no --dtype: the server was started with its own"),
         (["--compare", "off", "--picture", "nowhere/x.png"], "--picture: nowhere is not a directory"),
         (["--compare", "off,most"], "level 'most' is not one of off, "),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(given, message):
     assert message in refused("embedded-dense", *given)
+
+
+def test_every_option_is_some_tasks():
+    options = {field.name for field in fields(Options)}
+    assert options == command.ALWAYS.union(*command.TAKES.values()) == set(signature(eval_).parameters)
+    assert {name for without, _ in command.INSTEAD.values() for name in without} | {*command.INSTEAD, *command.NEEDS} <= options
+
+
+def test_a_dense_checkpoint_beside_a_server_has_its_dtype(served, checkpoint, tmp_path):
+    write_own(tmp_path, "What color is it?")
+    given = ("--data", tmp_path / "own.jsonl", "--out", tmp_path / "runs", "--url", served[0], "--against", checkpoint)
+    document, _ = evaluate(*given, "--dtype", "float32")
+    assert document["n"] == 1
 
 
 # ---- intervals
