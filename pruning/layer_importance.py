@@ -32,13 +32,14 @@ def calibrate(
 
     Raises CheckpointError and DataError.
     """
+    read = samples.read(data, count, seed, answered=False, families=families)
     loaded = load(checkpoint, device, dtype)
     given = patch_ratio or {}
     shares = {name: share for name, share in {**loaded.manifest.patch_ratio, **given}.items() if share < 1}
     cards = {name: card for name, card in loaded.manifest.cards.items() if name not in given}
     manifest = loaded.manifest.model_copy(update={"patch_ratio": shares, "cards": cards})
     check_manifest(loaded.directory, manifest, loaded.model)
-    prompts = _prompts(loaded.preprocessor, samples.read(data, count, seed, answered=False, families=families), seed)
+    prompts = _prompts(loaded.preprocessor, read, seed)
     shown = track(prompts, "layer importance", count, console=Console(stderr=True, quiet=quiet))
     calibration = Calibration(layer_change=layer_change(loaded.model, shown), data=data, samples=count, seed=seed)
     write_manifest(loaded.directory, manifest.model_copy(update={"calibration": calibration}))

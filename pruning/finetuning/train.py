@@ -54,7 +54,10 @@ def run(
     """
     _check(config, checkpoint, out)
     config = config.model_copy(update={"data": samples.choose(config.data, checkpoint)})
-    rest = samples.read_rest(config.data, held_out.PICTURES, config.samples, config.seed)
+    samples.check(config.data, config.samples, config.seed)
+    rest = samples.read_rest(
+        config.data, held_out.PICTURES, config.samples, config.seed, earlier=_earlier(config.data, read_manifest(checkpoint))
+    )
     console = Console(stderr=True, quiet=quiet)
     run_state = _draft(config, checkpoint, out, teacher, device, dtype, console)
     calibrated = min(CALIBRATION_SAMPLES, config.samples)
@@ -70,6 +73,12 @@ def _check(config: FinetuneConfig, checkpoint: Path, out: Path) -> None:
     check_out(out)
     if not config.steps:
         raise FinetuneError(f"{config.samples} samples fill no batch of {config.batch_size}; take more, or a smaller batch")
+
+
+def _earlier(data: str, manifest: Manifest) -> list[tuple[int, int]]:
+    """(count, seed) of the samples of this data that a checkpoint was pruned and trained on."""
+    runs = [manifest.pruning.recipe if manifest.pruning else None, manifest.finetuning]
+    return [(run["samples"], run["seed"]) for run in runs if run and samples.same(run["data"], data)]
 
 
 def _draft(
@@ -165,7 +174,7 @@ class Finetuning:
     def _batches(self) -> Iterator[list[samples.Sample]]:
         config = self.config
         for epoch in range(config.epochs):
-            # Of a file the same rows again: the others are held out.
+            # Of a file the same pictures again: the others are held out.
             seed = config.seed + epoch if config.data in samples.FAMILIES else config.seed
             read = samples.read(config.data, config.samples, seed)
             while len(batch := list(islice(read, config.batch_size))) == config.batch_size:

@@ -38,5 +38,5 @@ def test_it_is_measured_on_the_data_and_stored_in_the_manifest(tmp_path: Path) -
     calibrate(directory, data, 1, 5, quiet=True, patch_ratio={"strong": 0.5, "light": 0.75})
     calibrate(directory, data, 1, 5, quiet=True, patch_ratio={"light": 1.0})
     assert read_manifest(directory).patch_ratio == {"strong": 0.5}
-    with pytest.raises(DataError, match="has 1 samples and 2 are asked for"):
+    with pytest.raises(DataError, match="has 1 pictures and 2 are asked for"):
         calibrate(directory, data, 2, 5, quiet=True)

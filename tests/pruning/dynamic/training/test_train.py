@@ -79,7 +79,7 @@ def test_it_learns_from_a_file_without_answers(plain, tmp_path):
     config = TrainingConfig(data=str(data), pictures=8, questions=1, answer_tokens=3, steps=2, corrector_steps=2, batch_size=2)
     record = RouterRecord.of(run(config, plain, tmp_path / "out", quiet=True))
     assert record.report["questions"] == 8
-    with pytest.raises(DataError, match="has 8 samples and 9 are asked for"):
+    with pytest.raises(DataError, match="has 8 pictures and 9 are asked for"):
         run(config.model_copy(update={"pictures": 9}), plain, tmp_path / "more", quiet=True)
 
 
