@@ -167,7 +167,7 @@ def _show_router(router: RouterRecord | None) -> None:
         return
     r2 = router.report["explained_variance"]
     console.print(
-        f"router: {router.config.depth} layers, {router.config.width} wide, trained on {router.report['questions']} questions; "
+        f"router: {router.config.depth} layers, {router.config.width} wide, trained on {router.learned_questions} questions; "
         f"predicts attention with R² {r2['token_scores']:.2f} and the cost of freezing layers with {r2['layer_scores']:.2f} "
         "(held-out pictures)", highlight=False, soft_wrap=True,
     )  # fmt: skip

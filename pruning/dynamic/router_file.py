@@ -35,12 +35,12 @@ class Measured(BaseModel):
 
 
 class LevelRecord(BaseModel):
-    """A level's cost weights, of questions that open a chat and of those that follow an answer."""
+    """A level's cost weights, of questions that open a chat and of those that follow an answer; None where no such were asked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     first: Measured
-    follow_up: Measured
+    follow_up: Measured | None = None
 
 
 class RouterRecord(BaseModel):
@@ -57,6 +57,12 @@ class RouterRecord(BaseModel):
     cost_weight_sweep: dict[str, list[Measured]] = Field(
         description="What many cost weights buy, of operating points that leave out tokens alone and of all."
     )
+
+    @property
+    def learned_questions(self) -> int:
+        """Those that the scores were trained on: all that were asked but the held-out ones, which every level is measured on."""
+        one = next(iter(self.levels.values()))
+        return int(self.report["questions"]) - one.first.questions - (one.follow_up.questions if one.follow_up else 0)
 
     @classmethod
     def of(cls, manifest: Manifest) -> RouterRecord | None:

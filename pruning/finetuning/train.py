@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -159,7 +160,7 @@ class Finetuning:
         self._restore()
 
     def train(self, console: Console) -> list[float]:
-        """Returns the mean loss of each tenth of the steps."""
+        """Returns the mean loss of each tenth of the steps, or of each step where there are fewer than ten."""
         with progress_bar(console) as progress:
             task = progress.add_task("finetune", total=self.config.steps, completed=len(self.losses))
             for batch in islice(self._batches(), len(self.losses), None):
@@ -168,8 +169,7 @@ class Finetuning:
                 progress.update(task, advance=1, description=f"finetune, loss {sum(recent) / len(recent):.4f}")
                 if len(self.losses) % SAVE_EVERY == 0:
                     self._save()
-        tenth = max(1, len(self.losses) // 10)
-        return [round(sum(part) / len(part), 5) for part in zip(*[iter(self.losses)] * tenth, strict=False)]
+        return tenths(self.losses)
 
     def _batches(self) -> Iterator[list[samples.Sample]]:
         config = self.config
@@ -229,6 +229,11 @@ class Finetuning:
         self.optimizer.load_state_dict({"state": state, "param_groups": record["groups"]})
         self.schedule.load_state_dict(record["schedule"])
         self.losses = record["losses"]
+
+
+def tenths(losses: Sequence[float]) -> list[float]:
+    """The mean of each tenth of the losses; of fewer than ten, themselves."""
+    return [round(float(part.mean()), 5) for part in np.array_split(losses, min(10, len(losses)))]
 
 
 def _trained(model: PreTrainedModel) -> dict[str, nn.Linear]:

@@ -113,6 +113,14 @@ def test_what_it_cost_is_asked_about_pictures_that_no_run_saw(dense, tmp_path, m
     assert len(asked) == 12 - len(seen) and seen.isdisjoint(asked)
 
 
+@pytest.mark.parametrize("steps", [1, 9, 10, 19, 25, 100])
+def test_each_tenth_of_the_steps_counts(steps):
+    losses = [float(step) for step in range(steps)]
+    found = train.tenths(losses)
+    assert len(found) == min(10, steps) and found == sorted(found)
+    assert found[0] == sum(losses[: -(-steps // 10)]) / -(-steps // 10) and found[-1] >= steps - max(1, steps / 10)
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_EVERY", 3)
     whole = tune(dense, tmp_path / "whole")

@@ -88,6 +88,7 @@ def test_auto_keeps_the_share_that_is_asked_for_of_both_kinds(held_out, target):
     assert auto.first.flops_ratio < auto.follow_up.flops_ratio <= POINTS[-1].cost
 
 
-def test_where_no_question_follows_another_both_weights_are_one(held_out):
-    auto = find_levels(held_out, torch.zeros(500, dtype=torch.bool), 0.9)[AUTO]
-    assert auto.first == auto.follow_up == keeping(held_out, 0.9)
+def test_where_no_question_follows_another_none_is_told_of(held_out):
+    levels = find_levels(held_out, torch.zeros(500, dtype=torch.bool), 0.9)
+    assert levels[AUTO].first == keeping(held_out, 0.9)
+    assert [level.follow_up for level in levels.values()] == [None] * 4
