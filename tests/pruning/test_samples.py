@@ -16,7 +16,7 @@ from PIL import Image
 from checkpoints.shipped import SHIPPED
 from models.manifest import Manifest, write_manifest
 from models.preprocess import Preprocessor
-from pruning import layer_importance
+from pruning.dynamic.training import calibrate
 from pruning.dynamic.training import train as route
 from pruning.dynamic.training.config import TrainingConfig
 from pruning.finetuning import train as finetune
@@ -148,7 +148,7 @@ RUNS: dict[str, tuple[ModuleType, str, Callable[[str, Path, Path], Any]]] = {
         lambda data, source, out: finetune.run(FinetuneConfig(samples=4, batch_size=2, data=data), source, out),
     ),
     "route": (route, "load", lambda data, source, out: route.run(TrainingConfig(pictures=8, data=data), source, out)),
-    "calibrate": (layer_importance, "load", lambda data, source, out: layer_importance.calibrate(source, data, 4, 0)),
+    "calibrate": (calibrate, "load", lambda data, source, out: calibrate.calibrate(source, data, 4, 0)),
 }  # fmt: skip
 
 
