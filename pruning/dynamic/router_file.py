@@ -58,12 +58,6 @@ class RouterRecord(BaseModel):
         description="What many cost weights buy, of operating points that leave out tokens alone and of all."
     )
 
-    @property
-    def learned_questions(self) -> int:
-        """Those that the scores were trained on: all that were asked but the held-out ones, which every level is measured on."""
-        one = next(iter(self.levels.values()))
-        return int(self.report["questions"]) - one.first.questions - (one.follow_up.questions if one.follow_up else 0)
-
     @classmethod
     def of(cls, manifest: Manifest) -> RouterRecord | None:
         """The record in a manifest, None if it has none. Raises CheckpointError that names the key at fault."""
