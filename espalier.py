@@ -205,7 +205,7 @@ def calibrate(
     """Measure how much each layer changes the hidden state and store it in the manifest: levels then know what to skip."""
     from checkpoints.shipped import resolve
     from pruning.dynamic.levels import read_patch_ratio
-    from pruning.layer_importance import calibrate as measure
+    from pruning.dynamic.training.calibrate import calibrate as measure
     from pruning.samples import choose
 
     console = Console(highlight=False, markup=False)

@@ -167,10 +167,17 @@ def _show_router(router: RouterRecord | None) -> None:
         return
     r2 = router.report["explained_variance"]
     console.print(
-        f"router: {router.config.depth} layers, {router.config.width} wide, trained on {router.report['questions']} questions; "
+        f"router: {router.config.depth} layers, {router.config.width} wide, {questions_told(router.report)}; "
         f"predicts attention with R² {r2['token_scores']:.2f} and the cost of freezing layers with {r2['layer_scores']:.2f} "
         "(held-out pictures)", highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def questions_told(report: Mapping[str, Any]) -> str:
+    """How many a router was trained on; older files count the held-out ones with them."""
+    if "learned_questions" in report:
+        return f"trained on {report['learned_questions']} questions"
+    return f"trained and measured on {report['questions']} questions"
 
 
 def _show_levels(checkpoint: Checkpoint, menu: dict[str, Level]) -> None:

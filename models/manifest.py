@@ -49,7 +49,7 @@ class Pruning(BaseModel):
     damping: dict[str, float] = Field(default_factory=dict, description="Where a Hessian needed more than was asked for.")
     search: list[dict[str, float]] = Field(default_factory=list, description="The best policy of each generation.")
     projector: list[dict[str, Any]] = Field(default_factory=list, description="Held-out divergence before and after each tuning.")
-    held_out: HeldOut | None = Field(default=None, description="None where the data had no rows left, or before it was measured.")
+    held_out: HeldOut | None = Field(default=None, description="None where no data was left, or before it was measured.")
     notes: dict[str, Any] = Field(default_factory=dict, description="What else was decided on the way.")
 
 
@@ -64,7 +64,7 @@ class Quantization(BaseModel):
     samples: int
     seed: int
     damping: dict[str, float] = Field(default_factory=dict, description="Where a Hessian needed more than usual.")
-    held_out: HeldOut | None = Field(default=None, description="None where the data had no rows left, or before it was measured.")
+    held_out: HeldOut | None = Field(default=None, description="None where no data was left, or before it was measured.")
 
 
 class Manifest(BaseModel):

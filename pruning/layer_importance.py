@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from models.checkpoint import check_manifest, load
+from models.checkpoint import Checkpoint, load
 from models.forward import forward, prefill_input
 from models.llava import Llava
 from models.manifest import Calibration, write_manifest
@@ -24,25 +24,24 @@ from pruning import samples
 
 def calibrate(
     checkpoint: Path, data: str, count: int, seed: int, device: str = "cpu", dtype: str = "auto", quiet: bool = False,
-    families: Sequence[str] = (), patch_ratio: Mapping[str, float] | None = None,
-) -> Calibration:  # fmt: skip
-    """Measure a checkpoint's layers on `count` samples of `data` (see `pruning.samples`) and write the result into its manifest.
-
-    `patch_ratio` is written there too: the share of the patches that the tower's later layers see at some levels, whose cards go.
+    families: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Measure the layers of a checkpoint that was just made, on `count` samples of `data` (see `pruning.samples`), and write the
+    result into its manifest.
 
     Raises CheckpointError and DataError.
     """
+    read = samples.read(data, count, seed, answered=False, families=families)
     loaded = load(checkpoint, device, dtype)
-    given = patch_ratio or {}
-    shares = {name: share for name, share in {**loaded.manifest.patch_ratio, **given}.items() if share < 1}
-    cards = {name: card for name, card in loaded.manifest.cards.items() if name not in given}
-    manifest = loaded.manifest.model_copy(update={"patch_ratio": shares, "cards": cards})
-    check_manifest(loaded.directory, manifest, loaded.model)
-    prompts = _prompts(loaded.preprocessor, samples.read(data, count, seed, answered=False, families=families), seed)
-    shown = track(prompts, "layer importance", count, console=Console(stderr=True, quiet=quiet))
-    calibration = Calibration(layer_change=layer_change(loaded.model, shown), data=data, samples=count, seed=seed)
-    write_manifest(loaded.directory, manifest.model_copy(update={"calibration": calibration}))
-    return calibration
+    change = measure(loaded, read, count, seed, quiet)
+    calibration = Calibration(layer_change=change, data=data, samples=count, seed=seed)
+    write_manifest(loaded.directory, loaded.manifest.model_copy(update={"calibration": calibration}))
+
+
+def measure(loaded: Checkpoint, read: Iterable[samples.Sample], count: int, seed: int, quiet: bool) -> list[float]:
+    """`layer_change` on `count` samples, with one question to each."""
+    prompts = _prompts(loaded.preprocessor, read, seed)
+    return layer_change(loaded.model, track(prompts, "layer importance", count, console=Console(stderr=True, quiet=quiet)))
 
 
 def _prompts(preprocessor: Preprocessor, read: Iterable[samples.Sample], seed: int) -> Iterator[tuple[list[int], Picture]]:

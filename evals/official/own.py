@@ -27,6 +27,8 @@ def _read(path: Path) -> Iterator[Question]:
                 turns = [(text, values[2 * n + 1] if 2 * n + 1 < len(values) else None) for n, text in enumerate(values[::2])]
             else:
                 turns = [(entry["question"], entry.get("answer"))]
+            if not all(isinstance(text, str) and isinstance(answer, str | None) for text, answer in turns):
+                raise DataError(f"{where}: questions and answers must be strings")
             for number, (text, answer) in enumerate(turns):
                 name = f"{where.rpartition(' ')[2]}.{number}"
                 yield Question(name, text.replace("<image>", "").strip(), picture, where, entry=answer)

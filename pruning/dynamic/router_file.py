@@ -35,12 +35,12 @@ class Measured(BaseModel):
 
 
 class LevelRecord(BaseModel):
-    """A level's cost weights, of questions that open a chat and of those that follow an answer."""
+    """A level's cost weights, of questions that open a chat and of those that follow an answer; None where no such were asked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     first: Measured
-    follow_up: Measured
+    follow_up: Measured | None = None
 
 
 class RouterRecord(BaseModel):

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -54,7 +55,10 @@ def run(
     """
     _check(config, checkpoint, out)
     config = config.model_copy(update={"data": samples.choose(config.data, checkpoint)})
-    rest = samples.read_rest(config.data, held_out.PICTURES, config.samples, config.seed)
+    samples.check(config.data, config.samples, config.seed)
+    rest = samples.read_rest(
+        config.data, held_out.PICTURES, config.samples, config.seed, earlier=_earlier(config.data, read_manifest(checkpoint))
+    )
     console = Console(stderr=True, quiet=quiet)
     run_state = _draft(config, checkpoint, out, teacher, device, dtype, console)
     calibrated = min(CALIBRATION_SAMPLES, config.samples)
@@ -70,6 +74,12 @@ def _check(config: FinetuneConfig, checkpoint: Path, out: Path) -> None:
     check_out(out)
     if not config.steps:
         raise FinetuneError(f"{config.samples} samples fill no batch of {config.batch_size}; take more, or a smaller batch")
+
+
+def _earlier(data: str, manifest: Manifest) -> list[tuple[int, int]]:
+    """(count, seed) of the samples of this data that a checkpoint was pruned and trained on."""
+    runs = [manifest.pruning.recipe if manifest.pruning else None, manifest.finetuning]
+    return [(run["samples"], run["seed"]) for run in runs if run and samples.same(run["data"], data)]
 
 
 def _draft(
@@ -150,7 +160,7 @@ class Finetuning:
         self._restore()
 
     def train(self, console: Console) -> list[float]:
-        """Returns the mean loss of each tenth of the steps."""
+        """Returns the mean loss of each tenth of the steps, or of each step where there are fewer than ten."""
         with progress_bar(console) as progress:
             task = progress.add_task("finetune", total=self.config.steps, completed=len(self.losses))
             for batch in islice(self._batches(), len(self.losses), None):
@@ -159,13 +169,12 @@ class Finetuning:
                 progress.update(task, advance=1, description=f"finetune, loss {sum(recent) / len(recent):.4f}")
                 if len(self.losses) % SAVE_EVERY == 0:
                     self._save()
-        tenth = max(1, len(self.losses) // 10)
-        return [round(sum(part) / len(part), 5) for part in zip(*[iter(self.losses)] * tenth, strict=False)]
+        return tenths(self.losses)
 
     def _batches(self) -> Iterator[list[samples.Sample]]:
         config = self.config
         for epoch in range(config.epochs):
-            # Of a file the same rows again: the others are held out.
+            # Of a file the same pictures again: the others are held out.
             seed = config.seed + epoch if config.data in samples.FAMILIES else config.seed
             read = samples.read(config.data, config.samples, seed)
             while len(batch := list(islice(read, config.batch_size))) == config.batch_size:
@@ -220,6 +229,11 @@ class Finetuning:
         self.optimizer.load_state_dict({"state": state, "param_groups": record["groups"]})
         self.schedule.load_state_dict(record["schedule"])
         self.losses = record["losses"]
+
+
+def tenths(losses: Sequence[float]) -> list[float]:
+    """The mean of each tenth of the losses; of fewer than ten, themselves."""
+    return [round(float(part.mean()), 5) for part in np.array_split(losses, min(10, len(losses)))]
 
 
 def _trained(model: PreTrainedModel) -> dict[str, nn.Linear]:

@@ -65,10 +65,13 @@ def connect(address: str) -> Any:
 class RayEvaluator:
     """A policy at a time to whichever of the cluster's workers is free: one for each GPU, or for each CPU where there is none.
 
-    Every worker opens the checkpoint and the database by their paths: these must be on a file system that the nodes share.
+    Every worker opens the checkpoint, in `dtype`, and the database by their paths: these must be on a file system that the nodes
+    share.
     """
 
-    def __init__(self, address: str, checkpoint: Path, references: Sequence[Reference], database: Database) -> None:
+    def __init__(
+        self, address: str, checkpoint: Path, references: Sequence[Reference], database: Database, dtype: torch.dtype
+    ) -> None:
         ray = connect(address)
         from ray.util import ActorPool
 
@@ -77,7 +80,7 @@ class RayEvaluator:
         remote = ray.remote(num_gpus=1)(RayWorker) if gpus else ray.remote(num_cpus=1)(RayWorker)
         self._ray = ray
         shared, device = ray.put(list(references)), "cuda" if gpus else "cpu"
-        self._workers: list[Any] = [remote.remote(checkpoint, shared, database, device) for _ in range(count)]
+        self._workers: list[Any] = [remote.remote(checkpoint, shared, database, device, dtype) for _ in range(count)]
         self._pool: Any = ActorPool(self._workers)
 
     def __call__(self, policies: Sequence[Policy], indices: Sequence[int]) -> list[float]:
@@ -95,10 +98,12 @@ class RayEvaluator:
 class RayWorker:
     """A worker's own model."""
 
-    def __init__(self, checkpoint: Path, references: Sequence[Reference], database: Database, device: str) -> None:
+    def __init__(
+        self, checkpoint: Path, references: Sequence[Reference], database: Database, device: str, dtype: torch.dtype
+    ) -> None:
         if device == "cpu":
             torch.set_num_threads(1)
-        model = open_transformers(checkpoint, device).model
+        model = open_transformers(checkpoint, device, str(dtype).removeprefix("torch.")).model
         here = [Reference(r.sample, r.image_features.to(device), r.hidden.to(device)) for r in references]
         self._evaluator = LocalEvaluator(Divergence(model, here), PolicyLoader(linears(model), database))
 

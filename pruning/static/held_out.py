@@ -47,7 +47,7 @@ def cost(
     is the likeliest.
     """
     if not samples:
-        console.print("what it cost is not measured: calibration takes all rows of the data; give some more")
+        console.print("what it cost is not measured: calibration takes all pictures of the data; give some more")
         return None
     asked = run_state.read("dense-answers")
     if asked is None:

@@ -49,6 +49,7 @@ def run(
     """
     check(recipe, checkpoint, out, dtype)
     recipe = recipe.model_copy(update={"data": samples.choose(recipe.data, checkpoint)})
+    samples.check(recipe.data, recipe.samples, recipe.seed)
     if ray:
         if recipe.allocation != "search":
             raise RecipeError("--ray spreads the evaluations of a search: it needs allocation search")

@@ -46,6 +46,7 @@ def run(
     bitsandbytes()
     check_room(out, 2 * weight_bytes(checkpoint))
     data = samples.choose(data, checkpoint)
+    samples.check(data, count, seed)
     console = Console(stderr=True, quiet=quiet)
     rest = samples.read_rest(data, held_out.PICTURES, count, seed)
     run_state = _draft(checkpoint, out, data, count, seed, device, dtype, console)

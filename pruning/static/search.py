@@ -76,7 +76,8 @@ def search(
 
     loader = PolicyLoader(linears(model), database)
     local = LocalEvaluator(divergence, loader)
-    evaluate: Evaluator = RayEvaluator(ray, checkpoint.resolve(), divergence.references, database) if ray else local
+    shared = (checkpoint.resolve(), divergence.references, database, model.dtype)
+    evaluate: Evaluator = RayEvaluator(ray, *shared) if ray else local
     limits = [database.limits[name] for name in database.names]
     config = replace(EVOLUTION, eta=recipe.eta)
     evolution = Evolution(limits, len(samples), config, recipe.seed, evaluate, StructuralRisk(database))

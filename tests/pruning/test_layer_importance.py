@@ -32,11 +32,9 @@ def test_it_is_measured_on_the_data_and_stored_in_the_manifest(tmp_path: Path) -
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     (tmp_path / "data.jsonl").write_text(json.dumps({"image": "red.png", "question": "What color is it?"}) + "\n")
     data = str(tmp_path / "data.jsonl")
-    found = calibrate(directory, data, 1, 5, quiet=True)
-    assert read_manifest(directory).calibration == found
+    calibrate(directory, data, 1, 5, quiet=True)
+    found = read_manifest(directory).calibration
+    assert found is not None
     assert (found.data, found.samples, found.seed, len(found.layer_change)) == (data, 1, 5, LAYERS)
-    calibrate(directory, data, 1, 5, quiet=True, patch_ratio={"strong": 0.5, "light": 0.75})
-    calibrate(directory, data, 1, 5, quiet=True, patch_ratio={"light": 1.0})
-    assert read_manifest(directory).patch_ratio == {"strong": 0.5}
-    with pytest.raises(DataError, match="has 1 samples and 2 are asked for"):
+    with pytest.raises(DataError, match="has 1 pictures and 2 are asked for"):
         calibrate(directory, data, 2, 5, quiet=True)

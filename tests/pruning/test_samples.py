@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,18 @@ from PIL import Image
 from checkpoints.shipped import SHIPPED
 from models.manifest import Manifest, write_manifest
 from models.preprocess import Preprocessor
-from pruning.samples import THINGS, WORLD, DataError, choose, content, read, read_rest
+from pruning.dynamic.training import calibrate
+from pruning.dynamic.training import train as route
+from pruning.dynamic.training.config import TrainingConfig
+from pruning.finetuning import train as finetune
+from pruning.finetuning.config import FinetuneConfig
+from pruning.samples import THINGS, WORLD, DataError, check, choose, content, read, read_rest
+from pruning.static import pipeline, quantize
+from pruning.static.recipe import Recipe
 from server import media
 from server.settings import Settings
+from tests.pruning.kills import die_at
+from tests.pruning.rows import write_rows
 from tests.server.tiny import config, processor
 
 PREPROCESSOR = Preprocessor(processor(), config())
@@ -107,6 +118,55 @@ def test_both_forms_of_a_line_are_read(tmp_path: Path) -> None:
         next(read(data, 1, seed=0))
 
 
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"question": "How many?", "answer": 3}, "TypeError: a question or answer must be a string, not 3"),
+        ({"question": "How many?", "answer": None}, "not null"),
+        ({"question": ["How many?"], "answer": "3"}, "not .\"How many"),
+        ({"conversations": []}, "its conversations are empty"),
+        ({"conversations": [{"from": "human", "value": "How many?"}]}, "the last of its conversations has no answer"),
+        ({"conversations": [{"value": "How many?"}, {"value": 3}]}, "not 3"),
+        ({"image": 3, "question": "How many?", "answer": "3"}, "TypeError"),
+        ({"image": "none.png", "question": "How many?", "answer": "3"}, "FileNotFoundError"),
+    ],
+)
+def test_a_bad_row_is_named_before_any_is_read(entry: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    data = write_rows(tmp_path, range(4))
+    with open(data, "a") as file:
+        file.write("\n" + json.dumps({"image": "0.png"} | entry))
+    count = 5 if entry.get("image") == "none.png" else 4
+    with pytest.raises(DataError, match=rf"data\.jsonl, line 5: .*{reason}"):
+        check(data, count, 0)
+
+
+RUNS: dict[str, tuple[ModuleType, str, Callable[[str, Path, Path], Any]]] = {
+    "prune": (pipeline, "open_transformers", lambda data, source, out: pipeline.run(Recipe(samples=4, data=data), source, out)),
+    "quantize": (quantize, "open_transformers", lambda data, source, out: quantize.run(source, out, data, 4)),
+    "finetune": (
+        finetune, "open_transformers",
+        lambda data, source, out: finetune.run(FinetuneConfig(samples=4, batch_size=2, data=data), source, out),
+    ),
+    "route": (route, "load", lambda data, source, out: route.run(TrainingConfig(pictures=8, data=data), source, out)),
+    "calibrate": (calibrate, "load", lambda data, source, out: calibrate.calibrate(source, data, 4, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_run_opens_a_model_before_its_rows_are_checked(
+    name: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, opens, run = RUNS[name]
+    data = write_rows(tmp_path, range(8))
+    for number in range(8):
+        (tmp_path / f"{number}.png").unlink()
+    called = die_at(monkeypatch, module, opens, 1)
+    monkeypatch.setattr(quantize, "bitsandbytes", lambda: None)
+    with pytest.raises(DataError, match=r"data\.jsonl, line \d: FileNotFoundError"):
+        run(data, dense, tmp_path / "out")
+    assert called == [0]
+
+
 def test_the_world_is_drawn_by_seed() -> None:
     first, again, other = (list(read(WORLD, 4, seed)) for seed in (0, 0, 1))
     assert [sample.image.tobytes() for sample in first] == [sample.image.tobytes() for sample in again]
@@ -117,13 +177,35 @@ def test_the_world_is_drawn_by_seed() -> None:
 def test_the_rest_is_what_was_not_read(tmp_path: Path) -> None:
     used, rest = list(read(WORLD, 4, seed=3)), read_rest(WORLD, 4, 4, seed=3)
     assert {sample.image.tobytes() for sample in used}.isdisjoint(sample.image.tobytes() for sample in rest)
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    rows = [json.dumps({"image": "a.png", "question": str(number), "answer": ""}) for number in range(9)]
-    (tmp_path / "data.jsonl").write_text("\n".join(rows))
-    data = str(tmp_path / "data.jsonl")
+    data = write_rows(tmp_path, range(9))
     asked = [sample.turns[0][0] for sample in [*read(data, 6, seed=1), *read_rest(data, 64, 6, seed=1)]]
-    assert sorted(asked) == [str(number) for number in range(9)]
+    assert sorted(asked) == [f"{number}/0" for number in range(9)]
     assert len(read_rest(data, 2, 6, seed=1)) == 2 and not read_rest(data, 2, 9, seed=1)
+
+
+def test_rows_about_one_picture_are_one_sample(tmp_path: Path) -> None:
+    data = write_rows(tmp_path, [number % 5 for number in range(15)])
+    used, rest = list(read(data, 3, seed=0)), read_rest(data, 64, 3, seed=0)
+    told = sorted([question for question, _ in sample.turns] for sample in [*used, *rest])
+    assert told == [[f"{picture}/{turn}" for turn in range(3)] for picture in range(5)], "in the order of the file"
+    assert len(rest) == 2
+    with pytest.raises(DataError, match="has 5 pictures and 6 are asked for"):
+        read(data, 6, seed=0)
+
+
+def test_fewer_samples_are_the_first_of_more(tmp_path: Path) -> None:
+    data = write_rows(tmp_path, range(40))
+    more, fewer = ([sample.turns for sample in read(data, count, seed=4)] for count in (30, 3))
+    assert more[:3] == fewer
+
+
+@pytest.mark.parametrize("data", ["file", WORLD])
+def test_the_rest_is_not_what_earlier_runs_saw(data: str, tmp_path: Path) -> None:
+    data = write_rows(tmp_path, range(12)) if data == "file" else data
+    runs = [(3, 0), (5, 0), (2, 1)]
+    seen = {sample.image.tobytes() for count, seed in runs for sample in read(data, count, seed)}
+    rest = [sample.image.tobytes() for sample in read_rest(data, 4, 3, 0, earlier=runs[1:])]
+    assert len(rest) == 4 and seen.isdisjoint(rest)
 
 
 def test_things_are_drawn_by_seed_and_family(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,15 +106,16 @@ def find_levels(held_out: HeldOut, follow_up: Tensor, target: float) -> dict[str
     """The levels with a budget, each at the lowest cost weight that stays within it on questions that open a chat; and `auto`.
 
     `auto` has two, for those and for questions that follow an answer (bool [questions]), which are harder: at one for both they
-    would be answered worse.
+    would be answered worse. Where no question follows another, nothing is told of those that do.
     """
     first = held_out.of(~follow_up)
-    second = held_out.of(follow_up) if follow_up.any() else first
+    second = held_out.of(follow_up) if follow_up.any() else None
     levels = {}
     for name, budget in BUDGETS.items():
         weight = within_budget(first, budget)
-        levels[name] = LevelRecord(first=first.measure(weight), follow_up=second.measure(weight))
-    return levels | {AUTO: LevelRecord(first=keeping(first, target), follow_up=keeping(second, target))}
+        levels[name] = LevelRecord(first=first.measure(weight), follow_up=second.measure(weight) if second else None)
+    auto = LevelRecord(first=keeping(first, target), follow_up=keeping(second, target) if second else None)
+    return levels | {AUTO: auto}
 
 
 def within_budget(held_out: HeldOut, budget: float) -> float:

@@ -24,6 +24,11 @@ class TrainingConfig(BaseModel):
     seed: int = Field(0, description="Which pictures, and every random choice.")
 
     @property
+    def picture_seed(self) -> int:
+        """Which pictures: not the drawings that masks were made on. A file has no others to give."""
+        return self.seed + 1000
+
+    @property
     def training_pictures(self) -> int:
         """Pictures that are learned from; the others are held out."""
         return self.pictures - max(2, self.pictures // 3)

@@ -75,8 +75,7 @@ def collect(config: TrainingConfig, source: Checkpoint, state: RunState, progres
     """Ask about every picture. What is on disk already is not asked again."""
     task = progress.add_task("asking", total=config.pictures)
     found: list[dict[str, Tensor]] = []
-    # Not the pictures that masks were made on.
-    samples = read(config.data, config.pictures, config.seed + 1000, answered=False)
+    samples = read(config.data, config.pictures, config.picture_seed, answered=False)
     for number in range(0, config.pictures, CHUNK):
         here = list(islice(samples, CHUNK))
         stored = state.read_tensors(f"pictures-{number}")

@@ -93,7 +93,8 @@ def profile(
         config=router.config, checkpoint=source.fingerprint, training=config.model_dump(), operating_points=tuple(points),
         levels=find_levels(measured, held_out.follow_up, config.target_agreement), cost_weight_sweep=sweep(first),
         report={
-            "questions": len(data.picture), "explained_variance": explained_variance(router, embed, held_out),
+            "questions": len(data.picture), "learned_questions": len(data.picture) - len(held_out.picture),
+            "explained_variance": explained_variance(router, embed, held_out),
             "area_under_roc": [area_under_roc(expected[:, i], stayed[:, i]) for i in range(expected.shape[1])],
         },
     )  # fmt: skip

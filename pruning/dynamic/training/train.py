@@ -40,6 +40,7 @@ def run(
     if out.exists():
         raise ValueError(f"{out} exists; name a directory that does not, or remove it")
     config = config.model_copy(update={"data": samples.choose(config.data, checkpoint)})
+    samples.check(config.data, config.pictures, config.picture_seed, answered=False)
     source = load(checkpoint, device, dtype)
     if source.quantization:
         raise ValueError(f"{checkpoint} holds {source.quantization} weights; train the router on the dense checkpoint")

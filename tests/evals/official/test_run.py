@@ -271,6 +271,13 @@ def test_own_questions_tell_how_often_dense_is_agreed_with(checkpoint, tmp_path)
     assert against_itself["accuracy"] == 1.0
 
 
+@pytest.mark.parametrize("asked", [{"question": "How many?", "answer": 3}, {"conversations": [{"value": 3}, {"value": "red"}]}])
+def test_an_own_row_that_is_no_text_is_named(asked, tmp_path):
+    put(tmp_path / "own.jsonl", [{"image": "a.png"} | asked])
+    with pytest.raises(DataError, match="questions and answers must be strings"):
+        read_own(tmp_path / "own.jsonl")
+
+
 def test_the_likelihood_of_an_answer_is_what_transformers_says(checkpoint, tmp_path):
     write_own(tmp_path, "What color is it?")
     [question] = read_own(tmp_path / "own.jsonl")

@@ -155,6 +155,16 @@ def test_levels_are_the_cost_weights_that_were_found(plain, routed):
     assert AUTO not in load_menu(checkpoint, routed=False), "nobody is there to choose"
 
 
+def test_auto_runs_follow_ups_whole_where_none_was_measured(routed):
+    checkpoint = load(routed)
+    levels = {name: {"first": level["first"]} for name, level in checkpoint.manifest.router["levels"].items()}
+    router = checkpoint.manifest.router | {"levels": levels}
+    checkpoint.manifest = checkpoint.manifest.model_copy(update={"router": router})
+    menu = load_menu(checkpoint)
+    assert menu[AUTO].follow_up_cost_weight == 0
+    assert menu["strong"].follow_up_cost_weight == menu["strong"].cost_weight > 0
+
+
 def test_a_level_says_what_its_tower_sees(routed):
     checkpoint = load(routed)
     checkpoint.manifest = checkpoint.manifest.model_copy(update={"patch_ratio": {"strong": 0.5}})

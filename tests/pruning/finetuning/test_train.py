@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from models.checkpoint import load, open_transformers
@@ -31,6 +29,7 @@ from pruning.static.packing import pack
 from pruning.static.recipe import RecipeError, read
 from pruning.static.scores import answer_loss
 from tests.pruning.kills import Killed, die_at
+from tests.pruning.rows import write_rows
 from tests.server.tiny import answer, new_engine, write
 
 QUICK: dict[str, Any] = {"samples": 32, "batch_size": 4, "rank": 4, "learning_rate": 0.02}
@@ -96,11 +95,30 @@ def test_without_a_teacher_the_answers_are_learned(dense, tmp_path):
 
 
 def test_its_own_rows_are_learned_over_and_over(dense, tmp_path):
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    rows = [{"image": "red.png", "question": f"What color is {n}?", "answer": "red"} for n in range(4)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    losses = tune(dense, tmp_path / "out", data=str(tmp_path / "data.jsonl"), samples=4, epochs=30).finetuning["loss"]
+    losses = tune(dense, tmp_path / "out", data=write_rows(tmp_path, range(4)), samples=4, epochs=30).finetuning["loss"]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_what_it_cost_is_asked_about_pictures_that_no_run_saw(dense, tmp_path, monkeypatch):
+    data = write_rows(tmp_path, [*range(12), *range(12)])
+    asked: list[bytes] = []
+    monkeypatch.setattr(held_out, "cost", lambda dense, state, rest, *_: asked.extend(one.image.tobytes() for one in rest))
+    monkeypatch.setattr(held_out, "PICTURES", 12)
+    recipe = read(None, {"samples": 4, "criterion": "magnitude", "seed": 1, "data": data})
+    pipeline.run(recipe, dense, tmp_path / "half", quiet=True)
+    assert len(asked) == 8
+    asked.clear()
+    tune(tmp_path / "half", tmp_path / "out", dense, data=data, samples=4)
+    seen = {one.image.tobytes() for seed in (0, 1) for one in samples.read(data, 4, seed)}
+    assert len(asked) == 12 - len(seen) and seen.isdisjoint(asked)
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10, 19, 25, 100])
+def test_each_tenth_of_the_steps_counts(steps):
+    losses = [float(step) for step in range(steps)]
+    found = train.tenths(losses)
+    assert len(found) == min(10, steps) and found == sorted(found)
+    assert found[0] == sum(losses[: -(-steps // 10)]) / -(-steps // 10) and found[-1] >= steps - max(1, steps / 10)
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(dense, tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ from zlib import crc32
 
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
@@ -34,6 +33,7 @@ from pruning.static.packing import pack
 from pruning.static.projector import TuningConfig
 from pruning.static.recipe import Recipe, RecipeError, read
 from tests.pruning.kills import Killed, die_at
+from tests.pruning.rows import write_rows
 from tests.server.tiny import VISUAL, answer, new_engine
 
 QUICK: dict[str, Any] = {"samples": 4}
@@ -176,12 +176,11 @@ def test_the_same_seed_makes_the_same_checkpoint(dense, whole, tmp_path):
 
 
 def test_calibration_data_may_come_from_files_in_both_formats(dense, tmp_path):
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "red"}]
-    plain = {"image": "red.png", "question": "What color is it?", "answer": "red"}
-    lines = [plain, {"image": "red.png", "conversations": talk}] * 3
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    prune(dense, tmp_path / "out", data=str(tmp_path / "data.jsonl"))
+    data = write_rows(tmp_path, range(4))
+    with open(data, "a") as file:
+        file.writelines("\n" + json.dumps({"image": f"{number}.png", "conversations": talk}) for number in range(3))
+    prune(dense, tmp_path / "out", data=data)
     assert zeros(weights(tmp_path / "out")) == pytest.approx(0.5, abs=1e-4)
 
 
@@ -212,11 +211,9 @@ def ask(checkpoint: Checkpoint, prompts: list[Prompt]) -> list[list[int]]:
 
 
 def test_data_without_rows_to_spare_tells_no_cost(dense, tmp_path):
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    row = {"image": "red.png", "question": "What color is it?", "answer": "red"}
     for count, asked in ((4, None), (5, 1)):
-        (tmp_path / "data.jsonl").write_text("\n".join([json.dumps(row)] * count))
-        found = prune(dense, tmp_path / f"out-{count}", data=str(tmp_path / "data.jsonl")).pruning.held_out
+        data = write_rows(tmp_path, [*range(count), *range(count)])
+        found = prune(dense, tmp_path / f"out-{count}", data=data).pruning.held_out
         assert (found and found.questions) == asked
     assert "held_out" not in (tmp_path / "out-4" / "espalier.json").read_text()
 
@@ -369,11 +366,11 @@ def test_a_hessian_that_overflows_names_the_matrix(dense, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("line", ["{", '{"image": "none.png", "question": "?", "answer": "!"}', '{"question": "?"}', "[]"])
 def test_data_that_cannot_be_read_names_its_line(dense, tmp_path, line):
-    (tmp_path / "data.jsonl").write_text("\n" + "\n".join([line] * 4))
+    (tmp_path / "data.jsonl").write_text("\n" + "\n".join(line.replace("none", f"none-{number}") for number in range(4)))
     with pytest.raises(DataError, match=r"data\.jsonl, line \d: "):
         prune(dense, tmp_path / "out", data=str(tmp_path / "data.jsonl"))
-    (tmp_path / "data.jsonl").write_text("{}")
-    with pytest.raises(DataError, match="has 1 samples and 4 are asked for"):
+    (tmp_path / "data.jsonl").write_text('{"image": "none.png", "question": "?", "answer": "!"}')
+    with pytest.raises(DataError, match="has 1 pictures and 4 are asked for"):
         prune(dense, tmp_path / "out", data=str(tmp_path / "data.jsonl"))
     assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl"}
 

@@ -103,6 +103,7 @@ def test_few_answers_prove_no_high_share(n, proven):
     assert (found.flops_ratio < POINTS[-1].cost) == proven
 
 
-def test_where_no_question_follows_another_both_weights_are_one(held_out):
-    auto = find_levels(held_out, torch.zeros(500, dtype=torch.bool), 0.9)[AUTO]
-    assert auto.first == auto.follow_up == keeping(held_out, 0.9)
+def test_where_no_question_follows_another_none_is_told_of(held_out):
+    levels = find_levels(held_out, torch.zeros(500, dtype=torch.bool), 0.9)
+    assert levels[AUTO].first == keeping(held_out, 0.9)
+    assert [level.follow_up for level in levels.values()] == [None] * 4

@@ -8,11 +8,13 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from checkpoints.shipped import SHIPPED
+from evals.inspect import questions_told
 from models.checkpoint import load
 from models.manifest import read_manifest, write_manifest
 from models.run_state import RunStateError
 from pruning.dynamic.levels import AUTO
-from pruning.dynamic.planner import Planner
+from pruning.dynamic.planner import Planner, load_menu
 from pruning.dynamic.router import RouterConfig
 from pruning.dynamic.router_file import RouterRecord
 from pruning.dynamic.training import dataset, loop, profile, train
@@ -40,6 +42,9 @@ def test_the_manifest_says_what_was_measured(routed):
             assert 0 <= found.agreement <= 1
     taught = QUICK["pictures"] - held_out
     assert record.report["questions"] == QUICK["questions"] * taught + (2 * QUICK["questions"] - 1) * held_out
+    assert questions_told(record.report) == f"trained on {QUICK['questions'] * taught} questions"
+    shipped = RouterRecord.of(read_manifest(SHIPPED["embedded"]))
+    assert questions_told(shipped.report) == "trained and measured on 15000 questions"
     assert record.report["explained_variance"].keys() == {"token_scores", "layer_scores"}
     assert len(record.report["area_under_roc"]) == POINTS
 
@@ -102,8 +107,9 @@ def test_it_learns_from_a_file_without_answers(plain, tmp_path):
     data.write_text("\n".join(lines))
     config = TrainingConfig(data=str(data), pictures=8, questions=1, answer_tokens=3, steps=2, corrector_steps=2, batch_size=2)
     record = RouterRecord.of(run(config, plain, tmp_path / "out", quiet=True))
-    assert record.report["questions"] == 8
-    with pytest.raises(DataError, match="has 8 samples and 9 are asked for"):
+    assert (record.report["questions"], record.report["learned_questions"]) == (8, 6)
+    assert record.levels[AUTO].follow_up is None and load_menu(load(tmp_path / "out"))[AUTO].follow_up_cost_weight == 0
+    with pytest.raises(DataError, match="has 8 pictures and 9 are asked for"):
         run(config.model_copy(update={"pictures": 9}), plain, tmp_path / "more", quiet=True)
 
 
