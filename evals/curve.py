@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from evals.exam import Task, ask_all, judged, open_engine, summarise
 from evals.official.run import Measured, compare, show_change
 from evals.official.task import Question
+from evals.picture import check
 from server.engine import Engine
 
 Document = dict[str, Any]
@@ -62,14 +62,6 @@ def finish(documents: Sequence[Document], changes: Sequence[Document], picture: 
 
 
 AXES = (("flops_ratio", "FLOPs of the prefill, share of all"), ("seconds_per_question", "seconds a question, measured"))
-
-
-def check(path: Path) -> None:
-    """Raises ValueError, before anything is asked, where no picture could be drawn."""
-    if not find_spec("matplotlib"):
-        raise ValueError("--picture needs matplotlib; install it with `pip install 'espalier[plot]'`")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--picture: {path.parent} is not a directory")
 
 
 def draw(documents: Sequence[Document], path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from evals.picture import check
 from evals.statistics import wilson
 from models.checkpoint import Checkpoint, load
 from models.llava import Llava, most_visual_tokens_per_image
@@ -28,6 +29,8 @@ def run(
     directory: Path, picture: Path | None = None, device: str = "cpu", dtype: str = "auto", quantization: str | None = None
 ) -> None:
     """Print tables; write a picture of what was pruned to `picture`. Raises ValueError if nothing was."""
+    if picture:
+        check(picture)
     checkpoint = load(directory, device, dtype, quantization)
     model, manifest = checkpoint.model, checkpoint.manifest
     console.print(
@@ -204,10 +207,8 @@ def _show_operating_points(checkpoint: Checkpoint, points: Sequence[OperatingPoi
 
 def draw(pruning: Pruning, cards: dict[str, dict[str, float]], path: Path) -> None:
     """Sparsity by layer and matrix, the search's course and each level's accuracy, as far as they are there."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("the picture needs matplotlib; install it with `pip install 'espalier[plot]'`") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -21,6 +21,7 @@ from evals.official.own import OWN, with_dense
 from evals.official.run import Document, Measured, compare, reopen, run, show, show_change
 from evals.official.task import DataError, Figures, Question, Task, check_pictures, sample
 from evals.official.tasks import TASKS
+from evals.picture import check
 from evals.runs import rewrite
 from models.checkpoint import fingerprint
 from pruning.dynamic.levels import layers_to_run
@@ -103,7 +104,7 @@ def evaluate(
     """
     console = Console(stderr=True, quiet=plan.quiet)
     if plan.picture:
-        curve.check(plan.picture)
+        check(plan.picture)
     task = TASKS[plan.task] if plan.task else OWN
     every = task.read(plan.data, plan.split)
     if not every:

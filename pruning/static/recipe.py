@@ -57,6 +57,9 @@ class Recipe(BaseModel):
             raise ValueError("criterion alps removes single weights; pattern structured needs obs, wanda or magnitude")
         if self.pattern == "2:4" and self.sparsity != 0.5:
             raise ValueError("pattern 2:4 means sparsity 0.5")
+        for name, owner in (("score", "ecoflap"), ("eta", "search")):
+            if self.allocation != owner and getattr(self, name) != Recipe.model_fields[name].default:
+                raise ValueError(f"{name} needs allocation {owner}, and would do nothing here")
         if self.allocation == "search" and self.samples < MIN_SEARCH_SAMPLES:
             raise ValueError(f"allocation search needs samples {MIN_SEARCH_SAMPLES} or more; 64 is usual")
         return self

@@ -290,6 +290,8 @@ def test_another_recipe_does_not_go_on_with_a_killed_run(dense, tmp_path, monkey
         ({"pattern": "structured", "criterion": "alps"}, "structured needs obs, wanda or magnitude"),
         ({"pattern": "structured", "allocation": "search"}, "pattern structured needs allocation uniform"),
         ({"criterion": "sparsegpt"}, "criterion: Input should be 'magnitude', 'wanda', 'obs' or 'alps'"),
+        ({"score": "fo"}, "score needs allocation ecoflap"),
+        ({"allocation": "ecoflap", "eta": 0.0}, "eta needs allocation search"),
         ({"sparsty": 0.5}, "sparsty: Extra inputs are not permitted"),
     ],
 )
