@@ -139,7 +139,8 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Prefix:
-    """The beginning of a prompt, up to its last visual token: its rows, and the keys and values of each layer that runs."""
+    """The beginning of a prompt, up to its last visual token: its rows, its visual tokens that run, and the keys and values of each
+    layer that runs."""
 
     rows: int
     visual: Tensor

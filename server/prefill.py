@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.families import Layout
@@ -116,7 +117,7 @@ class Prefill:
         if plan.visual is None:
             return None
         self._metrics.cache_queries.labels("prefix").inc()
-        prefix = self._prefixes.find(self._prefix_key(request, plan), plan.visual)
+        prefix = self._prefixes.find(self._prefix_key(request, plan), _shown(plan))
         if prefix and prefix.rows == len(request.prompt) - plan.route.dropped:
             prefix = None  # a pass needs a row, whose logits are the answer's
         if prefix:
@@ -130,12 +131,18 @@ class Prefill:
         key = self._prefix_key(one.request, one.plan)
         rows = len(key[-1]) - one.plan.route.dropped
         if rows < len(one.request.prompt) - one.plan.route.dropped:
-            self._prefixes.keep(key, Prefix(rows, one.plan.visual, one.cache.beginning(rows)))
+            self._prefixes.keep(key, Prefix(rows, _shown(one.plan), one.cache.beginning(rows)))
 
     def _prefix_key(self, request: Request, plan: Plan) -> tuple[str, Route, tuple[int, ...]]:
         """Whose it is, its route, and its tokens up to the last visual one."""
         end = len(request.prompt) - request.prompt[::-1].index(self._checkpoint.model.config.image_token_id)
         return request.parent.caller.tenant, plan.route, tuple(request.prompt[:end])
+
+
+def _shown(plan: Plan) -> Tensor:
+    """The visual tokens that run, [kept, width]: the others would only fill memory."""
+    assert plan.visual is not None
+    return plan.visual[list(plan.route.kept_tokens)] if plan.route.dropped else plan.visual
 
 
 def _receipt(plan: Plan, fingerprint: str) -> Receipt:
