@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -47,8 +48,9 @@ def run(checkpoint: Path, out: Path, **given: Any) -> Manifest:
 
 def values(directory: Path) -> dict[str, Tensor]:
     """The quantized matrices, by plain name."""
-    dense, quantized = read_dense(weight_files(directory), torch.float32)
-    return {plain_name(key): dense[key] for key in quantized}
+    stored = {key: tensor for file in weight_files(directory) for key, tensor in load_file(file).items()}
+    dense = read_dense(weight_files(directory), torch.float32)
+    return {plain_name(key): dense[key] for key, tensor in stored.items() if key in dense and tensor.dtype == torch.uint8}
 
 
 # ---- what comes out
