@@ -14,10 +14,11 @@ from evals.runs import stored
 Document = dict[str, Any]
 HEAD = """# What smol knows
 
-Made by `make tables` from `docs/runs/smol.jsonl`, the last lines of `espalier eval smol --task …` with what a row names, in bfloat16
-as served (names, photographs, text alone and the levels of dense weights: `--dtype float32`); `make smol-results` runs what is
-missing. One training run. Right is what [evaluation.md](evaluation.md) says; in brackets 95 % intervals. Splits: `test` is drawn by a hand that
-is in no training picture (OpenMoji), its signs and charts set in typefaces that are in none; `known` by the hands of training.
+Made by `make tables` from `docs/runs/smol.jsonl`, the last lines of `espalier eval smol --task …` with what a row names, in
+bfloat16 as served (names, photographs, text alone and the levels of dense weights: `--dtype float32`); `make smol-results` runs
+what is missing. One training run. Right is what [evaluation.md](evaluation.md) says; in brackets 95 % intervals. Splits: `test`
+is drawn by a hand that is in no training picture (OpenMoji), its signs and charts set in typefaces that are in none; `known` by
+the hands of training.
 
 | weights | task | split | wordings | level | visual tokens | prefill FLOPs | questions | right |
 |---|---|---|---|---|---|---|---|---|
