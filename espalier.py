@@ -100,8 +100,8 @@ def serve(
     checkpoint: Annotated[str | None, typer.Argument(help=Settings.model_fields["checkpoint"].description)] = None,
     given: Any = None,
 ) -> None:
-    """Serve a checkpoint over an OpenAI-compatible API. Every option is also an environment variable, ESPALIER_PORT and so on; what may
-    be given several times stands there between commas."""
+    """Serve a checkpoint over an OpenAI-compatible API. Every option is also an environment variable, ESPALIER_PORT and so on; what
+    may be given several times stands there between commas."""
     with _plain_errors():
         settings = read_settings(given | ({} if checkpoint is None else {"checkpoint": checkpoint}))
         limit_threads(settings.threads)
