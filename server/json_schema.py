@@ -32,7 +32,7 @@ def check_schema(schema: Schema, param: str) -> None:
     bounds = [node[name] for node in nodes if isinstance(node, dict) for name in BOUNDS & node.keys()]
     small = [bound for bound in bounds if isinstance(bound, int | float) and 0 < abs(bound) < SMALLEST]
     if small or any(abs(number) > LARGEST for number in numbers):
-        raise InvalidRequest(f"{param}: numbers may be as large as 2^53, and bounds as small as {SMALLEST}", param=param)
+        raise InvalidRequest(f"{param}: numbers may be as large as 2^53, and bounds as small as {SMALLEST:f}", param=param)
     if _patterns_met(schema, schema, {}) > MAX_PATTERNS:
         raise InvalidRequest(f"{param}: a text can be held to at most {MAX_PATTERNS} patterns and formats at once", param=param)
 
