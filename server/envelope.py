@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.budget import BytesBudget, Share
 from server.caller import CALLER, Caller
-from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, SlowRequest, UnsupportedMedia
+from server.errors import EspalierError, InvalidRequest, PayloadTooLarge, ShuttingDown, SlowRequest, UnsupportedMedia
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,11 @@ class Envelope:
                 raise
             error = EspalierError("The server failed to answer; its log has the details.", code="internal_error")
             await JSONResponse(error.body(), error.status)(scope, receive, labelled_send)
+        except asyncio.CancelledError:  # the grace period has ended while the body came
+            if started:
+                raise
+            refusal = ShuttingDown("The server is shutting down.")
+            await JSONResponse(refusal.body(), refusal.status, headers=refusal.headers())(scope, receive, labelled_send)
         finally:
             CALLER.reset(caller)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,18 @@ def wait_until_closed(url: str) -> None:
 def accepted(url: str) -> int:
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     return sum(int(float(line.split()[1])) for line in lines if re.match("espalier_requests_(running|waiting){", line))
+
+
+def test_an_upload_that_outlasts_the_grace_is_told(checkpoint: Path) -> None:
+    script = SERVE.replace("run.run(", "run.TELLING_S = 1; run.run(")
+    with scripted_server(script, checkpoint, 0) as (process, url):
+        with socket.create_connection((httpx.URL(url).host, httpx.URL(url).port), timeout=30) as upload:
+            upload.sendall(b"POST /v1/vqa HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n{")
+            httpx.get(f"{url}/live")  # by now the upload has begun
+            process.send_signal(signal.SIGTERM)
+            reply = upload.makefile("rb").read()
+        assert reply.startswith(b"HTTP/1.1 503") and b'"code":"shutting_down"' in reply
+        assert process.wait(30) == 0
 
 
 def test_a_thread_that_reads_for_ever_holds_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
