@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from models.files import write_whole
+
 Line = dict[str, Any]
 
 
@@ -38,13 +40,6 @@ def store(path: Path, lines: Iterable[Line]) -> None:
 def rewrite(path: Path, lines: Iterable[Line]) -> None:
     """All of a file's lines anew."""
     write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """All at once, or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def _whole(path: Path) -> list[bytes]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import CheckpointError, faults
+from models.files import write_whole
 
 MANIFEST = "espalier.json"
 VERSION: Literal[2] = 2
@@ -122,6 +123,4 @@ def _remake(document: dict[str, Any]) -> str:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    part = directory / (MANIFEST + ".part")
-    part.write_text(json.dumps(manifest.model_dump(exclude_none=True), indent=1) + "\n")
-    part.replace(directory / MANIFEST)
+    write_whole(directory / MANIFEST, (json.dumps(manifest.model_dump(exclude_none=True), indent=1) + "\n").encode())

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.files import write_whole
 from models.saving import save_tensors
 
 
@@ -54,9 +55,7 @@ class RunState:
         return json.loads(path.read_text()) if path.exists() else None
 
     def write(self, name: str, document: Any) -> None:
-        part = self.directory / f"{name}.part"
-        part.write_text(json.dumps(document))
-        part.replace(self.directory / f"{name}.json")
+        write_whole(self.directory / f"{name}.json", json.dumps(document).encode())
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors that `write_tensors` stored and the record beside them, or None."""

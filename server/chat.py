@@ -122,8 +122,9 @@ def prepare(
 ) -> PreparedRequest:  # fmt: skip
     """What a request says beside its prompt: model, level, sampling, form of the reply."""
     engine = picked.engine
-    field = "level" if isinstance(request, VqaRequest) else "pruning.level"
-    level, reason = choose_level(engine, header=header, body=body, alias=picked.level, detail=detail, field=field)
+    level, reason = choose_level(
+        engine, header=header, body=body, alias=picked.level, detail=detail, field=request.level_field
+    )
     sampling = request.sampling(settings.default_max_tokens)
     check_tokens(engine, sampling.stop_token_ids, "stop_token_ids")
     check_tokens(engine, [token for token, _ in sampling.logit_bias], "logit_bias")
@@ -257,9 +258,10 @@ def choose_level(
     if not allowed:
         raise LevelNotAllowed("This key may ask for none of this model's levels.", param="model")
     asked = {"header": header, "body": body, "alias": alias, "detail": detail}
-    if unknown := [level for level in asked.values() if level is not None and level not in engine.menu]:
-        message = f"Unknown pruning level {unknown[0][:100]!r}. The menu: {', '.join(engine.menu)}."
-        raise UnknownLevel(message, param=next(fields[reason] for reason, level in asked.items() if level == unknown[0]))
+    for reason, level in asked.items():
+        if level is not None and level not in engine.menu:
+            message = f"Unknown pruning level {level[:100]!r}. The menu: {', '.join(engine.menu)}."
+            raise UnknownLevel(message, param=fields[reason])
     for reason, level in asked.items():
         if level is None:
             continue

@@ -31,6 +31,7 @@ class Confidence:
     def __init__(self, request: Request, yes_no: YesNo, spell: Spell, ends: Collection[int], max_tokens: int) -> None:
         self._request, self._yes_no, self._spell = request, yes_no, spell
         self._ends, self._max_tokens = ends, max_tokens
+        self._blanks = "" if request.continues else BLANKS
         self._probabilities: dict[str, float] | None = None
         self._answer: bytes | None = None
         self._logprob = 0.0
@@ -41,8 +42,7 @@ class Confidence:
         if self._answer is None:
             self._answer = b""
             if request.choices and request.constraint:
-                blanks = "" if request.continues else BLANKS
-                scorer = ChoiceScorer(request.choices, self._ends, self._spell, follow, self._max_tokens, blanks)
+                scorer = ChoiceScorer(request.choices, self._ends, self._spell, follow, self._max_tokens, self._blanks)
                 self._probabilities = scorer.score(logits, request.constraint)
             else:
                 self._probabilities = self._yes_no.score(logits, token)
@@ -54,7 +54,7 @@ class Confidence:
 
     def told(self, receipt: Receipt) -> Receipt:
         """The receipt of the answer, now that it has ended."""
-        answer = (self._answer or b"").decode(errors="replace").lstrip("" if self._request.continues else BLANKS)
+        answer = (self._answer or b"").decode(errors="replace").lstrip(self._blanks)
         for form in (answer, answer.strip().rstrip(".").lower()):  # yes and no may end in a full stop
             if self._probabilities and form in self._probabilities:
                 return replace(receipt, probabilities=self._probabilities, confidence=self._probabilities[form])

@@ -159,7 +159,7 @@ class Request:
     emit: Callable[[Event], None]
     reason: str = "default"  # where the level came from: header, body, alias, detail, default, load or deadline
     follow_up: bool = False  # the question follows an answer in its chat
-    continues: bool = False  # the answer goes on with a text, as in a completion: its leading blanks are its own
+    continues: bool = False  # leading blanks are the answer's own: it goes on with a text, or its choices have some
     detail: bool = False  # the receipt tells the route in full
     constraint: Constraint | None = None  # what the answer must be
     tools: ToolUse | None = None  # functions that it may call; no stop string or token cuts a call
@@ -174,8 +174,8 @@ class Request:
 @dataclass(frozen=True)
 class PreparedRequest:
     """One POST, parsed, tokenised and decoded: what its `n` engine requests share, and the engine that they are for. `model` is as
-    the client wrote it; `follow_up` says whether an answer stands before the question, `continues` whether the prompt ends within
-    the answer."""
+    the client wrote it; `follow_up` says whether an answer stands before the question, `continues` whether leading blanks are the
+    answer's own, as where the prompt ends within it."""
 
     engine: Engine
     id: str

@@ -23,6 +23,7 @@ from pydantic import (
 
 from server.errors import InvalidRequest, PayloadTooLarge
 from server.reading import SLICE, parsing
+from server.refused import UNSUPPORTED, Refusing
 from server.request import Sampling
 from server.schema_items import FunctionTool, Items, NamedFunctionTool, TextOptions
 from server.schema_parts import (
@@ -45,39 +46,8 @@ MAX_INT64 = 2**63 - 1
 MAX_DETAIL_IMAGES = 4
 """Most images whose tokens a receipt lists one by one: about 100 kB of JSON for four of 576 tokens."""
 
-NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")
-"""Values by which a client asks for nothing."""
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    # OpenAI
-    "audio": (), "best_of": (1,), "echo": (), "function_call": ("none", "auto"), "functions": (), "logprobs": (),
-    "modalities": (["text"],), "moderation": (), "n": (1,), "parallel_tool_calls": (True,), "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},), "stream": (), "suffix": (), "tool_choice": ("none", "auto"), "tools": (),
-    "top_logprobs": (0,), "verbosity": ("medium",), "web_search_options": (),
-    # vLLM
-    "add_special_tokens": (), "allowed_token_ids": (), "bad_words": (), "chat_template": (), "chat_template_kwargs": (),
-    "documents": (), "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (), "include_reasoning": (True,),
-    "include_stop_str_in_output": (), "kv_transfer_params": (), "length_penalty": (1,), "logits_processors": (),
-    "media_io_kwargs": (), "mm_processor_kwargs": (), "prompt_embeds": (), "prompt_logprobs": (), "repetition_detection": (),
-    "return_token_ids": (), "return_tokens_as_token_ids": (), "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,), "structured_outputs": (), "thinking_token_budget": (), "truncate_prompt_tokens": (),
-    "use_beam_search": (), "vllm_xargs": (),
-    # SGLang
-    "custom_logit_processor": (), "custom_params": (), "ebnf": (), "input_ids": (), "json_schema": (), "lora_path": (),
-    "no_stop_trim": (), "regex": (), "return_hidden_states": (), "return_routed_experts": (), "separate_reasoning": (True,),
-    "session_params": (), "stop_regex": (), "stream_reasoning": (True,),
-}  # fmt: skip
-"""Fields of other servers' requests that change the answer and are not obeyed where a body does not have them; each with the
-values that ask for nothing, beside NEUTRAL. Fields that are in neither table change no answer and are ignored."""
 STRUCTURED = {"response_format", "structured_outputs", "guided_choice", "guided_json", "tools", "tool_choice"}
 """Fields whose empty values ask for nothing, where a body has them."""
-MISPLACED = {
-    "level": "pruning.level", "max_output_tokens": "max_completion_tokens", "text": "response_format",
-    "instructions": "a system message", "input": "messages", "prompt": "messages", "question": "messages",
-    "image": "image_url parts of messages", "images": "image_url parts of messages",
-}  # fmt: skip
-"""What fields of other bodies are called in a chat's."""
-
-
 MAX_JSON_VALUES = 2**16
 """Commas and brackets of a body: to parse more would hold the interpreter's lock. Lists fail fast for that reason too."""
 MAX_JSON_OTHERS = 2**20
@@ -141,29 +111,11 @@ Picture = Annotated[str, Field(min_length=1, json_schema_extra={"format": "data-
 Images = Annotated[list[bytes | str], Field(fail_fast=True), BeforeValidator(_many, json_schema_input_type=Picture | list[Picture])]
 
 
-class Refusing(Body):
-    """Bodies that refuse by name what would change the answer and is not obeyed."""
-
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
-    misplaced: ClassVar[dict[str, str]] = MISPLACED
-    """By name, what to send instead."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nothing(cls, values: Any) -> Any:
-        foreign = (cls.misplaced.keys() | cls.refused.keys()) - cls.model_fields.keys()
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if name not in foreign or _is_one_of(value, NEUTRAL):
-                continue
-            if name in cls.misplaced:
-                raise InvalidRequest(f"{name}: is not known here; send {cls.misplaced[name]}", param=name)
-            if not _is_one_of(value, cls.refused[name]):
-                raise InvalidRequest(f"{name}: is not supported here; leave it out", param=name)
-        return values
-
-
 class Generation(Refusing):
     """What every endpoint lets a client say about the answer. A null means the default, as it does for OpenAI."""
+
+    level_field: ClassVar[str] = "pruning.level"
+    """Where the body says its level."""
 
     model: ModelName | None = Field(None, description="The served model, or `model@level`.")
     max_tokens: int | None = Field(None, ge=1, description="Length limit of the answer; the server has a default.")
@@ -198,11 +150,6 @@ class Generation(Refusing):
             logit_bias=tuple((self.logit_bias or {}).items()),
             **self.model_dump(include=same, exclude_none=True),
         )
-
-
-def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """By value and type: 0 is not False."""
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
 AnyTool = TypeVar("AnyTool", Tool, FunctionTool)
@@ -472,6 +419,7 @@ class VqaRequest(Generation):
         "pruning": "level", "pruning.level": "level", "detail": "level", "max_output_tokens": "max_tokens", "images": "image",
         "messages": "question", "input": "question", "prompt": "question", "text": "question",
     }  # fmt: skip
+    level_field = "level"
 
     image: Images = Field(min_length=1)
     question: str = Field(json_schema_extra={"pattern": r"\S"})

@@ -13,7 +13,8 @@ from typing import Any
 
 from evals.official.ask import Answer
 from evals.official.task import DataError, Question, read_json
-from evals.runs import Line, stored, write_whole
+from evals.runs import Line, stored
+from models.files import write_whole
 
 
 def open_folder(folder: Path, about: dict[str, Any]) -> None:

@@ -18,8 +18,9 @@ from evals.official import answers
 from evals.official.ask import Ask
 from evals.official.judge import Judge, JudgeError
 from evals.official.task import DataError, Question, Task, read_json
-from evals.runs import Line, rewrite, store, stored, write_whole
+from evals.runs import Line, rewrite, store, stored
 from evals.statistics import difference_interval, interval
+from models.files import write_whole
 from pruning.progress import progress_bar
 
 Document = dict[str, Any]

@@ -152,7 +152,9 @@ class Finetuning:
         self.preprocessor = source.preprocessor
         self.model.requires_grad_(False)
         generator = torch.Generator().manual_seed(config.seed)
-        self.updates = {name: LowRankUpdate.of(linear, config.rank, generator) for name, linear in _trained(self.model).items()}
+        self.updates = {
+            name: LowRankUpdate.of(linear, config.rank, generator) for name, linear in _trained(self.model).items()
+        }
         parameters = [part for update in self.updates.values() for part in (update.up, update.down)]
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
         self.schedule = OneCycleLR(self.optimizer, config.learning_rate, config.steps, pct_start=0.1, cycle_momentum=False)

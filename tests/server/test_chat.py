@@ -10,8 +10,9 @@ import pytest
 
 from server import chat, replies
 from server.errors import InvalidRequest, UnknownLevel
+from server.refused import NEUTRAL, UNSUPPORTED
 from server.request import PreparedRequest, Sampling
-from server.schemas import NEUTRAL, UNSUPPORTED, ChatRequest, CompletionRequest, Generation, VqaRequest, parse
+from server.schemas import ChatRequest, CompletionRequest, Generation, VqaRequest, parse
 from server.served import Served
 from server.settings import Settings
 from tests.server.fake_engine import FakeEngine
