@@ -22,13 +22,14 @@ SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 # Which of our own units each unit may import. A new one must be entered here before it can be imported at all.
 PRUNING = {"pruning", "pruning.dynamic", "pruning.dynamic.training", "pruning.finetuning", "pruning.static"}
-CHECKPOINTS = {"checkpoints", "checkpoints.cache", "checkpoints.embedded", "checkpoints.things", "checkpoints.world"}
+CHECKPOINTS = {f"checkpoints.{name}" for name in ("cache", "embedded", "smol", "things", "world")} | {"checkpoints"}
 MAY_IMPORT = {
     "models": {"models"},
     "checkpoints.world": {"checkpoints.world"},
     "checkpoints.cache": set(),
     "checkpoints.things": {"checkpoints.things", "checkpoints.cache"},
     "checkpoints.embedded": {"checkpoints.embedded", "checkpoints.world", "models"},
+    "checkpoints.smol": {"checkpoints.smol", "checkpoints.things", "models", "pruning.dynamic"},
     "checkpoints": CHECKPOINTS | {"models"},
     "pruning": {"pruning", "models", "checkpoints.things", "checkpoints.world"},
     "pruning.dynamic": {"pruning.dynamic", "models"},

@@ -1,8 +1,8 @@
 """Training batches: one picture, many conversations about it, packed so that they share the picture's rows.
 
 Row layout of one sequence: `<|im_start|>user\\n<image>*V`, then the conversations side by side. Each sees the picture and itself,
-at the positions that it would have alone. V is 289, all of a picture's visual tokens, or fewer: then those that show the things and
-some of the ground, at their own positions, as a router would leave them.
+at the positions that it would have alone. V is 289, all of a picture's visual tokens, or fewer, as many as merging leaves: which
+those are, and so their positions, is only known when the picture has been looked at.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Packer:
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
-    def pack(self, asked: Sequence[Said], kept: np.ndarray, rows: int, rng: Random) -> dict[str, Any]:
-        """One sequence with the visual tokens `kept` (their places among the 289); what does not fit is left out."""
+    def pack(self, asked: Sequence[Said], visual: int, rows: int, rng: Random) -> dict[str, Any]:
+        """One sequence with so many visual tokens; what does not fit is left out."""
         head = len(self.head)
-        ids = [*self.head, *[0] * len(kept)]
-        positions = [*range(head), *(head + int(place) for place in kept)]
+        ids = [*self.head, *[0] * visual]
+        positions = [*range(len(ids))]
         after = head + VISUAL
         segments, labels = [0] * len(ids), [IGNORE] * len(ids)
         talk, position, turns, taken = 0, after, 0, []
@@ -95,21 +95,6 @@ def conversation(scene: things.Scene, rng: Random, long: int = 1) -> list[Said]:
     return longs[:long] + [q for q in asked if q.type not in LONG] + longs[long:]
 
 
-def keep(boxes: Sequence[things.Box], count: int, rng: Random) -> np.ndarray:
-    """Places of the `count` visual tokens that stay, ascending: most inside the boxes, each box as often, the rest anywhere."""
-    if count >= VISUAL:
-        return np.arange(VISUAL)
-    dice = np.random.default_rng(rng.randrange(1 << 30))
-    weight = np.full(VISUAL, 0.25 / VISUAL)
-    for left, top, right, bottom in boxes:
-        x0, y0 = int(max(left, 0) * SIDE), int(max(top, 0) * SIDE)
-        x1, y1 = min(SIDE, max(x0 + 1, round(right * SIDE))), min(SIDE, max(y0 + 1, round(bottom * SIDE)))
-        inside = np.zeros((SIDE, SIDE))
-        inside[y0:y1, x0:x1] = 1
-        weight += 0.75 / len(boxes) * (inside / inside.sum()).reshape(-1)
-    return np.sort(dice.choice(VISUAL, count, replace=False, p=weight / weight.sum()))
-
-
 def pixels(images: Sequence[Image.Image]) -> Tensor:
     """RGB pictures of one size as uint8 [n, height, width, 3]."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
@@ -136,13 +121,16 @@ class Batches(Dataset[dict[str, Any]]):
     """Batch number `index`, drawn when it is asked for: same index, same batch.
 
     The pictures are `sizes.scenes` scenes and then `sizes.crowded` crowded ones: `pixels` uint8 [n, side, side, 3]. Of the scenes:
-    `kept` [scenes, V], the packed rows `ids`, `positions`, `segments`, `labels` and `weights` [scenes, rows], and `taken`, what is
-    asked in which rows. Of the crowded: `shown` [crowded, 289], what `crowded.draw` gives.
+    the number of visual tokens `kept`, the packed rows `ids`, `positions`, `segments`, `labels` and `weights` [scenes, rows], and
+    `taken`, what is asked in which rows. Of the crowded: `shown` [crowded, 289], what `crowded.draw` gives.
     """
 
-    def __init__(self, packer: Packer, sizes: Sizes, kept: Sequence[int], split: str = "train", count: int = 1 << 40) -> None:
-        """Batches take the numbers of visual tokens `kept` in turn."""
-        self.packer, self.sizes, self.kept, self.split, self.count = packer, sizes, kept, split, count
+    def __init__(
+        self, packer: Packer, sizes: Sizes, kept: Sequence[int], split: str = "train", count: int = 1 << 40,
+        turns: Sequence[str] = things.TURNS,
+    ) -> None:  # fmt: skip
+        """Batches take the numbers of visual tokens `kept` in turn, scenes the families `turns`."""
+        self.packer, self.sizes, self.kept, self.split, self.count, self.turns = packer, sizes, kept, split, count, turns
 
     def __len__(self) -> int:
         return self.count
@@ -150,18 +138,18 @@ class Batches(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = Random(f"{self.split}/batch/{index}")
         sizes, hands = self.sizes, things.HANDS[self.split]
-        scenes = [things.draw(self.split, index * sizes.scenes + n) for n in range(sizes.scenes)]
+        numbers = range(index * sizes.scenes, (index + 1) * sizes.scenes)
+        scenes = [things.draw(self.split, number, self.turns[number % len(self.turns)]) for number in numbers]
         crowds = [crowded.draw(index * sizes.crowded + n, hands) for n in range(sizes.crowded)]
         count = self.kept[index % len(self.kept)]
-        kept = [keep([mark.box for mark in scene.marks], count, rng) for scene in scenes]
         rows = (sizes.rows + count + 7) // 8 * 8  # attention takes masks of such lengths as they are
-        packed = [self.packer.pack(conversation(scene, rng), k, rows, rng) for scene, k in zip(scenes, kept, strict=True)]
+        packed = [self.packer.pack(conversation(scene, rng), count, rows, rng) for scene in scenes]
         return stack(packed) | {
-            "kept": torch.from_numpy(np.stack(kept)),
+            "kept": count,
             "weights": torch.from_numpy(np.stack([answer_weights(row, rows) for row in packed])),
             "taken": [row["taken"] for row in packed],
             "pixels": pixels([*(scene.image for scene in scenes), *(image for image, _ in crowds)]),
-            "shown": torch.from_numpy(np.stack([shown for _, shown in crowds])).flatten(1).long(),
+            "shown": torch.from_numpy(np.array([shown for _, shown in crowds], np.int64).reshape(sizes.crowded, VISUAL)),
         }
 
 

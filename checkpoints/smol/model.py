@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.vision.efficientnet import EfficientNetLiteTower
+from pruning.dynamic.token_merging import choose_tokens, means
 
 WIDTH, LAYERS, HEADS, KV_HEADS, DIM = 576, 30, 9, 3, 64
 EPS, THETA = 1e-5, 100_000.0
@@ -89,6 +91,15 @@ class Projector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(x)))
 
 
+class Visual(NamedTuple):
+    """Visual tokens [n, kept, width], their places among all of the picture's [n, kept], and how many each stands for [n, kept]
+    (None: itself)."""
+
+    tokens: Tensor
+    places: Tensor
+    sizes: Tensor | None
+
+
 class Smol(nn.Module):
     embedding: Tensor
     norm: Tensor
@@ -113,21 +124,31 @@ class Smol(nn.Module):
         finally:
             LoraLinear.used = True
 
-    def visual(self, hidden: Tensor, kept: Tensor) -> Tensor:
-        """Visual tokens [n, kept, width] of the places `kept` [n, kept] of the tower's [n, places, hidden]."""
-        return self.projector(hidden.gather(1, kept[:, :, None].expand(-1, -1, hidden.shape[-1])))
+    def visual(self, hidden: Tensor, keep: int) -> Visual:
+        """Of the tower's [n, places, hidden], merged into `keep` for each picture where those are fewer."""
+        tokens = self.projector(hidden)
+        n, places = tokens.shape[:2]
+        if keep >= places:
+            return Visual(tokens, torch.arange(places, device=tokens.device).expand(n, -1), None)
+        with torch.no_grad():
+            kept, shares = choose_tokens(tokens, keep)
+        return Visual(means(tokens, shares), kept, shares.sum(1))
 
-    def forward(self, ids: Tensor, positions: Tensor, segments: Tensor, visual: Tensor | None, first: int) -> Tensor:
-        """Last hidden states [n, rows, width], normed. `visual` [n, kept, width] stand from row `first` on.
+    def forward(self, ids: Tensor, positions: Tensor, segments: Tensor, visual: Visual | None = None, first: int = 0) -> Tensor:
+        """Last hidden states [n, rows, width], normed. `visual` stands from row `first` on, at its own positions.
 
         A row sees the earlier rows of its segment and of segment 0.
         """
         x = F.embedding(ids, self.embedding)
-        if visual is not None:
-            x = torch.cat([x[:, :first], visual.to(x.dtype), x[:, first + visual.shape[1] :]], dim=1)
+        if visual:
+            rows = slice(first, first + visual.tokens.shape[1])
+            x, positions = x.clone(), positions.clone()
+            x[:, rows], positions[:, rows] = visual.tokens.to(x.dtype), visual.places + first
         order = torch.arange(ids.shape[1], device=ids.device)
         same = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
         mask = torch.where(same & (order[:, None] >= order), 0.0, -1e4).to(x.dtype)[:, None]
+        if visual and visual.sizes is not None:
+            mask[..., rows] += visual.sizes.log()[:, None, None, :]
         angles = positions[:, None, :, None].float() * self.inv_freq
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:

@@ -4,7 +4,10 @@ Every step learns three things at once: answers about scenes, through the langua
 crowded pictures, without it; and to stay as it was, the language model on its own texts and the vision network on ImageNet's
 classes (learning without forgetting, Li & Hoiem 2016, arXiv:1606.09282). Pictures are drawn while it trains, none twice.
 
-On a CUDA card it runs in bf16, else in float32. Seeded; killed at any point, it goes on from the last save.
+With `--start` it goes on from trained weights, at a lower rate: LoRA alone learns, from scenes of every family as often. So new
+wordings are learned, on two cores in half an hour.
+
+It runs in bf16. Seeded; killed at any point, it goes on from the last save.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from checkpoints import things
-from checkpoints.smol.build import LANGUAGE_FILE, MEAN, STD, TRAINED, VISION_FILE, build_config
+from checkpoints.smol.build import LANGUAGE_FILE, MEAN, STD, TRAINED, VISION_FILE, build_config, load_trained
 from checkpoints.smol.data import IGNORE, VISUAL, Batches, Packer, Sizes
 from checkpoints.smol.model import Smol
 from checkpoints.smol.names import Names
@@ -38,26 +40,17 @@ from models.vision.efficientnet import EfficientNetLiteTower, Maps
 
 RATES = {"layers": 1e-3, "projector": 5e-4, "neck": 5e-4, "net": 2e-4}
 """Full learning rate of each part."""
+RATE_AGAIN, FIRST_AGAIN = 2e-4, 1 << 20
+"""For training that goes on from trained weights: LoRA's full learning rate, and the number of its first batch."""
 FROZEN_BLOCKS = 5
 """The vision network's first blocks stay as they are: lines and colors, at the finest and costliest maps."""
-NAMING, TEXT, CLASSES = 0.5, 3.0, 0.5
-"""Weights of the losses beside the answers'."""
-KEPT = (VISUAL, VISUAL, 64)
-"""Visual tokens that the language model is given, in turn: most often all."""
-TEXTS, TEXT_LENGTH, TEXTS_A_STEP = 2048, 96, 8
+WEIGHTS = {"loss": 1.0, "naming": 0.5, "text": 3.0, "classes": 0.5}
+"""Weights of the losses; `loss` is the answers'."""
+KEPT = (VISUAL, 96, VISUAL, 48)
+"""Visual tokens that the language model is given, in turn: all, or as many as `balanced` and `strong` leave."""
+TEXTS, TEXT_LENGTH = 2048, 96
 SAVE_EVERY, EVALUATE_EVERY, LOG_EVERY = 100, 250, 25
 """Steps."""
-
-
-@dataclass(frozen=True)
-class Losses:
-    answers: Tensor
-    naming: Tensor
-    text: Tensor
-    classes: Tensor
-
-    def total(self) -> Tensor:
-        return self.answers + NAMING * self.naming + TEXT * self.text + CLASSES * self.classes
 
 
 def warm_and_decay(step: int, steps: int) -> float:
@@ -83,18 +76,16 @@ def start_neck(tower: EfficientNetLiteTower, classes: Tensor, generator: torch.G
 
 
 class Trainer:
-    def __init__(self, work: Path, steps: int, sizes: Sizes, workers: int, seed: int) -> None:
-        self.work, self.steps, self.sizes, self.workers = work, steps, sizes, workers
+    def __init__(self, work: Path, steps: int, sizes: Sizes, workers: int, seed: int, start: Path | None = None) -> None:
+        """`start` holds trained weights to go on from."""
+        self.work, self.steps, self.sizes, self.workers, self.start = work, steps, sizes, workers, start
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if self.cuda else "cpu")
         work.mkdir(parents=True, exist_ok=True)
         gguf = fetch(LANGUAGE, work / "parts")
         self.tokenizer = language_tokenizer(gguf)
         self.packer = Packer(self.tokenizer)
-        weights = {
-            name: weight.to(self.device, torch.bfloat16 if self.cuda else torch.float32)
-            for name, weight in language_weights(gguf).items()
-        }
+        weights = {name: weight.to(self.device) for name, weight in language_weights(gguf).items()}
         vision, classes = vision_network(fetch(VISION, work / "parts"))
         torch.manual_seed(seed)
         tower = EfficientNetLiteTower(build_config().vision_config)
@@ -104,7 +95,11 @@ class Trainer:
         self.model.tower.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.before = deepcopy(self.model.tower.net).requires_grad_(False)
         self.classes = [tensor.to(self.device) for tensor in classes]
-        for part in (self.model.tower.net.stem, *self.model.tower.net.blocks[:FROZEN_BLOCKS]):
+        frozen = [self.model.tower.net.stem, *self.model.tower.net.blocks[:FROZEN_BLOCKS]]
+        if start:
+            self.model.load_state_dict(load_trained(start))
+            frozen = [self.model.tower, self.model.projector]
+        for part in frozen:
             part.requires_grad_(False)
         self.names = Names(list(things.NAMES), self.tokenizer, self.model.embedding)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), fused=self.cuda)
@@ -117,9 +112,11 @@ class Trainer:
 
     def _groups(self) -> list[dict[str, Any]]:
         tower = self.model.tower
-        parts = {"layers": self.model.layers, "projector": self.model.projector, "neck": tower.neck, "net": tower.net}
+        parts: dict[str, nn.Module] = {"layers": self.model.layers}
+        if not self.start:
+            parts |= {"projector": self.model.projector, "neck": tower.neck, "net": tower.net}
         return [
-            {"params": [p for p in part.parameters() if p.requires_grad], "full": RATES[name],
+            {"params": [p for p in part.parameters() if p.requires_grad], "full": RATE_AGAIN if self.start else RATES[name],
              "weight_decay": 0.01 if name in ("neck", "projector") else 0.0}
             for name, part in parts.items()
         ]  # fmt: skip
@@ -150,7 +147,8 @@ class Trainer:
         )  # fmt: skip
 
     def run(self) -> None:
-        batches = Batches(self.packer, self.sizes, KEPT)
+        batches = Batches(self.packer, self.sizes, KEPT, turns=things.FAMILIES if self.start else things.TURNS)
+        first = FIRST_AGAIN if self.start else 0
         validation = Batches(Packer(self.tokenizer, follow_up=0.0), Sizes(self.sizes.scenes, 8, 320), (VISUAL,), "validation")
         examined = list(self._load(validation, range(max(1, 240 // self.sizes.scenes))))
         seen: dict[str, list[Tensor]] = defaultdict(list)
@@ -158,7 +156,7 @@ class Trainer:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
             task = progress.add_task("smol", total=self.steps, completed=self.step)
-            for batch in self._load(batches, range(self.step, self.steps)):
+            for batch in self._load(batches, range(first + self.step, first + self.steps)):
                 for name, value in self._train_step(batch).items():
                     seen[name].append(value)
                 self.step += 1
@@ -181,7 +179,7 @@ class Trainer:
             file.write(f"{line}\n")
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def _put(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -192,16 +190,22 @@ class Trainer:
             group["lr"] = group["full"] * share
         batch = self._put(batch)
         with self._autocast():
-            maps, hidden = self.look(batch["pixels"])
-            answers, right = self._answer_loss(batch, hidden)
-            naming, named = self._naming_loss(batch["shown"], hidden[self.sizes.scenes :])
-            losses = Losses(answers, naming, self._text_loss(), self._class_loss(batch["pixels"], maps))
-            losses.total().backward()
+            losses, shares = self._losses(batch)
+            torch.stack([WEIGHTS[name] * loss for name, loss in losses.items()]).sum().backward()
         nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        found = {"loss": losses.answers, "naming": losses.naming, "text": losses.text, "classes": losses.classes}
-        return {name: value.detach() for name, value in found.items()} | {"right": right, "named": named}
+        return {name: value.detach() for name, value in (losses | shares).items()}
+
+    def _losses(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses of the parts that learn, and the shares of answers and of names that are right."""
+        maps, hidden = self.look(batch["pixels"])
+        answers, right = self._answer_loss(batch, hidden)
+        losses, shares = {"loss": answers, "text": self._text_loss()}, {"right": right}
+        if not self.start:
+            losses["naming"], shares["named"] = self._naming_loss(batch["shown"], hidden[self.sizes.scenes :])
+            losses["classes"] = self._class_loss(batch["pixels"], maps)
+        return losses, shares
 
     def normalized(self, raw: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, device=raw.device).view(1, 3, 1, 1) for v in (MEAN, STD))
@@ -212,7 +216,7 @@ class Trainer:
         return maps, self.model.tower.tokens(maps)
 
     def _hidden(self, batch: dict[str, Any], hidden: Tensor) -> Tensor:
-        visual = self.model.visual(hidden[: self.sizes.scenes], batch["kept"])
+        visual = self.model.visual(hidden[: len(batch["ids"])], batch["kept"])
         return self.model(batch["ids"], batch["positions"], batch["segments"], visual, len(self.packer.head))
 
     def _answer_loss(self, batch: dict[str, Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,15 +234,16 @@ class Trainer:
 
     def _text_loss(self) -> Tensor:
         """KL from what the language model foresaw before to what it foresees now, a token."""
-        chosen = [self.texts[(self.step * TEXTS_A_STEP + n) % len(self.texts)] for n in range(TEXTS_A_STEP)]
+        count = math.ceil(self.sizes.scenes / 6)
+        chosen = [self.texts[(self.step * count + n) % len(self.texts)] for n in range(count)]
         rows = TEXT_LENGTH + 64  # one size, whatever their lengths
         ids = torch.tensor([text[:rows] + [2] * (rows - len(text)) for text in chosen], device=self.device)
         segments = torch.tensor([[0] * min(rows, len(text)) + [-1] * (rows - len(text)) for text in chosen], device=self.device)
         positions = torch.arange(rows, device=self.device).expand_as(ids)
         used = segments == 0
         with torch.no_grad(), self.model.as_it_was(), torch.compiler.set_stance("force_eager"):
-            before = self.model.logits(self.model(ids, positions, segments, None, 0)[used]).log_softmax(-1)
-        now = self.model.logits(self.model(ids, positions, segments, None, 0)[used]).log_softmax(-1)
+            before = self.model.logits(self.model(ids, positions, segments)[used]).log_softmax(-1)
+        now = self.model.logits(self.model(ids, positions, segments)[used]).log_softmax(-1)
         return F.kl_div(now, before, reduction="batchmean", log_target=True)
 
     def _class_loss(self, raw: Tensor, maps: Maps) -> Tensor:
@@ -300,9 +305,10 @@ def main(
     rows: Annotated[int, typer.Option(help="Rows of conversation about a scene.")] = 255,
     workers: Annotated[int, typer.Option(help="Processes that draw.")] = max(1, (os.cpu_count() or 2) - 1),
     seed: Annotated[int, typer.Option(help="LoRA's start and the texts.")] = 0,
+    start: Annotated[Path | None, typer.Option(help="Trained weights to go on from, with LoRA alone.")] = None,
     out: Annotated[Path, typer.Option(help="Where the trained weights go.")] = TRAINED,
 ) -> None:
-    trainer = Trainer(work, steps, Sizes(scenes, crowded, rows), workers, seed)
+    trainer = Trainer(work, steps, Sizes(scenes, crowded, rows), workers, seed, start)
     trainer.run()
     freeze(trainer.model, out)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from random import Random
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from checkpoints.smol import model as smol
-from checkpoints.smol.data import IGNORE, VISUAL, Batches, Packer, Said, Sizes, keep
+from checkpoints.smol.data import IGNORE, VISUAL, Batches, Packer, Said, Sizes
 from models.vision.efficientnet import EfficientNetLiteConfig, EfficientNetLiteTower
 
 
@@ -30,42 +29,32 @@ ASKED = [Said("what", "what is this", "dog"), Said("where", "where is it", "left
 
 def test_conversations_keep_the_positions_they_have_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     packer = Packer(tokenizer, follow_up=0.0)
-    kept = np.array([3, 40, 288])
-    both, alone = packer.pack(ASKED, kept, 64, Random(0)), packer.pack(ASKED[1:], kept, 64, Random(0))
+    both, alone = packer.pack(ASKED, 3, 64, Random(0)), packer.pack(ASKED[1:], 3, 64, Random(0))
     second = both["segments"] == 2
     first = len(packer.head)
-    assert both["positions"][first : first + 3].tolist() == (kept + first).tolist()
     assert both["positions"][second].tolist() == alone["positions"][alone["segments"] == 1].tolist()
     assert both["positions"][second][0] == first + VISUAL
 
 
 def test_only_answers_and_their_ends_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = Packer(tokenizer, follow_up=0.0).pack(ASKED, np.array([0]), 64, Random(0))
+    row = Packer(tokenizer, follow_up=0.0).pack(ASKED, 1, 64, Random(0))
     learned = tokenizer.convert_ids_to_tokens(row["labels"][row["labels"] != IGNORE].tolist())
     assert learned == ["dog", "<|im_end|>", "left", "<|im_end|>"]
 
 
 def test_a_question_without_room_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = Packer(tokenizer, follow_up=0.0).pack(ASKED, np.array([0]), 16, Random(0))
+    row = Packer(tokenizer, follow_up=0.0).pack(ASKED, 1, 16, Random(0))
     assert len(row["ids"]) == 16
     assert [said.type for said, _, _ in row["taken"]] == ["what"]
-
-
-def test_kept_tokens_are_mostly_of_the_marks() -> None:
-    places = keep([(0.1, 0.1, 0.4, 0.4)], 20, Random(1))
-    assert sorted(set(places.tolist())) == places.tolist()
-    rows, columns = np.divmod(places, 17)
-    assert ((rows < 7) & (columns < 7)).mean() > 0.5
-    assert len(keep([], VISUAL, Random(1))) == VISUAL
 
 
 def test_a_batch_is_the_same_whenever_it_is_drawn(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPALIER_THINGS", "samples")
     batches = Batches(Packer(tokenizer), Sizes(scenes=2, crowded=1, rows=100), kept=(VISUAL, 64), count=2)
     first, again, fewer = batches[0], batches[0], batches[1]
-    assert all(torch.equal(first[name], again[name]) for name in ("ids", "labels", "kept", "pixels", "shown"))
+    assert all(torch.equal(first[name], again[name]) for name in ("ids", "labels", "pixels", "shown"))
     assert first["pixels"].shape == (3, 544, 544, 3)
-    assert (first["kept"].shape, fewer["kept"].shape) == ((2, VISUAL), (2, 64))
+    assert (first["kept"], fewer["kept"]) == (VISUAL, 64)
     assert first["shown"].shape == (1, VISUAL)
     assert first["shown"].any()
 
@@ -83,5 +72,12 @@ def test_untrained_model_is_the_language_model(monkeypatch: pytest.MonkeyPatch) 
     ours = smol.Smol(theirs.state_dict(), tower)
     ids = torch.randint(0, 50, (1, 9))
     with torch.no_grad():
-        hidden = ours(ids, torch.arange(9)[None], torch.ones_like(ids), None, 0)
+        hidden = ours(ids, torch.arange(9)[None], torch.ones_like(ids))
         assert torch.allclose(ours.logits(hidden), theirs(ids).logits, atol=1e-5)
+
+
+def test_scenes_take_the_turns_that_are_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
+    batches = Batches(Packer(tokenizer), Sizes(scenes=2, crowded=0, rows=100), kept=(64,), turns=("charts", "boards"))
+    asked = [{said.type for said, _, _ in taken} for taken in batches[3]["taken"]]
+    assert asked[0] & {"tallest", "height", "slice_largest"} and asked[1] & {"cell", "rows", "row"}
+    assert batches[3]["shown"].shape == (0, VISUAL)

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from checkpoints.smol import build as smol
+from checkpoints.smol import model as trained
 from checkpoints.smol import parts
 from checkpoints.smol.parts import BuildError
 from models.forward import decode_input, forward, prefill_input
@@ -17,6 +18,8 @@ from models.llava import UnsupportedCheckpoint, check_supported, from_transforme
 from models.random_llava import random_model
 from models.route import Route
 from models.vision.efficientnet import EfficientNetLiteConfig
+from pruning.dynamic.planner import join
+from pruning.dynamic.token_merging import merge_tokens
 
 IMAGE, SIDE, VISUAL = 16, 96, 9
 
@@ -61,6 +64,28 @@ def test_greedy_answers_equal_those_of_transformers() -> None:
         made.append(int(forward(ours, [work])[0].argmax()))
         work = decode_input(ours, torch.tensor(made[-1:]), position, route, cache)
     assert made == expected
+
+
+def test_training_merges_pictures_as_serving_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WIDTH": 72, "LAYERS": 3, "DIM": 8, "EPS": 1e-6}.items():
+        monkeypatch.setattr(trained, name, value)
+    full = random_model(tiny_config(), seed=1)
+    served = from_transformers(random_model(tiny_config(), seed=1))
+    weights = {f"model.{name}": weight for name, weight in full.model.language_model.state_dict().items()}
+    ours = trained.Smol(weights, full.model.vision_tower)
+    ours.projector.load_state_dict(full.model.multi_modal_projector.state_dict())
+    ids, first = torch.tensor(prompt(3)), 2
+
+    picture = served.vision(pixels(5)).tokens[0]
+    route, merged = join([merge_tokens(picture, 4)], (True,) * served.num_layers)
+    work = prefill_input(served, ids, merged, route, served.new_cache([len(ids)] * served.num_layers))
+    expected = forward(served, [work])[0]
+
+    with torch.no_grad():
+        visual = ours.visual(ours.tower(pixels(5)).last_hidden_state, 4)
+        rows = torch.tensor([i for i in range(len(ids)) if i - first not in range(4, VISUAL)])
+        hidden = ours(ids[None, rows], rows[None], torch.zeros_like(rows)[None], visual, first)
+    torch.testing.assert_close(ours.logits(hidden)[0, -1], expected)
 
 
 def test_a_picture_is_nine_visual_tokens_without_a_class_token() -> None:
