@@ -49,7 +49,7 @@ WEIGHTS = {"loss": 1.0, "naming": 0.5, "text": 3.0, "classes": 0.5}
 """Weights of the losses; `loss` is the answers'."""
 KEPT = (VISUAL, 96, VISUAL, 48)
 """Visual tokens that the language model is given, in turn: all, or as many as `balanced` and `strong` leave."""
-TEXTS, TEXT_LENGTH = 2048, 96
+TEXTS, TEXT_LENGTH, SCENES_A_TEXT = 2048, 96, 6
 SAVE_EVERY, EVALUATE_EVERY, LOG_EVERY = 100, 250, 25
 """Steps."""
 
@@ -113,13 +113,11 @@ class Trainer:
 
     def _groups(self) -> list[dict[str, Any]]:
         tower = self.model.tower
-        parts: dict[str, nn.Module] = {"layers": self.model.layers}
-        if not self.start:
-            parts |= {"projector": self.model.projector, "neck": tower.neck, "net": tower.net}
+        parts = {"layers": self.model.layers, "projector": self.model.projector, "neck": tower.neck, "net": tower.net}
         return [
-            {"params": [p for p in part.parameters() if p.requires_grad], "full": RATE_AGAIN if self.start else RATES[name],
+            {"params": learning, "full": RATE_AGAIN if self.start else RATES[name],
              "weight_decay": 0.01 if name in ("neck", "projector") else 0.0}
-            for name, part in parts.items()
+            for name, part in parts.items() if (learning := [p for p in part.parameters() if p.requires_grad])
         ]  # fmt: skip
 
     def _restore(self) -> None:
@@ -220,7 +218,7 @@ class Trainer:
         return maps, self.model.tower.tokens(maps)
 
     def _hidden(self, batch: dict[str, Any], hidden: Tensor) -> Tensor:
-        visual = self.model.visual(hidden[: len(batch["ids"])], batch["kept"])
+        visual = self.model.visual(hidden[: self.sizes.scenes], batch["kept"])
         return self.model(batch["ids"], batch["positions"], batch["segments"], visual, len(self.packer.head))
 
     def _answer_loss(self, batch: dict[str, Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +236,7 @@ class Trainer:
 
     def _text_loss(self) -> Tensor:
         """KL from what the language model foresaw before to what it foresees now, a token."""
-        count = math.ceil(self.sizes.scenes / 6)
+        count = math.ceil(self.sizes.scenes / SCENES_A_TEXT)
         chosen = [self.texts[(self.step * count + n) % len(self.texts)] for n in range(count)]
         rows = TEXT_LENGTH + 64  # one size, whatever their lengths
         ids = torch.tensor([text[:rows] + [2] * (rows - len(text)) for text in chosen], device=self.device)
