@@ -1,32 +1,31 @@
-"""Photographs to be named: the cut-outs of Debian's package `tuxpaint-stamps-default`, on plain and on textured ground.
+"""Photographs to be named. To test: the cut-outs of Debian's package `tuxpaint-stamps-default`, on plain and on textured ground. To
+tune by: the whole photographs of `gcompris-qt-data`, most of them animals where they live.
 
-A test set only. The photographs are under the GPL: they are fetched when they are asked for, and never shipped or learned from.
-Each has a caption; the words that end it are looked up among the names of the things, and the folder tells its kind. A species
-that the things do not hold may be called by the general word that they do hold: bird, fish, flower, mushroom, tree.
+Both are fetched when they are asked for, and never shipped or learned from. Each cut-out has a caption; the words that end it are
+looked up among the names of the things, and the folder tells its kind. A species that the things do not hold may be called by the
+general word that they do hold: bird, fish, flower, mushroom, tree.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from checkpoints.cache import cache_folder
 from checkpoints.things import SIZE, Question, catalogue, normalize, paint
 from checkpoints.things.catalogue import Kind, Thing
+from evals.debian import Package, read_resources
 from evals.exam import Item
 from evals.things import item
+from models.images import decode
 
-PACKAGE = "tuxpaint-stamps-default"
-STAMPS = Path("usr/share/tuxpaint/stamps")
-INSTALLED = Path("/") / STAMPS
+STAMPS = Package("tuxpaint-stamps-default", Path("usr/share/tuxpaint/stamps"))
+WHOLE = Package("gcompris-qt-data", Path("usr/share/gcompris-qt/rcc"))
 LONGEST = 0.8
 """Longer side of a photograph, as a share of the picture's."""
 NAME, KIND = "What is this?", "What kind of thing is this?"
@@ -58,6 +57,8 @@ _NOT_ASKED = {
     "7spoke256", "wheel_tractor", "pinecone", "rambutan", "Brown_slug", "Woodlouse",  # not of the kind that their folder says
 }  # fmt: skip
 
+_WHOLE: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_name("photographs.toml").read_text("utf-8"))
+
 
 @dataclass(frozen=True)
 class Photograph:
@@ -70,10 +71,17 @@ class Photograph:
     kinds: tuple[str, ...]
 
 
-def questions() -> Iterator[tuple[Image.Image, Item]]:
-    """Each photograph on both grounds: what it is, and what kind of thing. In an order that mixes the kinds, always the same."""
-    found = photographs(folder())
-    Random(PACKAGE).shuffle(found)
+def questions(split: str = "test") -> Iterator[tuple[Image.Image, Item]]:
+    """What each photograph shows, and what kind of thing that is; of the test on both grounds. In an order that mixes the kinds,
+    always the same. Raises ValueError for another split, and where the photographs cannot be had."""
+    if split not in ("validation", "test"):
+        raise ValueError(f"split {split!r} is not one of validation, test")
+    yield from _cut_outs() if split == "test" else _whole()
+
+
+def _cut_outs() -> Iterator[tuple[Image.Image, Item]]:
+    found = photographs(STAMPS.folder())
+    Random(STAMPS.name).shuffle(found)
     for photograph in found:
         for ground, draw in GROUNDS.items():
             picture = paste(photograph.path, draw(Random(f"{photograph.path.stem}/{ground}"), SIZE))
@@ -81,6 +89,18 @@ def questions() -> Iterator[tuple[Image.Image, Item]]:
                 yield picture, _item("general" if photograph.general else "name", ground, NAME, photograph.names)
             if photograph.kinds:
                 yield picture, _item("kind", ground, KIND, photograph.kinds)
+
+
+def _whole() -> Iterator[tuple[Image.Image, Item]]:
+    things, found = catalogue.load(), []
+    for resource, names in _WHOLE.items():
+        files = {Path(path).name: data for path, data in read_resources(WHOLE.folder() / f"{resource}.rcc")}
+        found += [(files[f"{file}.webp"], things[name]) for file, name in names.items()]
+    Random(WHOLE.name).shuffle(found)
+    for data, thing in found:
+        picture = decode(data)
+        yield picture, _item("name", "whole", NAME, (*thing.names, thing.many))
+        yield picture, _item("kind", "whole", KIND, _words(thing.kind))
 
 
 def _item(family: str, ground: str, text: str, answers: tuple[str, ...]) -> Item:
@@ -162,35 +182,3 @@ def _phrase(caption: str) -> str:
 def _words(kind: Kind) -> tuple[str, ...]:
     wider = (kind.wider,) if kind.wider else ()
     return (kind.name, *wider, *kind.also, kind.one, kind.many)
-
-
-def folder() -> Path:
-    """The folder of the stamps: the installed package's, or that of one fetched into the user's cache.
-
-    Raises ValueError where it cannot be had.
-    """
-    if INSTALLED.is_dir():
-        return INSTALLED
-    kept = cache_folder() / PACKAGE
-    if not kept.is_dir():
-        _fetch(kept)
-    return kept
-
-
-def _fetch(kept: Path) -> None:
-    advice = f"install the package by other means, or put its {STAMPS} at {kept}"
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise ValueError(f"{PACKAGE} is a package of Debian's, and there is no apt-get or dpkg-deb here; {advice}")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=kept.parent) as temporary:
-        _call(["apt-get", "download", PACKAGE], temporary, advice)
-        [archive] = Path(temporary).glob("*.deb")
-        _call(["dpkg-deb", "-x", archive.name, "."], temporary, advice)
-        (Path(temporary) / STAMPS).rename(kept)
-
-
-def _call(command: list[str], where: str, advice: str) -> None:
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ValueError(f"{command[0]} cannot get {PACKAGE} ({reason}); {advice}")

@@ -29,7 +29,7 @@ SOURCES = {
     "scenes": Source(scenes.questions, 4000, {"split": "test"}),
     "things": Source(things.questions, 4000, {"split": "test", "family": None, "paraphrase": "seen"}),
     "names": Source(things.names, 2000, {"split": "test", "paraphrase": "seen"}),
-    "photographs": Source(photographs.questions, 2000),
+    "photographs": Source(photographs.questions, 2000, {"split": "test"}),
     "easy-vqa": Source(easy_vqa.questions, 10_000, {"split": "test"}),
 }
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import stat
+import struct
 import sys
+import zlib
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +20,7 @@ from typer.testing import CliRunner
 
 from checkpoints import things as world
 from espalier import OfficialTask, OwnTask, app
-from evals import photographs
+from evals import debian, photographs
 from evals.easy_vqa import write_rows
 from evals.exam import Item, Task, run
 from evals.tasks import SOURCES, open_task
@@ -105,8 +109,14 @@ def test_captions_tell_the_names_and_folders_the_kinds(stamps):
     assert "animal" in found["drake"].kinds and "food" in found["orange_seville"].kinds
 
 
-def test_photographs_are_asked_on_both_grounds(stamps, monkeypatch):
-    monkeypatch.setattr(photographs, "INSTALLED", stamps)
+def install(root: Path, package: debian.Package, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the package be installed, with a folder's files."""
+    shutil.copytree(files, root / package.inside)
+    monkeypatch.setattr(debian, "ROOT", root)
+
+
+def test_photographs_are_asked_on_both_grounds(stamps, tmp_path, monkeypatch):
+    install(tmp_path / "root", photographs.STAMPS, stamps, monkeypatch)
     asked = first(100, "photographs")
     assert {(item.family, item.type) for _, item in asked} == {
         (family, ground) for family in ("name", "general", "kind") for ground in ("plain", "textured")
@@ -127,17 +137,18 @@ def test_photographs_are_fetched_once_into_the_cache(stamps, tmp_path, monkeypat
     """Two commands of Debian's, played by scripts: one leaves an archive, the other unpacks it."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    scripts = {"apt-get": "echo > $2.deb", "dpkg-deb": f"mkdir -p {photographs.STAMPS} && cp -r {stamps}/* {photographs.STAMPS}"}
+    inside = photographs.STAMPS.inside
+    scripts = {"apt-get": "echo > $2.deb", "dpkg-deb": f"mkdir -p {inside} && cp -r {stamps}/* {inside}"}
     for name, script in scripts.items():
         (commands / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/called\n{script}\n")
         (commands / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
     monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(photographs, "INSTALLED", tmp_path / "none")
+    monkeypatch.setattr(debian, "ROOT", tmp_path / "none")
     for _ in range(2):
-        assert len(photographs.photographs(photographs.folder())) == 7
+        assert len(photographs.photographs(photographs.STAMPS.folder())) == 7
     assert (tmp_path / "called").read_text().split() == ["apt-get", "dpkg-deb"]
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [photographs.PACKAGE]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [photographs.STAMPS.name]
 
 
 @pytest.mark.parametrize(
@@ -152,10 +163,54 @@ def test_photographs_that_cannot_be_had_leave_nothing(tmp_path, monkeypatch, scr
         (commands / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", str(commands))
     monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(photographs, "INSTALLED", tmp_path / "none")
+    monkeypatch.setattr(debian, "ROOT", tmp_path / "none")
     with pytest.raises(ValueError, match=rf"{message}.*; install the package by other means, or put its"):
         first(1, "photographs")
     assert not list(tmp_path.glob("cache/*"))
+
+
+def resources(files: dict[str, bytes], version: int = 3) -> bytes:
+    """A Qt resource file: a folder `pictures` with these files, every second one compressed."""
+    texts = ["pictures", *files]
+    places = [sum(6 + 2 * len(text) for text in texts[:number]) for number in range(len(texts))]
+    names = b"".join(struct.pack(">HI", len(text), 0) + text.encode("utf-16-be") for text in texts)
+    contents = [struct.pack(">I", len(raw)) + zlib.compress(raw) if n % 2 else raw for n, raw in enumerate(files.values())]
+    entry = struct.Struct(">IHIIQ")
+    entries = [entry.pack(0, 2, 1, 1, 0), entry.pack(places[0], 2, len(files), 2, 0)]
+    data = b""
+    for number, content in enumerate(contents):
+        entries.append(struct.pack(">IHHHIQ", places[number + 1], number % 2, 0, 0, len(data), 0))
+        data += struct.pack(">I", len(content)) + content
+    tree = b"".join(entries)
+    return struct.pack(">4s4I", b"qres", version, 20, 20 + len(tree), 20 + len(tree) + len(data)) + tree + data + names
+
+
+def test_files_are_read_from_qt_resources(tmp_path):
+    files = {"one.webp": b"first", "zwei – 2.webp": b"second" * 9, "three.json": b""}
+    path = tmp_path / "some.rcc"
+    path.write_bytes(resources(files))
+    assert dict(debian.read_resources(path)) == {f"/pictures/{name}": content for name, content in files.items()}
+    path.write_bytes(resources(files, version=1))
+    with pytest.raises(ValueError, match=r"some.rcc is not a Qt resource file of format 2 or 3"):
+        next(debian.read_resources(path))
+
+
+def test_whole_photographs_are_those_of_the_validation_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(photographs, "_WHOLE", {"zoo": {"calf": "cow", "owl": "owl"}})
+    picture = io.BytesIO()
+    Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(picture, "WEBP")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/zoo.rcc").write_bytes(resources(dict.fromkeys(("calf.webp", "owl.webp", "hen.webp"), picture.getvalue())))
+    install(tmp_path / "root", photographs.WHOLE, tmp_path / "files", monkeypatch)
+    asked = first(10, "photographs", split="validation")
+    assert sorted((item.family, item.answer) for _, item in asked) == [
+        ("kind", "animal"), ("kind", "bird"), ("name", "cow"), ("name", "owl"),
+    ]  # fmt: skip
+    assert all(picture.size == (40, 30) and picture.getpixel((0, 0)) == (255, 255, 255) for picture, _ in asked)
+
+
+def test_whole_photographs_are_of_known_things():
+    assert {name for names in photographs._WHOLE.values() for name in names.values()} <= set(world.NAMES)
 
 
 # ---- easy-VQA
@@ -225,7 +280,8 @@ def test_every_task_can_be_asked_for_by_name():
     ("given", "message"),
     [
         (["--task", "scenes", "--family", "shapes"], "the task scenes has no --family"),
-        (["--task", "photographs", "--split", "test"], "the task photographs has no --split"),
+        (["--task", "photographs", "--family", "kind"], "the task photographs has no --family"),
+        (["--task", "photographs", "--split", "train"], "split 'train' is not one of validation, test"),
         (["--task", "perplexity", "--split", "test"], "the task perplexity has no --split"),
         (["--task", "names", "--against", "x.gguf"], "the task names has no --against"),
         (["--task", "things", "--split", "half"], "split 'half' is not one of train, known, validation, test"),
