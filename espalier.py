@@ -131,7 +131,7 @@ def eval_(
         EvalTask | None,
         typer.Option(
             help="In official formats, with --data DIR: scienceqa to okvqa. Without: scenes of the embedded world; scenes of "
-            "things; names of things, one to a picture; photographs, of packages of Debian's; the public test set "
+            "things; names of things, one to a picture; photographs from two Debian packages; the public test set "
             "easy-vqa; or perplexity on English text, without pictures.",
             show_default="scenes",
         ),

@@ -19,8 +19,9 @@ from PIL import Image
 
 from checkpoints.things import SIZE, Question, catalogue, normalize, paint
 from checkpoints.things.catalogue import Kind, Thing
-from evals.debian import Package, read_resources
+from evals.debian import Package
 from evals.exam import Item
+from evals.qt_resources import read_resources
 from evals.things import item
 from models.images import decode
 
@@ -74,9 +75,10 @@ class Photograph:
 def questions(split: str = "test") -> Iterator[tuple[Image.Image, Item]]:
     """What each photograph shows, and what kind of thing that is; of the test on both grounds. In an order that mixes the kinds,
     always the same. Raises ValueError for another split, and where the photographs cannot be had."""
-    if split not in ("validation", "test"):
-        raise ValueError(f"split {split!r} is not one of validation, test")
-    yield from _cut_outs() if split == "test" else _whole()
+    sources = {"validation": _whole, "test": _cut_outs}
+    if split not in sources:
+        raise ValueError(f"split {split!r} is not one of {', '.join(sources)}")
+    yield from sources[split]()
 
 
 def _cut_outs() -> Iterator[tuple[Image.Image, Item]]:
@@ -92,9 +94,9 @@ def _cut_outs() -> Iterator[tuple[Image.Image, Item]]:
 
 
 def _whole() -> Iterator[tuple[Image.Image, Item]]:
-    things, found = catalogue.load(), []
+    things, folder, found = catalogue.load(), WHOLE.folder(), []
     for resource, names in _WHOLE.items():
-        files = {Path(path).name: data for path, data in read_resources(WHOLE.folder() / f"{resource}.rcc")}
+        files = {Path(path).name: data for path, data in read_resources(folder / f"{resource}.rcc")}
         found += [(files[f"{file}.webp"], things[name]) for file, name in names.items()]
     Random(WHOLE.name).shuffle(found)
     for data, thing in found:

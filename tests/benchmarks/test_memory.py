@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 HOLD = """
 import torch
 from benchmarks.memory import peak_bytes
@@ -17,9 +15,11 @@ for count in (1 << 28, 1 << 20):
 """
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not let the mark be reset")
 def test_the_peak_of_a_later_phase_is_its_own():
-    # a process of its own: an old one may hold a large tensor in memory that it freed before
+    # A process of its own: an old one may hold a large tensor in memory that it freed before
     done = subprocess.run([sys.executable, "-c", HOLD], capture_output=True, text=True, check=True)
     large, small = map(int, done.stdout.split())
-    assert large - small > 1 << 27
+    assert large >= 1 << 28
+    assert small <= large  # equal where the kernel does not reset the mark
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        assert large - small > 1 << 27

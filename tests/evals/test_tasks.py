@@ -23,6 +23,7 @@ from espalier import OfficialTask, OwnTask, app
 from evals import debian, photographs
 from evals.easy_vqa import write_rows
 from evals.exam import Item, Task, run
+from evals.qt_resources import read_resources
 from evals.tasks import SOURCES, open_task
 from pruning.samples import read
 from tests.server.tiny import write
@@ -189,10 +190,10 @@ def test_files_are_read_from_qt_resources(tmp_path):
     files = {"one.webp": b"first", "zwei – 2.webp": b"second" * 9, "three.json": b""}
     path = tmp_path / "some.rcc"
     path.write_bytes(resources(files))
-    assert dict(debian.read_resources(path)) == {f"/pictures/{name}": content for name, content in files.items()}
+    assert dict(read_resources(path)) == {f"/pictures/{name}": content for name, content in files.items()}
     path.write_bytes(resources(files, version=1))
     with pytest.raises(ValueError, match=r"some.rcc is not a Qt resource file of format 2 or 3"):
-        next(debian.read_resources(path))
+        next(read_resources(path))
 
 
 def test_whole_photographs_are_those_of_the_validation_split(tmp_path, monkeypatch):
