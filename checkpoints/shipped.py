@@ -44,7 +44,10 @@ def build_smol(out: Path | None = None, tell: Callable[[str], None] = log.info) 
     if not (directory / MANIFEST).exists():
         from checkpoints.smol.build import build  # transformers comes with it
 
-        return build(directory, tell)
+        build(directory, tell)
+        if not out:
+            for other in sorted(set(directory.parent.glob(f"{SMOL}-*")) - {directory}):
+                tell(f"{other} is of another release; unless that is in use too, remove it")
     return directory
 
 

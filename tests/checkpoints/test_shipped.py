@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from checkpoints.shipped import SHIPPED, resolve
+from checkpoints.shipped import SHIPPED, build_smol, resolve, smol_directory
 from models.checkpoint import check_files
 from models.errors import CheckpointError
-from models.manifest import read_manifest
+from models.manifest import MANIFEST, read_manifest
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -33,3 +34,20 @@ def test_a_shipped_checkpoint_is_not_written_to_by_name() -> None:
     with pytest.raises(CheckpointError, match=r"embedded ships with Espalier and stays as it is: copy .*pruned, "):
         resolve("embedded", write=True)
     assert resolve(str(SHIPPED["embedded"]), write=True) == SHIPPED["embedded"]
+
+
+def test_builds_of_other_releases_are_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(directory: Path, tell: Callable[[str], None]) -> Path:
+        directory.mkdir(parents=True)
+        (directory / MANIFEST).touch()
+        return directory
+
+    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path))
+    monkeypatch.setattr("checkpoints.smol.build.build", write)
+    other = smol_directory().with_name("smol-0123abcd")
+    write(other, print)
+    told: list[str] = []
+    assert build_smol(tell=told.append) == build_smol(tell=told.append) == smol_directory()
+    assert told == [f"{other} is of another release; unless that is in use too, remove it"]
+    build_smol(tmp_path / "elsewhere", told.append)
+    assert len(told) == 1 and other.exists()
