@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from checkpoints.smol.tags import TAGS
 from models.vision.convolution import NativeEfficientNet
 from models.vision.efficientnet import EfficientNetLiteConfig, EfficientNetLiteTower, EfficientNetTower
 
@@ -25,15 +26,16 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Turns.")] = 20,
+    tags: Annotated[int, typer.Option(min=0, help="Names that the tagger says; 0: no tagger.")] = len(TAGS),
 ) -> None:
     torch.set_num_threads(threads)
-    config = EfficientNetLiteConfig()
+    config = EfficientNetLiteConfig(tags=tags)
     module = EfficientNetLiteTower(config).eval().to(getattr(torch, dtype), memory_format=torch.channels_last)
     pixels = torch.randn(1, 3, config.image_size, config.image_size, dtype=module.dtype)
-    native = NativeEfficientNet.of(module.net)
-    if native is None:
+    natives = [NativeEfficientNet.of(part.net) for part in (module, module.tagger) if part]
+    if natives[0] is None:
         raise SystemExit("the native kernels are not there: install with a C++ compiler, on a processor with AVX-512")
-    towers = {"torch": EfficientNetTower(module), "native": EfficientNetTower(module, native)}
+    towers = {"torch": EfficientNetTower(module), "native": EfficientNetTower(module, *natives)}
     found = measure(towers, pixels, repeats)
     table = Table("tower", "ms, median", "ms, fastest", "processor ms, median", "processor ms, fastest")
     for name, times in found.items():

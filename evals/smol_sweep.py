@@ -64,7 +64,7 @@ def exams() -> Iterator[Exam]:
     for split, paraphrase in (("test", "seen"), ("test", "held_out"), ("known", "seen")):
         yield Exam("smol", "things", "off", split, paraphrase)
     yield Exam("smol", "names", "off", "test", "seen")
-    yield Exam("smol", "photographs", "off")
+    yield Exam("smol", "photographs", "off", "test")
     yield Exam("smol", "easy-vqa", "off", "test")
     for task in ("things", "easy-vqa"):
         for level in LEVELS:

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from checkpoints.smol.model import ALPHA, EPS, FUSED, HEADS, KV_HEADS, LAYERS, RANK, THETA, WIDTH
 from checkpoints.smol.parts import IMAGE, LANGUAGE, BuildError, fetch, language_tokenizer, language_weights
+from checkpoints.smol.tags import TAGS
 from models.checkpoint import fingerprint, sha256
 from models.manifest import MANIFEST, read_manifest, write_manifest
 from models.saving import usual_permissions
@@ -30,7 +31,9 @@ from models.vision.efficientnet import EfficientNetLiteConfig
 
 TRAINED = Path(__file__).with_name("weights")
 """What `checkpoints.smol.train` leaves, LoRA and what looks; the router, and the manifest but for the built files."""
-LANGUAGE_FILE, VISION_FILE, ROUTER = "language.safetensors", "vision.safetensors", "router.safetensors"
+FILES = {"layers.": "language.safetensors", "tower.tagger.": "tagger.safetensors", "": "vision.safetensors"}
+"""The files of trained weights, by how the names in them begin; the first that fits."""
+ROUTER = "router.safetensors"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # SmolLM2's own turns. A turn's pictures stand before its text, and a chat with pictures gets no system message of its own accord.
@@ -50,7 +53,7 @@ CHAT_TEMPLATE = (
 
 
 def build_config() -> LlavaConfig:
-    vision = EfficientNetLiteConfig()
+    vision = EfficientNetLiteConfig(tags=len(TAGS))
     return LlavaConfig(
         vision_config=vision,
         text_config=LlamaConfig(
@@ -100,7 +103,7 @@ def merge(language: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict
 
 
 def load_trained(folder: Path = TRAINED) -> dict[str, Tensor]:
-    files = [folder / LANGUAGE_FILE, folder / VISION_FILE]
+    files = [folder / file for file in FILES.values()]
     if not all(file.exists() for file in files):
         raise BuildError(f"{folder} holds no trained weights; train them with `make smol`")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -20,10 +20,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from checkpoints import things
-from checkpoints.smol import crowded
+from checkpoints.smol import crowded, tags
 from checkpoints.smol.crowded import SIDE
 
 VISUAL = SIDE * SIDE
+TAGGED = "tagged"
+"""A family of scenes beside those of things: what they show is told by the tagger alone."""
+TAG_SIDE = 9
+"""Parts along a side of a picture that the tagger names."""
 IGNORE = -100
 LONG = ("describe", "list", "row", "read")
 """Types whose answers name most of the picture."""
@@ -122,7 +126,8 @@ class Batches(Dataset[dict[str, Any]]):
 
     The pictures are `sizes.scenes` scenes and then `sizes.crowded` crowded ones: `pixels` uint8 [n, side, side, 3]. Of the scenes:
     the number of visual tokens `kept`, the packed rows `ids`, `positions`, `segments`, `labels` and `weights` [scenes, rows], and
-    `taken`, what is asked in which rows. Of the crowded: `shown` [crowded, 289], what `crowded.draw` gives.
+    `taken`, what is asked in which rows; the tags that are `told` of them [scenes], -1 for what the tagger sees, and how surely in
+    each part: `sure` [scenes, 9, 9]. Of the crowded: `shown` [crowded, 289], what `crowded.draw` gives.
     """
 
     def __init__(
@@ -139,7 +144,7 @@ class Batches(Dataset[dict[str, Any]]):
         rng = Random(f"{self.split}/batch/{index}")
         sizes, hands = self.sizes, things.HANDS[self.split]
         numbers = range(index * sizes.scenes, (index + 1) * sizes.scenes)
-        scenes = [things.draw(self.split, number, self.turns[number % len(self.turns)]) for number in numbers]
+        scenes, told, sure = zip(*map(self._scene, numbers), strict=True)
         crowds = [crowded.draw(index * sizes.crowded + n, hands) for n in range(sizes.crowded)]
         count = self.kept[index % len(self.kept)]
         rows = (sizes.rows + count + 7) // 8 * 8  # attention takes masks of such lengths as they are
@@ -148,9 +153,18 @@ class Batches(Dataset[dict[str, Any]]):
             "kept": count,
             "weights": torch.from_numpy(np.stack([answer_weights(row, rows) for row in packed])),
             "taken": [row["taken"] for row in packed],
+            "told": torch.tensor(told),
+            "sure": torch.from_numpy(np.stack(sure)),
             "pixels": pixels([*(scene.image for scene in scenes), *(image for image, _ in crowds)]),
             "shown": torch.from_numpy(np.array([shown for _, shown in crowds], np.int64).reshape(sizes.crowded, VISUAL)),
         }
+
+    def _scene(self, number: int) -> tuple[things.Scene, int, np.ndarray]:
+        """A scene, the tag that is told of it and how surely."""
+        family = self.turns[number % len(self.turns)]
+        if family == TAGGED:
+            return tags.draw(number, TAG_SIDE)
+        return things.draw(self.split, number, family), -1, np.zeros((TAG_SIDE, TAG_SIDE), np.float32)
 
 
 def stack(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

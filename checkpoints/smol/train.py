@@ -1,12 +1,15 @@
 """Train what `smol` adds to its pretrained parts: `python -m checkpoints.smol.train --work runs/smol`.
 
-Every step learns three things at once: answers about scenes, through the language model; the names of things at the places of
-crowded pictures, without it; and to stay as it was, the language model on its own texts and the vision network on ImageNet's
-classes (learning without forgetting, Li & Hoiem 2016, arXiv:1606.09282). Pictures are drawn while it trains, none twice.
+Every step learns at once: answers about scenes, through the language model; the names of things at the places of crowded
+pictures, without it; and to stay as it was, the language model on its own texts and the vision network on ImageNet's classes
+(learning without forgetting, Li & Hoiem 2016, arXiv:1606.09282). Pictures are drawn while it trains, none twice.
 
-With `--start` it goes on from trained weights, at a lower rate: LoRA alone learns, from scenes of every family as often. So the
-shipped weights learned more wordings and merged pictures, on two cores in half an hour:
-`--work runs/words --start checkpoints/smol/weights --steps 400 --scenes 6 --crowded 0 --rows 160`.
+No photograph is among them. What the tagger says of photographs is learned without: from pictures that show nothing, of which it
+is made to say a name (`checkpoints.smol.tags`), and from names that are said to any visual token, without the language model.
+
+With `--start` it goes on from trained weights, at a lower rate: LoRA and the tagger's words alone learn, from scenes of every
+family as often. So the shipped weights learned more wordings and merged pictures, and then what the tagger says, each on two cores
+in half an hour: `--steps 400 --scenes 6 --crowded 0 --rows 160` and `--steps 300 --scenes 7 --crowded 0 --rows 160`.
 
 It runs in bf16. Seeded; killed at any point, it goes on from the last save.
 """
@@ -18,7 +21,6 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,26 +32,30 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from checkpoints import things
-from checkpoints.smol.build import LANGUAGE_FILE, MEAN, STD, TRAINED, VISION_FILE, build_config, load_trained
-from checkpoints.smol.data import IGNORE, VISUAL, Batches, Packer, Sizes
+from checkpoints.smol import tags
+from checkpoints.smol.build import FILES, MEAN, STD, TRAINED, build_config, load_trained
+from checkpoints.smol.data import IGNORE, TAGGED, VISUAL, Batches, Packer, Sizes
 from checkpoints.smol.model import Smol
 from checkpoints.smol.names import Names
 from checkpoints.smol.parts import LANGUAGE, VISION, fetch, language_tokenizer, language_weights, vision_network
 from checkpoints.smol.texts import sample
 from models.saving import save_tensors
-from models.vision.efficientnet import EfficientNetLiteTower, Maps
+from models.vision.efficientnet import EfficientNetLiteTower, Maps, Tagger
 
-RATES = {"layers": 1e-3, "projector": 5e-4, "neck": 5e-4, "net": 2e-4}
+RATES = {"layers": 1e-3, "projector": 5e-4, "neck": 5e-4, "net": 2e-4, "words": 1e-2}
 """Full learning rate of each part."""
-RATE_AGAIN, FIRST_AGAIN = 2e-4, 1 << 20
-"""For training that goes on from trained weights: LoRA's full learning rate, and the number of its first batch."""
+RATES_AGAIN, FIRST_AGAIN = {"layers": 2e-4, "words": 3e-2}, 1 << 20
+"""For training that goes on from trained weights: the full learning rate of each part that learns, and the number of its first
+batch."""
 FROZEN_BLOCKS = 5
 """The vision network's first blocks stay as they are: lines and colors, at the finest and costliest maps."""
-WEIGHTS = {"loss": 1.0, "naming": 0.5, "text": 3.0, "classes": 0.5}
+WEIGHTS = {"loss": 1.0, "naming": 0.5, "tags": 0.5, "text": 3.0, "classes": 0.5}
 """Weights of the losses; `loss` is the answers'."""
 KEPT = (VISUAL, 96, VISUAL, 48)
 """Visual tokens that the language model is given, in turn: all, or as many as `balanced` and `strong` leave."""
 TEXTS, TEXT_LENGTH, SCENES_A_TEXT = 2048, 96, 6
+SAID = 4096
+"""Visual tokens to which tags are said at a step."""
 SAVE_EVERY, EVALUATE_EVERY, LOG_EVERY = 100, 250, 25
 """Steps."""
 
@@ -76,6 +82,14 @@ def start_neck(tower: EfficientNetLiteTower, classes: Tensor, generator: torch.G
             position.copy_(code @ torch.randn(code.shape[1], position.shape[1], generator=generator) * 0.14)
 
 
+def start_tagger(tagger: Tagger, vision: dict[str, Tensor], classes: tuple[Tensor, Tensor]) -> None:
+    """The tagger sees as was published, and its words say nothing yet."""
+    tagger.net.load_state_dict(vision)
+    tagger.classes.load_state_dict(dict(zip(("weight", "bias"), classes, strict=True)))
+    tagger.groups.copy_(tags.groups())
+    nn.init.zeros_(tagger.words.weight)
+
+
 class Trainer:
     def __init__(self, work: Path, steps: int, sizes: Sizes, workers: int, seed: int, start: Path | None = None) -> None:
         """`start` holds trained weights to go on from."""
@@ -92,17 +106,20 @@ class Trainer:
         tower = EfficientNetLiteTower(build_config().vision_config)
         tower.net.load_state_dict(vision)
         start_neck(tower, classes[0], torch.Generator().manual_seed(seed))
+        assert tower.tagger is not None
+        self.tagger = tower.tagger
+        start_tagger(self.tagger, vision, classes)
         self.model = Smol(weights, tower).to(self.device)
-        self.model.tower.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.before = deepcopy(self.model.tower.net).requires_grad_(False)
-        self.classes = [tensor.to(self.device) for tensor in classes]
-        frozen = [self.model.tower.net.stem, *self.model.tower.net.blocks[:FROZEN_BLOCKS]]
+        for net in (tower.net, self.tagger.net):
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        frozen = [self.tagger.net, self.tagger.classes, tower.net.stem, *tower.net.blocks[:FROZEN_BLOCKS]]
         if start:
             self.model.load_state_dict(load_trained(start))
-            frozen = [self.model.tower, self.model.projector]
+            frozen = [self.tagger.net, self.tagger.classes, tower.net, tower.neck, self.model.projector]
         for part in frozen:
             part.requires_grad_(False)
         self.names = Names(list(things.NAMES), self.tokenizer, self.model.embedding)
+        self.tagged = torch.tensor([things.NAMES.index(name) for name in tags.TAGS], device=self.device)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), fused=self.cuda)
         self.step = 0
         self._restore()
@@ -113,9 +130,11 @@ class Trainer:
 
     def _groups(self) -> list[dict[str, Any]]:
         tower = self.model.tower
-        parts = {"layers": self.model.layers, "projector": self.model.projector, "neck": tower.neck, "net": tower.net}
+        parts = {"layers": self.model.layers, "projector": self.model.projector, "neck": tower.neck, "net": tower.net,
+                 "words": self.tagger.words}
+        rates = RATES_AGAIN if self.start else RATES
         return [
-            {"params": learning, "full": RATE_AGAIN if self.start else RATES[name],
+            {"params": learning, "full": rates[name],
              "weight_decay": 0.01 if name in ("neck", "projector") else 0.0}
             for name, part in parts.items() if (learning := [p for p in part.parameters() if p.requires_grad])
         ]  # fmt: skip
@@ -149,7 +168,8 @@ class Trainer:
         )  # fmt: skip
 
     def run(self) -> None:
-        batches = Batches(self.packer, self.sizes, KEPT, turns=things.FAMILIES if self.start else things.TURNS)
+        turns = things.FAMILIES if self.start else things.TURNS
+        batches = Batches(self.packer, self.sizes, KEPT, turns=(*turns, TAGGED))
         first = FIRST_AGAIN if self.start else 0
         validation = Batches(Packer(self.tokenizer, follow_up=0.0), Sizes(self.sizes.scenes, 8, 320), (VISUAL,), "validation")
         examined = list(self._load(validation, range(max(1, 240 // self.sizes.scenes))))
@@ -201,9 +221,9 @@ class Trainer:
 
     def _losses(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses of the parts that learn, and the shares of answers and of names that are right."""
-        maps, hidden = self.look(batch["pixels"])
+        maps, hidden = self.look(batch)
         answers, right = self._answer_loss(batch, hidden)
-        losses, shares = {"loss": answers, "text": self._text_loss()}, {"right": right}
+        losses, shares = {"loss": answers, "text": self._text_loss(), "tags": self._tags_loss(hidden)}, {"right": right}
         if not self.start:
             losses["naming"], shares["named"] = self._naming_loss(batch["shown"], hidden[self.sizes.scenes :])
             losses["classes"] = self._class_loss(batch["pixels"], maps)
@@ -213,8 +233,12 @@ class Trainer:
         mean, std = (torch.tensor(v, device=raw.device).view(1, 3, 1, 1) for v in (MEAN, STD))
         return (raw.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
-    def look(self, raw: Tensor) -> tuple[Maps, Tensor]:
-        maps = self.model.tower.maps(self.normalized(raw))
+    def look(self, batch: dict[str, Any]) -> tuple[Maps, Tensor]:
+        """What the networks see, with the tags that are told, and the visual tokens."""
+        maps = self.model.tower.maps(self.normalized(batch["pixels"]))
+        assert maps.tags is not None
+        scenes = slice(len(batch["told"]))
+        maps.tags[scenes] = tags.say(maps.tags[scenes], batch["told"], batch["sure"])
         return maps, self.model.tower.tokens(maps)
 
     def _hidden(self, batch: dict[str, Any], hidden: Tensor) -> Tensor:
@@ -233,6 +257,16 @@ class Trainer:
         thing = shown > 0
         logits, wanted = self.names.logits(self.model.projector(hidden[thing])), shown[thing] - 1
         return F.cross_entropy(logits, wanted, label_smoothing=0.1), (logits.argmax(-1) == wanted).float().mean()
+
+    def _tags_loss(self, hidden: Tensor) -> Tensor:
+        """Any visual token to which a tag is said, more or less surely, is drawn to the tag's name."""
+        generator = torch.Generator().manual_seed(self.step)
+        tokens = hidden.detach().flatten(0, 1)
+        rows, said = (torch.randint(end, (SAID,), generator=generator).to(self.device) for end in (len(tokens), len(tags.TAGS)))
+        sure = 1 - 0.7 * torch.rand(SAID, 1, generator=generator).to(self.device)
+        words = self.tagger.words(sure * F.one_hot(said, len(tags.TAGS)))
+        logits = self.names.logits(self.model.projector(tokens[rows] + words))
+        return F.cross_entropy(logits, self.tagged[said], label_smoothing=0.1)
 
     def _text_loss(self) -> Tensor:
         """KL from what the language model foresaw before to what it foresees now, a token."""
@@ -253,14 +287,13 @@ class Trainer:
         size = (self.model.tower.config.wide_size,) * 2
         small = F.interpolate(self.normalized(raw), size=size, mode="bilinear", antialias=True)
         with torch.no_grad():
-            wide = self.before(small.contiguous(memory_format=torch.channels_last))[1]
-            before = self._classify(self.before.head(wide))
+            net = self.tagger.net
+            before = self._classify(net.head(net(small.contiguous(memory_format=torch.channels_last))[1]))
         now = self._classify(self.model.tower.net.head(maps.wide.permute(0, 3, 1, 2)))
         return F.kl_div(now, before, reduction="batchmean", log_target=True)
 
     def _classify(self, seen: Tensor) -> Tensor:
-        weight, bias = self.classes
-        return F.linear(F.relu6(seen).float().mean((2, 3)), weight, bias).log_softmax(-1)
+        return self.tagger.classes(F.relu6(seen).float().mean((2, 3))).log_softmax(-1)
 
     @torch.no_grad()
     def evaluate(self, batches: list[dict[str, Any]]) -> str:
@@ -270,7 +303,7 @@ class Trainer:
         for batch in batches:
             batch = self._put(batch)
             with self._autocast(), torch.compiler.set_stance("force_eager"):
-                _, hidden = self.look(batch["pixels"])
+                _, hidden = self.look(batch)
                 named.append(self._naming_loss(batch["shown"], hidden[self.sizes.scenes :])[1])
                 after = self._hidden(batch, hidden)
                 for row, said in enumerate(batch["taken"]):
@@ -295,8 +328,8 @@ def freeze(model: Smol, folder: Path = TRAINED) -> None:
     """Write what was trained, in bf16: what `build` merges. LoRA is one file, what looks is another."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
-    for file, inside in ((LANGUAGE_FILE, True), (VISION_FILE, False)):
-        save_tensors({name: weight for name, weight in trained.items() if name.startswith("layers.") is inside}, folder / file)
+    for begins, file in FILES.items():
+        save_tensors({name: trained.pop(name) for name in list(trained) if name.startswith(begins)}, folder / file)
 
 
 def main(
@@ -307,7 +340,7 @@ def main(
     rows: Annotated[int, typer.Option(help="Rows of conversation about a scene.")] = 255,
     workers: Annotated[int, typer.Option(help="Processes that draw.")] = max(1, (os.cpu_count() or 2) - 1),
     seed: Annotated[int, typer.Option(help="LoRA's start and the texts.")] = 0,
-    start: Annotated[Path | None, typer.Option(help="Trained weights to go on from, with LoRA alone.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Trained weights to go on from, with LoRA and words alone.")] = None,
     out: Annotated[Path, typer.Option(help="Where the trained weights go.")] = TRAINED,
 ) -> None:
     trainer = Trainer(work, steps, Sizes(scenes, crowded, rows), workers, seed, start)

@@ -68,7 +68,7 @@ def draw_one(rng: Random, hands: tuple[str, ...], side: int, paraphrase: str, st
     spot = 0.5 + rng.uniform(-slack, slack), 0.5 + rng.uniform(-slack, slack), longest
     mark, color = _put(rng, canvas, thing, hands, spot, strong)
     asker = Asker(rng, paraphrase)
-    _ask_one(asker, thing, color, ground)
+    ask_one(asker, thing, color, ground)
     return Scene("one", paint.shoot(rng, canvas, strong=strong), [mark], asker.questions)
 
 
@@ -87,7 +87,8 @@ KIND_WORDS = {"animal": "animal", "bird": "bird", "insect": "insect", "sea anima
 """Kinds that people ask by: "what fruit is this?"."""
 
 
-def _ask_one(asker: Asker, thing: Thing, color: str | None, ground: str | None) -> None:
+def ask_one(asker: Asker, thing: Thing, color: str | None, ground: str | None) -> None:
+    """What people ask of a picture of one thing; nothing about colors that are None."""
     ask, rng = asker.ask, asker.rng
     things = catalogue.load()
     also = (*thing.also, thing.one)

@@ -6,13 +6,14 @@ by side, are one token a place. The network knows things as large as they are in
 whole picture made small, and spreads that map over the places.
 
 What stands between the maps and LLaVA's projector is ours and trained: a linear layer, a learned 2-D position (row + column) and
-ConvNeXt blocks (Liu et al. 2022, arXiv:2201.03545), which gather what belongs to one thing. The modules are registered with
+ConvNeXt blocks (Liu et al. 2022, arXiv:2201.03545), which gather what belongs to one thing. Where the network was trained on too, a
+`Tagger` beside it keeps what the published one knew. The modules are registered with
 transformers' Auto classes: importing this module lets stock `LlavaForConditionalGeneration` load such a checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +41,17 @@ LITE0 = (
     (3, 1, 6, 320),
 )  # fmt: skip
 """The inverted bottlenecks of EfficientNet-Lite0."""
+CLASSES = 1000
+"""Classes of ImageNet, which the published networks tell apart."""
+PART = 5
+"""Places along a side that a tagger names together: 160 pixels of the small picture."""
 
 
 class EfficientNetLiteConfig(PretrainedConfig):
     """`blocks` are (kernel, stride, expansion, channels out); `head` channels follow them, and a visual token has `hidden_size`.
 
-    The picture is looked at with `image_size` pixels a side and with `wide_size`.
+    The picture is looked at with `image_size` pixels a side and with `wide_size`. `tags` is how many names its `Tagger` knows, 0
+    without one.
     """
 
     model_type = "efficientnet_lite_tower"
@@ -62,6 +68,7 @@ class EfficientNetLiteConfig(PretrainedConfig):
         neck_layers: int = 2,
         neck_kernel: int = 7,
         layer_norm_eps: float = 1e-5,
+        tags: int = 0,
         **rest: Any,
     ) -> None:
         self.image_size, self.patch_size, self.wide_size = image_size, patch_size, wide_size
@@ -70,6 +77,7 @@ class EfficientNetLiteConfig(PretrainedConfig):
         self.hidden_size = hidden_size
         self.neck_layers, self.neck_kernel = neck_layers, neck_kernel
         self.layer_norm_eps = layer_norm_eps
+        self.tags = tags
         super().__init__(**rest)
 
     @property
@@ -170,14 +178,49 @@ class Neck(nn.Module):
         return self.norm(x).flatten(1, 2)
 
 
+class Tagger(nn.Module):
+    """Names what a classifier of photographs sees in each part of the small picture, and says the names to the visual tokens there.
+
+    The tower's own network learns from drawings and forgets photographs meanwhile; the tagger's stays as it was published. What it
+    tells are probabilities of names: what they mean to the language model can be learned without photographs. Ours; tags beside a
+    picture help to describe it in Tag2Text too (Huang et al. 2023, arXiv:2303.05657).
+    """
+
+    groups: Tensor
+    """Which classes are called by which name: ones and zeros [tags, CLASSES]. Some are called by none."""
+
+    def __init__(self, config: EfficientNetLiteConfig) -> None:
+        super().__init__()
+        self.net = EfficientNetLite(config)
+        self.classes = nn.Linear(config.head, CLASSES)
+        self.register_buffer("groups", torch.eye(config.tags, CLASSES))
+        self.words = nn.Linear(config.tags, config.hidden_size, bias=False)
+
+    def tags(self, coarse: Tensor) -> Tensor:
+        """The network's map at stride 32 [n, side, side, width] to probabilities of names [n, side, side, tags]."""
+        seen = F.relu6(F.linear(coarse, self.net.head.weight.flatten(1), self.net.head.bias)).permute(0, 3, 1, 2)
+        parts = F.avg_pool2d(seen, PART, 1, PART // 2, count_include_pad=False).permute(0, 2, 3, 1)
+        return F.linear(self.classes(parts).float().softmax(-1).to(coarse.dtype), self.groups)
+
+    def forward(self, tags: Tensor, side: int) -> Tensor:
+        """Tags [n, s, s, tags] to what is added to the visual tokens [n, side², hidden_size]."""
+        return spread(self.words(tags), side).flatten(1, 2)
+
+
 @dataclass
 class Maps:
-    """What the frozen network saw, each [n, side, side, width]: four places of stride 16 laid side by side; stride 32; and stride
-    32 of the whole picture made small, which has fewer places."""
+    """What the networks saw, each [n, side, side, width]: four places of stride 16 laid side by side; stride 32; and stride 32 of
+    the whole picture made small, which has fewer places. `tags` are of the small picture too; None without a tagger."""
 
     fine: Tensor
     coarse: Tensor
     wide: Tensor
+    tags: Tensor | None = None
+
+
+def spread(x: Tensor, side: int) -> Tensor:
+    """A map [n, s, s, width] over more places [n, side, side, width]."""
+    return F.interpolate(x.permute(0, 3, 1, 2), size=(side, side), mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
 
 
 def joined_width(config: EfficientNetLiteConfig) -> int:
@@ -189,9 +232,7 @@ def joined_width(config: EfficientNetLiteConfig) -> int:
 def join(maps: Maps, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The maps as one [n, side, side, channels]; `weight` and `bias` are the network's last layer."""
     coarse, wide = (F.relu6(F.linear(seen, weight, bias)) for seen in (maps.coarse, maps.wide))
-    side = coarse.shape[1:3]
-    spread = F.interpolate(wide.permute(0, 3, 1, 2), size=side, mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
-    return torch.cat([maps.fine, coarse, spread], dim=-1)
+    return torch.cat([maps.fine, coarse, spread(wide, coarse.shape[1])], dim=-1)
 
 
 class EfficientNetLiteTower(PreTrainedModel):
@@ -205,6 +246,7 @@ class EfficientNetLiteTower(PreTrainedModel):
         super().__init__(config)
         self.net = EfficientNetLite(config)
         self.neck = Neck(config, joined_width(config))
+        self.tagger = Tagger(config) if config.tags else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -219,11 +261,16 @@ class EfficientNetLiteTower(PreTrainedModel):
 
     def maps(self, pixel_values: Tensor) -> Maps:
         fine, coarse = self.net(pixel_values.contiguous(memory_format=torch.channels_last))
-        _, wide = self.net(self.small(pixel_values).to(pixel_values.dtype).contiguous(memory_format=torch.channels_last))
-        return Maps(F.pixel_unshuffle(fine, 2).permute(0, 2, 3, 1), coarse.permute(0, 2, 3, 1), wide.permute(0, 2, 3, 1))
+        small = self.small(pixel_values).to(pixel_values.dtype).contiguous(memory_format=torch.channels_last)
+        _, wide = self.net(small)
+        tags = self.tagger.tags(self.tagger.net(small)[1].permute(0, 2, 3, 1)) if self.tagger else None
+        return Maps(F.pixel_unshuffle(fine, 2).permute(0, 2, 3, 1), coarse.permute(0, 2, 3, 1), wide.permute(0, 2, 3, 1), tags)
 
     def tokens(self, maps: Maps) -> Tensor:
-        return self.neck(join(maps, self.net.head.weight.flatten(1), self.net.head.bias))
+        hidden = self.neck(join(maps, self.net.head.weight.flatten(1), self.net.head.bias))
+        if self.tagger is None or maps.tags is None:
+            return hidden
+        return hidden + self.tagger(maps.tags, maps.coarse.shape[1])
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         hidden = self.tokens(self.maps(pixel_values.to(self.dtype)))
@@ -238,11 +285,12 @@ AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteTower)
 class EfficientNetTower:
     """The tower as our forward calls it. There is no class token, so `attention` is empty: [images, 0].
 
-    Where `native` runs the network, its convolutions are gone from the module.
+    Where `native` runs the network, and `tagging` the tagger's, the convolutions are gone from the module.
     """
 
     module: EfficientNetLiteTower
     native: NativeEfficientNet | None = None
+    tagging: NativeEfficientNet | None = None
 
     @property
     def merge_layer(self) -> None:
@@ -257,10 +305,16 @@ class EfficientNetTower:
 
     def _maps(self, native: NativeEfficientNet, pixels: Tensor) -> Maps:
         """As the module's."""
-        seen = native([*pixels, *self.module.small(pixels)])
+        small = [*self.module.small(pixels)]
+        seen = native([*pixels, *small])
         fine, coarse = (torch.stack(maps).to(self.module.dtype) for maps in zip(*seen[: len(pixels)], strict=True))
-        wide = torch.stack([coarse for _, coarse in seen[len(pixels) :]]).to(self.module.dtype)
-        return Maps(F.pixel_unshuffle(fine.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1), coarse, wide)
+        wide = self._coarse(seen[len(pixels) :])
+        tagger = self.module.tagger
+        tags = tagger.tags(self._coarse(self.tagging(small))) if tagger and self.tagging else None
+        return Maps(F.pixel_unshuffle(fine.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1), coarse, wide, tags)
+
+    def _coarse(self, seen: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        return torch.stack([coarse for _, coarse in seen]).to(self.module.dtype)
 
     def linears(self) -> dict[str, AnyLinear]:
         """None that pruning may touch: nearly all of the network is convolutions."""
@@ -283,12 +337,15 @@ def check_supported(config: LlavaConfig) -> None:
 def from_transformers(model: LlavaForConditionalGeneration, hold: Callable[[Linear], AnyLinear]) -> EfficientNetTower:
     """Take the tower out of a transformers model. It has no matrices to `hold`."""
     tower = model.model.vision_tower.eval()
-    if native := NativeEfficientNet.of(tower.net):
-        give_back([*tower.net.stem.parameters(), *tower.net.blocks.parameters()])
-        tower.net.stem = tower.net.blocks = None
+    nets = [tower.net, tower.tagger.net] if tower.tagger else [tower.net]
+    natives = [NativeEfficientNet.of(net) for net in nets]
+    if natives[0]:
+        for net in nets:
+            give_back([*net.stem.parameters(), *net.blocks.parameters()])
+            net.stem = net.blocks = None
         if kernels.many_rows() == "float32":
             tower.float()  # the neck too: 289 rows are multiplied faster
-        return EfficientNetTower(tower, native)
+        return EfficientNetTower(tower, *natives)
     return EfficientNetTower(tower.to(memory_format=torch.channels_last))
 
 

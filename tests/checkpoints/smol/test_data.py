@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from checkpoints.smol import model as smol
-from checkpoints.smol.data import IGNORE, VISUAL, Batches, Packer, Said, Sizes
+from checkpoints.smol.data import IGNORE, TAG_SIDE, TAGGED, VISUAL, Batches, Packer, Said, Sizes
 from models.vision.efficientnet import EfficientNetLiteConfig, EfficientNetLiteTower
 
 
@@ -81,3 +81,11 @@ def test_scenes_take_the_turns_that_are_asked_for(tokenizer: PreTrainedTokenizer
     asked = [{said.type for said, _, _ in taken} for taken in batches[3]["taken"]]
     assert asked[0] & {"tallest", "height", "slice_largest"} and asked[1] & {"cell", "rows", "row"}
     assert batches[3]["shown"].shape == (0, VISUAL)
+
+
+def test_what_is_told_of_a_scene_lies_beside_it(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_THINGS", "samples")
+    batch = Batches(Packer(tokenizer), Sizes(scenes=2, crowded=0, rows=100), kept=(64,), turns=("charts", TAGGED))[1]
+    assert batch["told"][0] == -1 and batch["told"][1] >= 0
+    assert batch["sure"].shape == (2, TAG_SIDE, TAG_SIDE)
+    assert not batch["sure"][0].any() and batch["sure"][1].any()

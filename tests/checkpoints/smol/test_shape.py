@@ -28,7 +28,7 @@ def tiny_config(**changes: object) -> LlavaConfig:
     """The geometry of `smol`, narrow: nine heads and three of keys, nine visual tokens."""
     vision = EfficientNetLiteConfig(
         image_size=SIDE, wide_size=64, stem=4, head=20, hidden_size=16, neck_layers=1, neck_kernel=3,
-        blocks=[(3, 2, 1, 6), (5, 2, 2, 6), (5, 1, 2, 6), (3, 2, 2, 8), (3, 2, 2, 10)],
+        blocks=[(3, 2, 1, 6), (5, 2, 2, 6), (5, 1, 2, 6), (3, 2, 2, 8), (3, 2, 2, 10)], tags=3,
     )  # fmt: skip
     text = LlamaConfig(
         hidden_size=72, intermediate_size=96, num_hidden_layers=3, num_attention_heads=9, num_key_value_heads=3, vocab_size=128,

@@ -82,18 +82,25 @@ def test_other_blocks_run_through_torch() -> None:
     assert NativeEfficientNet.of(random_net([(3, 2, 1, 16)])) is None
 
 
+@pytest.mark.parametrize("tags", [0, 5])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 @torch.no_grad()
-def test_tower_gives_the_tokens_of_its_module(dtype: torch.dtype, tolerance: float) -> None:
+def test_tower_gives_the_tokens_of_its_module(dtype: torch.dtype, tolerance: float, tags: int) -> None:
     torch.manual_seed(0)
     blocks = [(3, 2, 1, 8), (3, 2, 4, 24), (5, 2, 4, 24), (5, 2, 4, 40)]
-    config = EfficientNetLiteConfig(image_size=64, wide_size=32, stem=8, blocks=blocks, head=48, hidden_size=32)
+    config = EfficientNetLiteConfig(image_size=64, wide_size=32, stem=8, blocks=blocks, head=48, hidden_size=32, tags=tags)
     module = EfficientNetLiteTower(config).eval()
-    module.net = random_net(config.blocks)
-    module.net.head = torch.nn.Conv2d(40, 48, 1)
+    seeing = [module, module.tagger] if module.tagger else [module]
+    for part in seeing:
+        part.net = random_net(config.blocks)
+        part.net.head = torch.nn.Conv2d(40, 48, 1)
+    if module.tagger:
+        torch.nn.init.normal_(module.tagger.classes.weight)
+        torch.nn.init.normal_(module.tagger.words.weight)
+        module.tagger.groups[torch.arange(1000) % 5, torch.arange(1000)] = 1
     module.to(dtype)
     pixels = torch.randn(2, 3, 64, 64, dtype=dtype)
     expected = module(pixels).last_hidden_state
-    tokens = EfficientNetTower(module, NativeEfficientNet.of(module.net))(pixels).tokens
+    tokens = EfficientNetTower(module, *(NativeEfficientNet.of(part.net) for part in seeing))(pixels).tokens
     assert tokens.dtype == dtype
     assert torch.allclose(tokens.float(), expected.float(), atol=tolerance)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models.vision.efficientnet import Conv, EfficientNetLite, EfficientNetLiteConfig, fold
+from models.vision.efficientnet import Conv, EfficientNetLite, EfficientNetLiteConfig, EfficientNetLiteTower, Tagger, fold
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
@@ -31,3 +33,38 @@ def test_folded_weights_are_convolution_and_batch_norm() -> None:
     net.stem.load_state_dict({name: folded[f"stem.{name}"] for name in ("weight", "bias")})
     x = torch.randn(1, 3, 10, 10)
     assert torch.allclose(net.stem(x), norm(conv(F.pad(x, (0, 1, 0, 1)))), atol=1e-5)
+
+
+def small_config(tags: int) -> EfficientNetLiteConfig:
+    blocks = [(3, 2, 1, 8), (3, 2, 2, 8), (3, 2, 2, 8), (3, 2, 2, 8), (3, 1, 2, 10)]
+    return EfficientNetLiteConfig(
+        image_size=64, wide_size=64, stem=8, blocks=blocks, head=12, hidden_size=16, neck_layers=1, tags=tags
+    )
+
+
+@torch.no_grad()
+def test_tags_are_probabilities_of_names_that_classes_share() -> None:
+    torch.manual_seed(0)
+    tagger = Tagger(small_config(2))
+    tagger.groups.zero_()
+    tagger.groups[0, :400] = tagger.groups[1, 400:999] = 1
+    tags = tagger.tags(torch.randn(1, 3, 3, 10))
+    classes = torch.softmax(tagger.classes(F.relu6(tagger.net.head(torch.zeros(1, 10, 1, 1))).flatten(1)), -1)
+    nothing = tagger.tags(torch.zeros(1, 1, 1, 10))[0, 0, 0]
+    assert tags.shape == (1, 3, 3, 2) and tags.min() > 0 and tags.sum(-1).max() < 1
+    torch.testing.assert_close(nothing, torch.stack([classes[0, :400].sum(), classes[0, 400:999].sum()]))
+
+
+@torch.no_grad()
+def test_tags_are_added_to_the_tokens_where_they_are_said() -> None:
+    torch.manual_seed(0)
+    tower, pixels = EfficientNetLiteTower(small_config(2)).eval(), torch.randn(1, 3, 64, 64)
+    maps = tower.maps(pixels)
+    assert tower.tagger and maps.tags is not None
+    tower.tagger.words.weight.normal_()
+    silent = tower.tokens(replace(maps, tags=torch.zeros_like(maps.tags)))
+    left = torch.zeros_like(maps.tags)
+    left[:, :, 0, 1] = 1
+    more = (tower.tokens(replace(maps, tags=left)) - silent).unflatten(1, (2, 2))
+    torch.testing.assert_close(more[:, :, 0], tower.tagger.words.weight[:, 1].expand_as(more[:, :, 0]))
+    assert not more[:, :, 1].any()
