@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -51,18 +52,25 @@ def server(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[tuple[s
         yield serving
 
 
-def ask(url: str, stream: bool, max_tokens: int) -> tuple[int, str]:
+def ask(url: str, stream: bool, max_tokens: int, begun: Event) -> tuple[int, str]:
+    """`begun` is set once a stream has."""
     payload = body(image_part(), model=None, max_tokens=max_tokens, ignore_eos=True, stream=stream)
-    reply = httpx.post(f"{url}/v1/chat/completions", json=payload, timeout=60)
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=payload, timeout=60) as reply:
+        if stream:
+            begun.set()
+        reply.read()
     return reply.status_code, reply.text
 
 
 def ask_and_stop(process: subprocess.Popen[str], url: str, max_tokens: int, signals: int) -> list[tuple[int, str]]:
-    """What 16 clients got, half of them streams, half of which wait, when the signal came once all had been accepted."""
+    """What 16 clients got, half of them streams, half of which wait, when the signal came once all had been accepted and a stream
+    had begun."""
+    begun = Event()
     with ThreadPoolExecutor(CLIENTS) as pool:
-        asking = [pool.submit(ask, url, bool(number % 2), max_tokens) for number in range(CLIENTS)]
+        asking = [pool.submit(ask, url, bool(number % 2), max_tokens, begun) for number in range(CLIENTS)]
         while accepted(url) < CLIENTS:
             pass
+        assert begun.wait(60)
         for _ in range(signals):
             process.send_signal(signal.SIGTERM)
             wait_until_closed(url)
