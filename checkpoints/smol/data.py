@@ -24,8 +24,6 @@ from checkpoints.smol import crowded, tags
 from checkpoints.smol.crowded import SIDE
 
 VISUAL = SIDE * SIDE
-TAGGED = "tagged"
-"""A family of scenes beside those of things: what they show is told by the tagger alone."""
 TAG_SIDE = 9
 """Parts along a side of a picture that the tagger names."""
 IGNORE = -100
@@ -162,7 +160,7 @@ class Batches(Dataset[dict[str, Any]]):
     def _scene(self, number: int) -> tuple[things.Scene, int, np.ndarray]:
         """A scene, the tag that is told of it and how surely."""
         family = self.turns[number % len(self.turns)]
-        if family == TAGGED:
+        if family == tags.TAGGED:
             return tags.draw(number, TAG_SIDE)
         return things.draw(self.split, number, family), -1, np.zeros((TAG_SIDE, TAG_SIDE), np.float32)
 

@@ -23,6 +23,8 @@ from models.vision.efficientnet import CLASSES
 
 TAGS: dict[str, list[int]] = tomllib.loads(Path(__file__).with_name("imagenet.toml").read_text("utf-8"))
 """The names, and the numbers of the classes of ImageNet that are called so."""
+TAGGED = "tagged"
+"""A family of scenes beside those of things: what they show is told by the tagger alone."""
 
 
 def groups() -> Tensor:
@@ -44,11 +46,11 @@ def say(seen: Tensor, told: Tensor, sure: Tensor) -> Tensor:
 def draw(index: int, side: int) -> tuple[Scene, int, np.ndarray]:
     """Picture number `index` that shows nothing, with questions about a thing, the number of its tag, and how surely the tagger
     shall say it in each part: float32 [side, side], from 0 to 1."""
-    rng = Random(f"tagged/{index}")
+    rng = Random(f"{TAGGED}/{index}")
     tag = rng.randrange(len(TAGS))
     asker = Asker(rng, "seen")
     ask_one(asker, catalogue.load()[list(TAGS)[tag]], None, None)
     picture = paint.shoot(rng, paint.textured_ground(rng, things.SIZE), strong=True)
     mean = rng.random()
     sure = np.clip([[mean + rng.gauss(0, 0.3) for _ in range(side)] for _ in range(side)], 0, 1)
-    return Scene("tagged", picture, [], asker.questions), tag, sure.astype(np.float32)
+    return Scene(TAGGED, picture, [], asker.questions), tag, sure.astype(np.float32)

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from checkpoints import things
 from checkpoints.smol import tags
 from checkpoints.smol.build import FILES, MEAN, STD, TRAINED, build_config, load_trained
-from checkpoints.smol.data import IGNORE, TAGGED, VISUAL, Batches, Packer, Sizes
+from checkpoints.smol.data import IGNORE, VISUAL, Batches, Packer, Sizes
 from checkpoints.smol.model import Smol
 from checkpoints.smol.names import Names
 from checkpoints.smol.parts import LANGUAGE, VISION, fetch, language_tokenizer, language_weights, vision_network
@@ -169,7 +169,7 @@ class Trainer:
 
     def run(self) -> None:
         turns = things.FAMILIES if self.start else things.TURNS
-        batches = Batches(self.packer, self.sizes, KEPT, turns=(*turns, TAGGED))
+        batches = Batches(self.packer, self.sizes, KEPT, turns=(*turns, tags.TAGGED))
         first = FIRST_AGAIN if self.start else 0
         validation = Batches(Packer(self.tokenizer, follow_up=0.0), Sizes(self.sizes.scenes, 8, 320), (VISUAL,), "validation")
         examined = list(self._load(validation, range(max(1, 240 // self.sizes.scenes))))

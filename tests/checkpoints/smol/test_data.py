@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from checkpoints.smol import model as smol
-from checkpoints.smol.data import IGNORE, TAG_SIDE, TAGGED, VISUAL, Batches, Packer, Said, Sizes
+from checkpoints.smol.data import IGNORE, TAG_SIDE, VISUAL, Batches, Packer, Said, Sizes
+from checkpoints.smol.tags import TAGGED
 from models.vision.efficientnet import EfficientNetLiteConfig, EfficientNetLiteTower
 
 

@@ -35,17 +35,17 @@ def test_folded_weights_are_convolution_and_batch_norm() -> None:
     assert torch.allclose(net.stem(x), norm(conv(F.pad(x, (0, 1, 0, 1)))), atol=1e-5)
 
 
-def small_config(tags: int) -> EfficientNetLiteConfig:
+def small_config() -> EfficientNetLiteConfig:
     blocks = [(3, 2, 1, 8), (3, 2, 2, 8), (3, 2, 2, 8), (3, 2, 2, 8), (3, 1, 2, 10)]
     return EfficientNetLiteConfig(
-        image_size=64, wide_size=64, stem=8, blocks=blocks, head=12, hidden_size=16, neck_layers=1, tags=tags
+        image_size=64, wide_size=64, stem=8, blocks=blocks, head=12, hidden_size=16, neck_layers=1, tags=2
     )
 
 
 @torch.no_grad()
 def test_tags_are_probabilities_of_names_that_classes_share() -> None:
     torch.manual_seed(0)
-    tagger = Tagger(small_config(2))
+    tagger = Tagger(small_config())
     tagger.groups.zero_()
     tagger.groups[0, :400] = tagger.groups[1, 400:999] = 1
     tags = tagger.tags(torch.randn(1, 3, 3, 10))
@@ -58,7 +58,7 @@ def test_tags_are_probabilities_of_names_that_classes_share() -> None:
 @torch.no_grad()
 def test_tags_are_added_to_the_tokens_where_they_are_said() -> None:
     torch.manual_seed(0)
-    tower, pixels = EfficientNetLiteTower(small_config(2)).eval(), torch.randn(1, 3, 64, 64)
+    tower, pixels = EfficientNetLiteTower(small_config()).eval(), torch.randn(1, 3, 64, 64)
     maps = tower.maps(pixels)
     assert tower.tagger and maps.tags is not None
     tower.tagger.words.weight.normal_()
