@@ -18,7 +18,7 @@ help: ## list the targets
 	@echo
 	@echo "  PORT=8000       where to serve          PYTHON=python3  makes .venv: 3.11 or later"
 	@echo "  MODEL=embedded  what to serve: embedded, embedded-dense, smol or a directory"
-	@echo "  ARGS=...        more arguments for espalier serve or pytest"
+	@echo "  ARGS=...        more arguments for what the target runs"
 	@echo "  TORCH_ARGS=...  more arguments for 'pip install torch', such as --index-url for another build"
 
 serve: .venv/.installed ## serve MODEL on PORT

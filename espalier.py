@@ -369,7 +369,7 @@ def bench_engine(
 
 @bench.command("peers")
 def bench_peers(
-    geometry: Annotated[str, typer.Option(help="tinyllava-1.1b, llava-1.5-7b or llava-1.5-13b.")] = "tinyllava-1.1b",
+    geometry: Annotated[str, typer.Option(help="smol-135m, tinyllava-1.1b, llava-1.5-7b or llava-1.5-13b.")] = "tinyllava-1.1b",
     new_tokens: Annotated[int, typer.Option(min=3, help="Tokens of an answer.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians and ranges are reported.")] = 5,
     batch: Annotated[bool, typer.Option(help="Also 8 requests of 16 tokens at once.")] = True,

@@ -26,7 +26,7 @@ from checkpoints.world import draw
 try:
     import httpx
 except ImportError as error:
-    raise ValueError("espalier bench http needs httpx; install it with `pip install 'espalier[bench]'`") from error
+    raise ValueError("this benchmark needs httpx; install it with `pip install -e '.[bench]'`") from error
 
 TIMEOUT_S = 300.0
 TRIES = 50

@@ -11,11 +11,10 @@ from random import Random
 from statistics import median
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.http import RequestFailed, chat_body, read_event
+from benchmarks.http import RequestFailed, chat_body, httpx, read_event
 from benchmarks.report import finish
 from benchmarks.serving import Served, serve
 

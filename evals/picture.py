@@ -10,7 +10,7 @@ def check(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
-        raise ValueError("--picture needs matplotlib; install it with `pip install 'espalier[plot]'`") from error
+        raise ValueError("--picture needs matplotlib; install it with `pip install -e '.[plot]'`") from error
     if (kind := path.suffix.removeprefix(".").lower()) not in (known := FigureCanvasBase.get_supported_filetypes()):
         raise ValueError(f"--picture: {path.name} must end in one of .{', .'.join(sorted(known))}, not in {kind!r}")
     if not path.absolute().parent.is_dir():

@@ -150,10 +150,11 @@ class Llava:
         return sum(self.bytes_by_format().values())
 
     def bytes_by_format(self) -> dict[str, int]:
-        """Resident bytes of the matrices and the embedding: `dense`, `packed`, `bitmask`, `2:4`, `int8`, `nf4`."""
-        held: dict[str, int] = {}
+        """Resident bytes of the language model's matrices and embedding, the projector and the vision tower: `dense`, `packed`,
+        `bitmask`, `2:4`, `int8`, `nf4`."""
+        held = {"dense": self.vision.tower.other_bytes}
         if isinstance(self.embedding, Tensor) and isinstance(self.head, Linear) and not _tied(self.embedding, self.head.weight):
-            held["dense"] = self.embedding.nbytes
+            held["dense"] += self.embedding.nbytes
         for matrix in self.linears().values():
             held[matrix.format] = held.get(matrix.format, 0) + matrix.bytes
         return held

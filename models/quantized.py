@@ -45,7 +45,7 @@ def bitsandbytes() -> ModuleType:
         import bitsandbytes
         import bitsandbytes.functional
     except ImportError as error:
-        raise CheckpointError("quantized weights need bitsandbytes; install it with `pip install 'espalier[quant]'`") from error
+        raise CheckpointError("quantized weights need bitsandbytes; install it with `pip install -e '.[quant]'`") from error
     finally:
         told.setLevel(before)
         del sys.modules["kernels"]

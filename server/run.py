@@ -151,7 +151,7 @@ def start_tracing(endpoint: str) -> Tracing:
     try:
         from server.tracing import Tracing
     except ImportError as error:
-        raise ValueError("otlp_endpoint needs OpenTelemetry: pip install 'espalier[otel]'") from error
+        raise ValueError("otlp_endpoint needs OpenTelemetry: pip install -e '.[otel]'") from error
     return Tracing.over_otlp(endpoint)
 
 
@@ -160,7 +160,7 @@ def check_fetching(hosts: Collection[str]) -> None:
     try:
         from server.fetch import policy_for
     except ImportError as error:
-        raise ValueError("allow_image_hosts needs httpx and ssrfguard: pip install 'espalier[urls]'") from error
+        raise ValueError("allow_image_hosts needs httpx and ssrfguard: pip install -e '.[urls]'") from error
     policy_for(hosts)
 
 

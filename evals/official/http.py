@@ -15,7 +15,7 @@ def client(url: str) -> httpx.Client:
     try:
         import httpx
     except ImportError as error:
-        raise ValueError("--url and --judge need httpx; install it with `pip install 'espalier[bench]'`") from error
+        raise ValueError("--url and --judge need httpx; install it with `pip install -e '.[bench]'`") from error
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{url!r} is no URL, such as http://127.0.0.1:8000")
     return httpx.Client(base_url=url.rstrip("/") + "/", timeout=TIMEOUT_S)

@@ -320,6 +320,11 @@ class EfficientNetTower:
         """None that pruning may touch: nearly all of the network is convolutions."""
         return {}
 
+    @property
+    def other_bytes(self) -> int:
+        native = [tensor for network in (self.native, self.tagging) if network for tensor in network.held]
+        return sum(tensor.nbytes for tensor in (*self.module.parameters(), *native))
+
 
 def visual_tokens(config: LlavaConfig) -> int:
     """Of one image."""

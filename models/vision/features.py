@@ -54,6 +54,11 @@ class VisionTower(Protocol):
         """Every matrix by name, `3.qkv` and the like."""
         ...
 
+    @property
+    def other_bytes(self) -> int:
+        """Resident bytes of the weights that are none of `linears`."""
+        ...
+
 
 @dataclass
 class VisionEncoder:

@@ -116,6 +116,12 @@ class VisionTransformer:
     def linears(self) -> dict[str, AnyLinear]:
         return {f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(self.layers) for name in ("qkv", "out", "up", "down")}
 
+    @property
+    def other_bytes(self) -> int:
+        norms = [tensor for layer in self.layers for tensor in (*layer.norm1, *layer.norm2)]
+        embeddings = (*self.patch_embedding, self.class_embedding, self.position_embedding, *(self.pre_norm or ()))
+        return sum(tensor.nbytes for tensor in (*embeddings, *norms) if tensor is not None)
+
 
 def visual_tokens(config: PreTrainedConfig) -> int:
     """Of one tile. "default" leaves out the first token, whether it is a class token or, in SigLIP, a patch."""

@@ -150,11 +150,12 @@ def _routed_menu(record: RouterRecord, cards: Mapping[str, dict[str, Any]]) -> d
     for name, weights in record.levels.items():
         first = weights.first
         target = f"{record.training['target_agreement']:.0%}"
-        wanted = f"what keeps {target} of all answers" if name == AUTO else "what the question needs"
-        text = f"{wanted}: on average {first.visual_ratio:.0%} of the visual tokens and {first.flops_ratio:.0%} of the FLOPs"
+        wanted = f"aims to keep {target} of all answers; expected" if name == AUTO else "what the question needs; budgeted"
+        cost = f"{first.visual_ratio:.0%} of the visual tokens and {first.flops_ratio:.0%} of the FLOPs"
         # `auto` promises what was measured: of follow-ups nothing was, and they run whole.
         unmeasured = 0.0 if name == AUTO else first.cost_weight
         second = weights.follow_up.cost_weight if weights.follow_up else unmeasured
+        text = f"{wanted}, on average: {cost}"
         menu[name] = Level(name, text, first.visual_ratio, record.operating_points, first.cost_weight, second, cards.get(name))
     return menu
 

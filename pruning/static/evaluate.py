@@ -54,7 +54,7 @@ def connect(address: str) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ValueError("--ray needs Ray; install it with `pip install 'espalier[ray]'`") from error
+        raise ValueError("--ray needs Ray; install it with `pip install -e '.[ray]'`") from error
     try:
         ray.init(address=None if address == "local" else address, ignore_reinit_error=True, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:

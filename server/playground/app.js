@@ -32,7 +32,7 @@ function readAsDataUrl(blob) {
 }
 
 async function take(blob, name) {
-  if (!blob.type.startsWith("image/")) throw new Refused("That is not a picture. PNG, JPEG and WebP can be asked about.", 0);
+  if (!blob.type.startsWith("image/")) throw new Refused("That is not a picture. PNG, JPEG, WebP, GIF and AVIF can be asked about.", 0);
   picture = { url: await readAsDataUrl(blob), name, type: blob.type };
   $("preview").src = picture.url;
   $("preview").alt = `The picture to ask about: ${name}`;
@@ -42,7 +42,7 @@ async function take(blob, name) {
 async function takeSample(name) {
   const response = await fetch(`playground/samples/${name}.png`);
   if (!response.ok) throw new Refused("The sample cannot be loaded.", 0);
-  await take(await response.blob(), `${name}.png`);
+  await take(await response.blob(), `docs/samples/${name}.png`);
   $("question").value = SAMPLES[name][1];
   showCode();
 }
@@ -118,16 +118,20 @@ async function send(event) {
   $("result").hidden = false;
   busy(new AbortController());
   try {
-    const answering = requests.map((request, i) => ask(request, running.signal, (text) => (panels[i].answer.textContent = text)));
-    const replies = await Promise.all(answering);
-    replies.forEach((reply, i) => panels[i].show(reply));
+    const replies = [];
+    for (const [i, panel] of panels.entries()) {
+      panel.start(); // one after the other, so that each level's time is its own
+      const reply = await ask(requests[i], running.signal, (text) => (panel.answer.textContent = text));
+      panel.show(reply);
+      replies.push(reply);
+    }
     compare(replies, panels);
     turns.push({ question, levels, answers: replies.map((reply) => reply.answer) });
     $("question").value = "";
     $("question").placeholder = "Ask on about the same picture";
     $("fresh").hidden = false;
   } catch (error) {
-    running.abort(); // the other answer goes with it
+    running.abort();
     throw error;
   } finally {
     panels.forEach((panel) => panel.stop());
@@ -189,6 +193,7 @@ function showCode() {
   const file = picture?.name ?? "picture.png";
   const level = $("right").value || $("left").value;
   const column = $("right").value ? 1 : 0;
+  $("code-title").textContent = `The request at ${level} in code`;
   const typed = $("question").value;
   const last = turns.at(-1); // shown until the next question is typed
   const chat = typed || !last ? [typed, column] : [last.question, column, turns.slice(0, -1)];
@@ -238,8 +243,8 @@ function showLevels(levels) {
   const known = (value, tell) => (value === undefined || value === null ? "–" : tell(value));
   const columns = {
     "What runs": (level) => level.description,
-    "Accuracy": ({ card }) => known(card?.accuracy, (value) => percent(value, 1)),
-    "95 % interval": ({ card }) => known(card?.interval, ([low, high]) => `${(100 * low).toFixed(1)} – ${percent(high, 1)}`),
+    "Accuracy (95 % interval)": ({ card }) => known(card?.interval, ([low, high]) =>
+      `${percent(card.accuracy, 1)} (${(100 * low).toFixed(1)}–${(100 * high).toFixed(1)})`),
     "Same answer as off": ({ card }) => known(card?.agreement, (value) => percent(value, 1)),
     "FLOPs": ({ card }) => known(card?.flops_ratio, (value) => percent(value)),
     "Visual tokens": ({ card }) => known(card?.visual_tokens, String),

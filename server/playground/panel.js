@@ -13,11 +13,14 @@ export class Panel {
     this.root.setAttribute("aria-label", `Level ${level}`);
     this.find("h2").textContent = level;
     this.answer = this.find(".answer");
-    this.answer.classList.add("busy");
   }
 
   find(selector) {
     return this.root.querySelector(selector);
+  }
+
+  start() {
+    this.answer.classList.add("busy");
   }
 
   stop() {
@@ -41,7 +44,8 @@ export class Panel {
   facts(pruning, usage) {
     const seconds = this.detail.seconds;
     const ms = (value) => `${(1000 * value).toFixed(value < 0.01 ? 1 : 0)} ms`;
-    const spent = Object.keys(STAGES).filter((stage) => seconds[stage] !== undefined).map((stage) => `${STAGES[stage]} ${ms(seconds[stage])}`);
+    const spent = Object.keys(STAGES).filter((stage) => seconds[stage] !== undefined).map((stage) =>
+      stage === "encode" && seconds.encode < 0.001 ? "picture remembered" : `${STAGES[stage]} ${ms(seconds[stage])}`);
     const frozen = pruning.frozen_layers ? `, ${pruning.frozen_layers} of them frozen for visual tokens` : "";
     const saved = 1 - pruning.flops_ratio;
     const rows = [

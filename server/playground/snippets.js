@@ -13,7 +13,7 @@ export function curl(body, file, type, base, hasKey) {
   // The document is unquoted, so that the shell puts the picture in; what else it would expand is escaped.
   const json = JSON.stringify(withoutPicture(body), null, 2).replace(/[\\$`]/g, "\\$&");
   const name = `'${file.replaceAll("'", "'\\''")}'`;
-  const key = hasKey ? ` \\\n  -H "Authorization: Bearer $ESPALIER_API_KEY"` : "";
+  const key = hasKey ? ` \\\n  -H "Authorization: Bearer $OPENAI_API_KEY"` : "";
   const data = json.replace(PICTURE, () => `data:${type};base64,$(base64 -w0 < ${name})`);
   return `curl ${base}v1/chat/completions -H 'Content-Type: application/json'${key} -d @- <<END\n${data}\nEND`;
 }
@@ -23,7 +23,7 @@ export function python(body, file, type, base, hasKey) {
   const said = JSON.stringify(messages, null, 4).replace(`"${PICTURE}"`, () => `f"data:${type};base64,{picture}"`);
   return `import base64, ${hasKey ? "os, " : ""}openai
 
-client = openai.OpenAI(base_url="${base}v1", api_key=${hasKey ? 'os.environ["ESPALIER_API_KEY"]' : '"none"'})
+client = openai.OpenAI(base_url="${base}v1", api_key=${hasKey ? 'os.environ["OPENAI_API_KEY"]' : '"none"'})
 picture = base64.b64encode(open(${JSON.stringify(file)}, "rb").read()).decode()
 reply = client.chat.completions.create(
     model=${JSON.stringify(model)},

@@ -135,7 +135,7 @@ def test_without_httpx_it_says_which_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
     monkeypatch.delitem(sys.modules, "benchmarks.http")
     result = CliRunner().invoke(app, ["bench", "http"])
-    assert (result.exit_code, "pip install 'espalier[bench]'" in result.output) == (1, True)
+    assert (result.exit_code, "pip install -e '.[bench]'" in result.output) == (1, True)
 
 
 def test_the_mix_of_levels():

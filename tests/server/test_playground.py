@@ -24,8 +24,18 @@ from server.schemas import MAX_DETAIL_IMAGES
 from tests.server.client import app_of, body, check_error, connect, events, image_part
 from tests.server.fake_engine import FakeEngine, data_url
 
-SAMPLES = Path(__file__).parents[2] / "docs/samples"
+ROOT = Path(__file__).parents[2]
+SAMPLES = ROOT / "docs/samples"
 CHROMIUM = shutil.which("chromium")
+COUNT_ANSWERED = """
+    const send = window.fetch;
+    window.answered = [];
+    window.fetch = (path, options) => {
+        if (path.endsWith("completions")) window.answered.push(document.querySelectorAll(".ran:not([hidden])").length);
+        return send(path, options);
+    };
+"""
+"""Notes how many answers the page shows when it asks a question."""
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
     "--disable-sync"
@@ -226,13 +236,15 @@ def test_a_persons_path(address: str, tmp_path: Path) -> None:
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
         page.on("request", lambda request: faults.append(request.url) if not request.url.startswith((address, "data:")) else None)
+        page.add_init_script(COUNT_ANSWERED)
         page.goto(address)
         ready_to_ask(page)
         check_accessibility(page)
 
-        # The sample's question at `off` and `strong`, as the page opens.
+        # The sample's question at `off` and `strong`, as the page opens: in turn, so that neither waits for the other's work.
         page.get_by_role("button", name="Ask").click()
         assert answers(page) == ["four", "four"]
+        assert page.evaluate("window.answered") == [0, 1]
         assert "Same answer" in page.locator("#verdict").inner_text()
         strong = page.get_by_role("article", name="Level strong")
         kept = int(strong.locator("dd").first.inner_text().split()[0])
@@ -243,7 +255,7 @@ def test_a_persons_path(address: str, tmp_path: Path) -> None:
 
         # The code on the page runs as it stands, and says the same.
         command = page.locator("#snippet").inner_text()
-        reply = subprocess.run(["bash", "-c", command], cwd=SAMPLES, capture_output=True, text=True, check=True).stdout
+        reply = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert '"content":"four"' in reply
         assert '"level":"strong"' in reply
 
@@ -267,7 +279,7 @@ def test_a_persons_path(address: str, tmp_path: Path) -> None:
         # An own picture begins anew; what is no picture is refused in words.
         page.locator("#file").set_input_files(picture)
         page.wait_for_selector("#result", state="hidden")
-        page.get_by_label("beside").select_option("")
+        page.get_by_label("Compare with").select_option("")
         page.get_by_label("Question", exact=True).fill("What color is the star?")
         page.get_by_role("button", name="Ask").click()
         page.wait_for_selector(".ran:visible")

@@ -172,7 +172,7 @@ async def test_a_failure_is_an_error(traced: Engine, collector: Collector, monke
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "server.tracing", None)
-    with pytest.raises(ValueError, match=r"pip install 'espalier\[otel\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[otel\]'"):
         run.start_tracing("http://localhost:4318")
 
 

@@ -101,6 +101,10 @@ def test_tower_gives_the_tokens_of_its_module(dtype: torch.dtype, tolerance: flo
     module.to(dtype)
     pixels = torch.randn(2, 3, 64, 64, dtype=dtype)
     expected = module(pixels).last_hidden_state
-    tokens = EfficientNetTower(module, *(NativeEfficientNet.of(part.net) for part in seeing))(pixels).tokens
+    stored = EfficientNetTower(module).other_bytes
+    assert stored == sum(parameter.nbytes for parameter in module.parameters())
+    tower = EfficientNetTower(module, *(NativeEfficientNet.of(part.net) for part in seeing))
+    tokens = tower(pixels).tokens
     assert tokens.dtype == dtype
     assert torch.allclose(tokens.float(), expected.float(), atol=tolerance)
+    assert tower.other_bytes > stored, "what the native code holds counts too"

@@ -198,6 +198,6 @@ def test_paths_and_data_that_cannot_be_used_are_refused(dense, tmp_path, monkeyp
 def test_it_is_said_what_to_install(dense, tmp_path, monkeypatch):
     bitsandbytes.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'espalier\[quant\]'"):
+    with pytest.raises(CheckpointError, match=r"pip install -e '\.\[quant\]'"):
         run(dense, tmp_path / "out")
     assert not list(tmp_path.iterdir())
