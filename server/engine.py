@@ -132,6 +132,12 @@ class Engine:
         return sorted((name for name in ratio if ratio[name] < ratio[level]), key=ratio.__getitem__, reverse=True)
 
     @property
+    def idle(self) -> bool:
+        """Whether no request runs or waits."""
+        with self._changed:
+            return self.scheduler.idle
+
+    @property
     def alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
