@@ -5,10 +5,12 @@ from __future__ import annotations
 from io import BytesIO
 from typing import Any
 
+from pydantic_core import from_json
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, FormParser, parse_options_header
 
 from server.errors import InvalidRequest, PayloadTooLarge
+from server.json_text import parse_json
 from server.reading import SLICE, parsing
 from server.settings import Settings
 
@@ -26,8 +28,18 @@ def read_form(content_type: str, body: bytes, settings: Settings) -> dict[str, A
     if (files := sum(isinstance(part, File) for part in parts)) > settings.max_images:
         raise InvalidRequest(f"A form may have at most {settings.max_images} files, not {files}.", param="image")
     named = [((part.field_name or b"").decode(errors="replace"), _value(part)) for part in parts]
-    texts = {name: value for name, value in named if isinstance(value, str)}
+    texts = {name: _read(name, value) for name, value in named if isinstance(value, str)}
     return {**texts, "image": [value for name, value in named if name == "image"]}
+
+
+def _read(name: str, text: str) -> Any:
+    """What a field's text stands for: a map is written as JSON."""
+    if name != "logit_bias":
+        return text
+    try:
+        return parse_json(text.encode(), from_json)
+    except ValueError as error:
+        raise InvalidRequest(f"{name}: must be JSON: {error}", param=name) from None
 
 
 def _parse(boundary: bytes, body: bytes, max_bytes: int) -> list[Field | File]:

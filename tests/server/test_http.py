@@ -270,6 +270,8 @@ async def test_forms_that_are_wrong(client: httpx.AsyncClient) -> None:
     check_error(await client.post("/v1/vqa", files={"picture": b""}, data=fine), 400)
     check_error(await client.post("/v1/vqa", files={"image": picture()}, data=fine | {"max_tokens": "x"}), 400)
     check_error(await client.post("/v1/vqa", files=many, data=fine), 400)
+    for text, status in (("red", 400), ("[" * 50_000, 400), (f"[{'[],' * 200_000}1]", 413)):
+        check_error(await client.post("/v1/vqa", files={"image": picture()}, data=fine | {"logit_bias": text}), status)
     check_error(await client.post("/v1/vqa", files={"image": picture("BMP")}, data=fine), 415)
     headers = {"content-type": "multipart/form-data"}
     check_error(await client.post("/v1/vqa", content=b"no boundary", headers=headers), 400)

@@ -37,6 +37,7 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "no object": (b"[1]", 400, None),
     "no UTF-8": (b'{"model": "\xff"}', 400, None),
     "nesting": (b"[" * 50_000, 400, None),
+    "nesting in a text": (body(logit_bias="[" * 50_000), 400, "logit_bias"),
     "no messages": ({"model": "fake-llava"}, 400, "messages"),
     "empty messages": ({"messages": []}, 400, "messages"),
     "empty text": (body(text=" "), 400, "messages"),
