@@ -132,6 +132,12 @@ class Engine:
         return sorted((name for name in ratio if ratio[name] < ratio[level]), key=ratio.__getitem__, reverse=True)
 
     @property
+    def idle(self) -> bool:
+        """Whether no request runs or waits."""
+        with self._changed:
+            return self.scheduler.idle
+
+    @property
     def alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
@@ -183,17 +189,20 @@ class Engine:
             self._thread.join(HUNG_S)
         return finished and not self.alive
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; its events come on the engine's thread. Raises ContextTooLong, Overloaded or ShuttingDown."""
-        rows, prefill = self.reserve(request.level, len(request.prompt), _layouts(request), request.sampling.max_tokens)
+    def submit(self, *requests: Request) -> None:
+        """Queue the choices of one reply, all or none; their events come on the engine's thread.
+
+        Raises ContextTooLong, Overloaded or ShuttingDown.
+        """
+        scheduled = [ScheduledRequest(one.id, *self._reserve(one)) for one in requests]
         with self._changed:
             if self._draining or (self._thread and not self._thread.is_alive()):
                 raise ShuttingDown("the server is shutting down")
-            if request.id in self._requests:
-                raise ValueError(f"request id {request.id} is in use")
+            if used := [one.id for one in requests if one.id in self._requests]:
+                raise ValueError(f"request id {used[0]} is in use")
             with _told_as_overload():
-                self.scheduler.submit(ScheduledRequest(request.id, rows, prefill))
-            self._requests[request.id] = request
+                self.scheduler.submit(*scheduled)
+            self._requests |= {one.id: one for one in requests}
             self._changed.notify_all()
 
     def check_room(self) -> None:
@@ -214,6 +223,9 @@ class Engine:
             message = f"it needs {most.cache_rows} rows of KV cache (tokens times layers) and the server has {self.kv.budget}"
             raise ContextTooLong(f"the request can never run here: {message}", param="max_tokens")
         return most.cache_rows, most.prefill_tokens
+
+    def _reserve(self, request: Request) -> tuple[int, int]:
+        return self.reserve(request.level, len(request.prompt), _layouts(request), request.sampling.max_tokens)
 
     def _max_new_tokens(self, request: Request) -> int:
         return min(request.sampling.max_tokens, self.context_length - len(request.prompt))

@@ -26,14 +26,19 @@ Schema = dict[str, Any]
 
 
 def check_schema(schema: Schema, param: str) -> None:
-    """Raise InvalidRequest, on `param`, for numbers and patterns that llguidance does not take without harm."""
+    """Raise InvalidRequest, on `param`, for numbers and patterns that llguidance does not take without harm, and for references
+    that lead on and on."""
     nodes = list(_nodes(schema))
     numbers = [node for node in nodes if isinstance(node, int | float)]
     bounds = [node[name] for node in nodes if isinstance(node, dict) for name in BOUNDS & node.keys()]
     small = [bound for bound in bounds if isinstance(bound, int | float) and 0 < abs(bound) < SMALLEST]
     if small or any(abs(number) > LARGEST for number in numbers):
         raise InvalidRequest(f"{param}: numbers may be as large as 2^53, and bounds as small as {SMALLEST:f}", param=param)
-    if _patterns_met(schema, schema, {}) > MAX_PATTERNS:
+    try:
+        met = _patterns_met(schema, schema, {})
+    except RecursionError:
+        raise InvalidRequest(f"{param}: one reference leads to another too often", param=param) from None
+    if met > MAX_PATTERNS:
         raise InvalidRequest(f"{param}: a text can be held to at most {MAX_PATTERNS} patterns and formats at once", param=param)
 
 

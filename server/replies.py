@@ -56,12 +56,7 @@ class AnswerStream:
         self._escalation = Escalation(below, self._again) if below is not None and prepared.level != fullest else None
         self.receipt: Receipt | None = None
         self.timings: dict[str, float] = {}
-        try:
-            for request in self._requests:
-                engine.submit(request)
-        except BaseException:
-            self.abort()
-            raise
+        engine.submit(*self._requests)
 
     def abort(self) -> None:
         """Free whatever still runs."""

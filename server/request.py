@@ -133,7 +133,7 @@ Event = Started | Delta | Finished | Failed
 @dataclass
 class ParentRequest:
     """A client's request, which `choices` answers share: what is counted once whatever their number. The engine's thread alone
-    writes here; the parent of answers that were not all submitted is never complete, and counts as refused, not as ended.
+    writes here; the parent of answers that were refused while they waited is never complete, and has not ended.
     """
 
     choices: int = 1

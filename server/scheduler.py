@@ -69,13 +69,15 @@ class Scheduler:
         self._pace = Rate()  # seconds for each request that ends while others wait
         self._finished, self._finished_since = 0, inf  # not yet in the pace
 
-    def submit(self, request: ScheduledRequest) -> None:
-        """Queue a request. Raises NeverFits, or QueueFull when as many wait as may and there is no place for one more."""
-        if request.cache_rows > self.budget:
-            raise NeverFits(f"it needs {request.cache_rows} rows of KV cache and the server has {self.budget}")
-        if len(self.waiting) >= self._most_waiting() and not self._has_place(request):
+    def submit(self, first: ScheduledRequest, *others: ScheduledRequest) -> None:
+        """Queue requests of one client, all or none: where the first may wait, so may the others, or a queue that is shorter than
+        they are many would never take them. Raises NeverFits, or QueueFull when as many wait as may and there is no place."""
+        largest = max(request.cache_rows for request in (first, *others))
+        if largest > self.budget:
+            raise NeverFits(f"it needs {largest} rows of KV cache and the server has {self.budget}")
+        if len(self.waiting) >= self._most_waiting() and not self._has_place(first):
             raise self._queue_full()
-        self.waiting.append(request)
+        self.waiting += first, *others
 
     def check_room(self) -> None:
         """Raises QueueFull where any request would be refused now: all places are taken, in the queue too."""

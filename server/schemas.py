@@ -3,11 +3,8 @@ fields that would change the answer and are not obeyed."""
 
 from __future__ import annotations
 
-import json
 import re
-from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -21,8 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-from server.errors import InvalidRequest, PayloadTooLarge
-from server.reading import SLICE, parsing
+from server.errors import InvalidRequest
+from server.json_text import parse_json
 from server.refused import UNSUPPORTED, Refusing
 from server.request import Sampling
 from server.schema_items import FunctionTool, Items, NamedFunctionTool, TextOptions
@@ -48,11 +45,6 @@ MAX_DETAIL_IMAGES = 4
 
 STRUCTURED = {"response_format", "structured_outputs", "guided_choice", "guided_json", "tools", "tool_choice"}
 """Fields whose empty values ask for nothing, where a body has them."""
-MAX_JSON_VALUES = 2**16
-"""Commas and brackets of a body: to parse more would hold the interpreter's lock. Lists fail fast for that reason too."""
-MAX_JSON_OTHERS = 2**20
-"""Bytes of a body that base64 does not have."""
-BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_"
 
 
 class PruningOptions(Body):
@@ -95,10 +87,7 @@ Stop = Annotated[list[StopString] | None, BeforeValidator(_many, json_schema_inp
 
 
 def _bias(value: Any) -> Any:
-    """JSON's keys are text; of a form, all of it is."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            value = json.loads(value)
+    """JSON's keys are text."""
     if not isinstance(value, dict) or not all(str(token).isdecimal() and len(str(token)) < 10 for token in value):
         raise ValueError("must map token ids to numbers from -100 to 100")
     return {int(token): bias for token, bias in value.items()}
@@ -446,24 +435,10 @@ def parse(model: type[AnyBody], body: bytes | Mapping[str, Any]) -> AnyBody:
     """Read a JSON body, or a form's fields, whose numbers are text. Raises InvalidRequest that names the first fault."""
     try:
         if isinstance(body, bytes):
-            with parsing(body):
-                _check_json(body)
-                return model.model_validate_json(body.removeprefix(BOM_UTF8))
+            return parse_json(body, model.model_validate_json)
         return model.model_validate(body, strict=False)
     except ValidationError as error:
         raise invalid(error.errors(include_url=False, include_input=False)) from None
-
-
-def _check_json(body: bytes) -> None:
-    """Raise PayloadTooLarge, before anything is parsed, for a body that is large beside its pictures."""
-    values = others = 0
-    for start in range(0, len(body), SLICE):
-        rest = body[start : start + SLICE].translate(None, BASE64)
-        values, others = values + sum(map(rest.count, (b",", b"{", b"["))), others + len(rest)
-        if values > MAX_JSON_VALUES:
-            raise PayloadTooLarge(f"The body has more than {MAX_JSON_VALUES:,} values.")
-        if others > MAX_JSON_OTHERS:
-            raise PayloadTooLarge(f"The body has more than {MAX_JSON_OTHERS:,} bytes that are not base64.")
 
 
 def invalid(errors: Sequence[Any]) -> InvalidRequest:

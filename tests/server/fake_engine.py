@@ -128,13 +128,14 @@ class FakeEngine:
     def current_default(self) -> str:
         return self.default_level
 
-    def submit(self, request: Request) -> None:
+    def submit(self, *requests: Request) -> None:
         if self.refusals and (refusal := self.refusals.pop(0)):
             raise refusal
-        self._running.add(request.id)
-        self.submitted.append(request)
+        self._running |= {request.id for request in requests}
+        self.submitted += requests
         self.has_submitted.set()
-        threading.Thread(target=self._answer, args=(request,), daemon=True).start()
+        for request in requests:
+            threading.Thread(target=self._answer, args=(request,), daemon=True).start()
 
     def abort(self, request_id: str) -> None:
         """As in the real engine, an id that has ended or never was is nothing to abort."""

@@ -13,7 +13,7 @@ from server.deadline import Deadline, read_deadline
 from server.engine import Engine
 from server.errors import DeadlineMissed, InvalidRequest
 from server.request import Failed
-from tests.server.client import ask, body, check_error, image_part
+from tests.server.client import ask, body, check_error, connect, image_part
 from tests.server.client import client as client
 from tests.server.fake_engine import FakeEngine
 from tests.server.tiny import answer, drain, new_engine, submit, total
@@ -22,6 +22,7 @@ from tests.server.tiny import tiny_checkpoint as tiny_checkpoint  # a fixture
 
 pytestmark = pytest.mark.anyio
 HEADERS = ("X-Request-Deadline-Ms", "x-slo-ttft-ms")
+CHEAPER = {"meet_deadline": True}
 
 
 def test_a_deadline_counts_from_arrival() -> None:
@@ -85,8 +86,28 @@ def test_who_waits_too_long_is_told(tiny: Any) -> None:
     assert total(engine, "requests_total") == 2, "it was refused, and did not end"
 
 
+async def test_an_idle_server_tries_whatever_it_expects(tiny: Any) -> None:
+    """Or one slow pass would have it refuse for ever: nothing is learned from refusals."""
+    engine = new_engine(tiny)
+    answer(engine)
+    engine._work.observe_pass(1e9, prefill_rows=1, new_tokens=0)
+    plain, may_change = (body(image_part(), model=engine.model_name, max_tokens=2, pruning=pruning) for pruning in ({}, CHEAPER))
+    headers = {"X-Request-Deadline-Ms": "60000"}
+    async with connect(engine) as client:
+        submit(engine)
+        for payload in (plain, may_change):
+            assert check_error(await ask(client, payload, headers=headers), 429)["code"] == "deadline_missed"
+        drain(engine)
+        engine.start()
+        found = [(await ask(client, payload, headers=headers)).json()["pruning"] for payload in (plain, may_change)]
+    assert [(receipt["level"], receipt["reason"]) for receipt in found] == [("off", "default"), ("thin", "deadline")]
+    assert engine.stop()
+
+
 class Busy(FakeEngine):
-    """A first token takes a second at `off`, half as long at `light`, and so on."""
+    """A first token takes a second at `off`, half as long at `light`, and so on; something always runs."""
+
+    idle = False
 
     def predict_times(
         self, level: str, prompt_tokens: int, images: list[Any], max_tokens: int, n: int = 1
@@ -123,7 +144,7 @@ async def test_choices_count_for_a_deadline(client: httpx.AsyncClient) -> None:
 async def test_a_cheaper_level_makes_it_where_allowed(client: httpx.AsyncClient, engine: Busy) -> None:
     limit = engine.menu["balanced"].visual_ratio + 0.2
     headers = {"x-slo-ttft-ms": f"{limit * 1000:.0f}"}
-    payload = body(image_part(), pruning={"meet_deadline": True})
+    payload = body(image_part(), pruning=CHEAPER)
     receipt = (await ask(client, payload, headers=headers)).json()["pruning"]
     assert (receipt["level"], receipt["reason"]) == ("balanced", "deadline")
     assert (await ask(client, payload, headers={"x-slo-ttft-ms": "1"})).status_code == 429

@@ -236,6 +236,39 @@ async def test_json_with_data_urls_or_base64(client: httpx.AsyncClient, image: s
     assert reply["pruning"]["reason"] == "alias"
 
 
+async def test_lists_in_a_form(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """One by one, or as JSON."""
+    for stop, tokens in ((["star", "xyz"], ["5", "6"]), ('["star", "xyz"]', "[5, 6]"), (["star", '["xyz"]'], ["[5]", "6"])):
+        data = {"question": QUESTION, "stop": stop, "stop_token_ids": tokens}
+        response = await client.post("/v1/vqa", files={"image": picture()}, data=data)
+        assert response.status_code == 200, response.text
+        sampling = engine.submitted[-1].sampling
+        assert (sampling.stop, sampling.stop_token_ids) == (("star", "xyz"), (5, 6))
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "param"),
+    [
+        (["image", "image2"], {}, "image2"),
+        (["image", "images"], {}, "images"),
+        (["images"], {}, "images"),
+        (["image", "question"], {}, "question"),
+        (["image"], {"question": [QUESTION, "What is blue?"]}, "question"),
+        (["image"], {"level": ["strong", "off"]}, "level"),
+        (["image"], {"logit_bias": ['{"5": 1}', '{"6": 1}']}, "logit_bias"),
+        (["image"], {"stop": "[INST]"}, "stop"),
+        (["image"], {"stop_token_ids": "five"}, "stop_token_ids[0]"),
+    ],
+)
+async def test_nothing_of_a_form_is_dropped(
+    client: httpx.AsyncClient, engine: FakeEngine, files: list[str], data: dict[str, Any], param: str
+) -> None:
+    parts = [(name, picture()) for name in files]
+    response = await client.post("/v1/vqa", files=parts, data={"question": QUESTION} | data)
+    assert check_error(response, 400)["param"] == param
+    assert not engine.submitted
+
+
 async def test_a_form_and_json_make_the_same_request(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await client.post("/v1/vqa", files={"image": picture()}, data={"question": QUESTION})
     await client.post("/v1/vqa", json={"image": PICTURE, "question": QUESTION})
@@ -270,6 +303,8 @@ async def test_forms_that_are_wrong(client: httpx.AsyncClient) -> None:
     check_error(await client.post("/v1/vqa", files={"picture": b""}, data=fine), 400)
     check_error(await client.post("/v1/vqa", files={"image": picture()}, data=fine | {"max_tokens": "x"}), 400)
     check_error(await client.post("/v1/vqa", files=many, data=fine), 400)
+    for text, status in (("red", 400), ("[" * 50_000, 400), (f"[{'[],' * 200_000}1]", 413)):
+        check_error(await client.post("/v1/vqa", files={"image": picture()}, data=fine | {"logit_bias": text}), status)
     check_error(await client.post("/v1/vqa", files={"image": picture("BMP")}, data=fine), 415)
     headers = {"content-type": "multipart/form-data"}
     check_error(await client.post("/v1/vqa", content=b"no boundary", headers=headers), 400)

@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 from python_multipart.multipart import FormParser
 
+from models.checkpoint import Checkpoint
 from server.errors import Overloaded, ShuttingDown
 from server.reading import SLICE
 from server.request import Failed
@@ -21,6 +22,8 @@ from tests.server.client import PICTURE, QUESTION, ask, body, check_error, conne
 from tests.server.client import client as client  # fixtures
 from tests.server.client import engine as engine
 from tests.server.fake_engine import FakeEngine, data_url, picture, png_header
+from tests.server.tiny import drain, new_engine, submit
+from tests.server.tiny import tiny_checkpoint as tiny_checkpoint  # a fixture
 
 pytestmark = pytest.mark.anyio
 
@@ -34,6 +37,7 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "no object": (b"[1]", 400, None),
     "no UTF-8": (b'{"model": "\xff"}', 400, None),
     "nesting": (b"[" * 50_000, 400, None),
+    "nesting in a text": (body(logit_bias="[" * 50_000), 400, "logit_bias"),
     "no messages": ({"model": "fake-llava"}, 400, "messages"),
     "empty messages": ({"messages": []}, 400, "messages"),
     "empty text": (body(text=" "), 400, "messages"),
@@ -247,12 +251,19 @@ async def test_draining_is_a_503(client: httpx.AsyncClient, engine: FakeEngine) 
     assert int(response.headers["retry-after"]) >= 1
 
 
-async def test_a_refused_choice_frees_the_others(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    engine.hold_after = 0
-    engine.refusals = [None, None, Overloaded("The queue is full.", 1)]
-    check_error(await ask(client, body(image_part(), n=4)), 429)
-    assert engine.aborted == [request.id for request in engine.submitted]
-    assert len(engine.aborted) == 2
+async def test_the_choices_of_a_reply_are_taken_together(tiny: Checkpoint) -> None:
+    """Also where the queue, at the pace of late, is shorter than they are many; and none of them where it is full."""
+    engine = new_engine(tiny, max_running=1, max_wait_s=1)
+    engine.scheduler._pace.observe(100.0, 1)
+    payload = body(image_part(), n=3, max_tokens=2, model=engine.model_name)
+    async with connect(engine) as client:
+        waiting = submit(engine)
+        check_error(await ask(client, payload), 429)
+        drain(engine)
+        assert waiting[1].finished
+        engine.start()
+        assert len((await ask(client, payload)).json()["choices"]) == 3
+    assert engine.stop()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -17,6 +17,7 @@ from server.scheduler import NeverFits, QueueFull, ScheduledRequest, Scheduler, 
 
 rows = st.integers(0, 60)
 prompts = st.integers(1, 40)
+MOST_CHOICES = 3
 
 
 class Traffic(RuleBasedStateMachine):
@@ -45,20 +46,20 @@ class Traffic(RuleBasedStateMachine):
         self.running[place] = replace(old, cache_rows=data.draw(st.integers(0, old.cache_rows)))
         self.scheduler.shrink(old.id, self.running[place].cache_rows)
 
-    @rule(rows=rows, prompt=prompts)
-    def submit(self, rows: int, prompt: int) -> None:
-        request = ScheduledRequest(f"request-{self.submitted}", rows, prompt)
-        self.submitted += 1
+    @rule(rows=rows, prompt=prompts, choices=st.integers(1, MOST_CHOICES))
+    def submit(self, rows: int, prompt: int, choices: int) -> None:
+        requests = [ScheduledRequest(f"request-{self.submitted + index}", rows, prompt) for index in range(choices)]
+        self.submitted += choices
         if rows > self.scheduler.budget:
             with pytest.raises(NeverFits, match=str(self.scheduler.budget)):
-                self.scheduler.submit(request)
-        elif len(self.waiting) >= self.scheduler.max_waiting and not self.has_place(request):
+                self.scheduler.submit(*requests)
+        elif len(self.waiting) >= self.scheduler.max_waiting and not self.has_place(requests[0]):
             with pytest.raises(QueueFull) as refusal:
-                self.scheduler.submit(request)
+                self.scheduler.submit(*requests)
             assert refusal.value.retry_after >= 1
         else:
-            self.scheduler.submit(request)
-            self.waiting.append(request)
+            self.scheduler.submit(*requests)
+            self.waiting += requests
 
     @rule()
     def admit(self) -> None:
@@ -103,7 +104,7 @@ class Traffic(RuleBasedStateMachine):
         assert list(self.scheduler.running.values()) == self.running
         assert self.scheduler.used == sum(one.cache_rows for one in self.running) <= self.scheduler.budget
         assert len(self.running) <= self.scheduler.max_running
-        assert len(self.waiting) <= max(self.scheduler.max_waiting, self.scheduler.max_running)
+        assert len(self.waiting) < max(self.scheduler.max_waiting, self.scheduler.max_running) + MOST_CHOICES
         assert self.scheduler.idle == (not self.waiting and not self.running)
 
     def teardown(self) -> None:

@@ -41,10 +41,10 @@ class Stoppable(FakeEngine):
     def start(self) -> None:
         pass
 
-    def submit(self, request: Any) -> None:
+    def submit(self, *requests: Any) -> None:
         if self.draining:
             raise ShuttingDown("the server is shutting down")
-        super().submit(request)
+        super().submit(*requests)
 
     def drain(self) -> None:
         self.draining = True

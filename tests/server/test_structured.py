@@ -309,12 +309,14 @@ async def test_calls_and_their_results_are_turns(client: httpx.AsyncClient) -> N
 DEEP: dict[str, Any] = {"type": "object"}
 for _ in range(50):
     DEEP = {"type": "object", "properties": {"x": DEEP}}
+CHAIN = {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(2000)}
 HUGE = {"parameters": {"type": "object", "properties": {"a": {"enum": ["x" * 1000] * 50}}}}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown type": ({"response_format": schema_format({"type": "foo"})}, "response_format"),
     "unknown keyword": ({"response_format": schema_format({"type": "array", "uniqueItems": True}, strict=True)}, "response_format"),
     "web reference": ({"guided_json": {"$ref": "http://example.com/schema"}}, "guided_json"),
     "endless reference": ({"guided_json": {"$ref": "#"}}, "guided_json"),
+    "chain of references": ({"guided_json": {"$ref": "#/$defs/0", "$defs": CHAIN}}, "guided_json"),
     "nothing fits": ({"guided_json": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "guided_json"),
     "no schema": ({"response_format": {"type": "json_schema"}}, "response_format"),
     "a range that ends processes": ({"guided_json": {"type": "integer", "minimum": -(2**63), "maximum": -(2**63)}}, "guided_json"),
