@@ -99,6 +99,24 @@ def test_a_function_call_is_an_item(sdk: openai.OpenAI, engine: FakeEngine) -> N
     assert engine.preprocessor.turns[2]["content"] == [{"type": "text", "text": "sunny"}]
 
 
+@pytest.mark.parametrize(("words", "kind"), [(CALL, "function_call"), (("{", "red}"), "message")])
+def test_a_stream_of_log_probabilities_has_one_item(sdk: openai.OpenAI, engine: FakeEngine, words: Any, kind: str) -> None:
+    """Also while its first tokens may be a call's or a text's."""
+    engine.words = words
+    fields: Any = {"model": "fake-llava", "input": "Weather?", "tools": [WEATHER], "top_logprobs": 1}
+    with sdk.responses.stream(**fields) as stream:
+        events = list(stream)
+        (streamed,) = stream.get_final_response().output
+    (whole,) = sdk.responses.create(**fields).output
+    added = [event.item.type for event in events if event.type == "response.output_item.added"]
+    assert added == [kind] and streamed.type == whole.type == kind
+    if whole.type == streamed.type == "message":
+        (part,), (same,) = whole.content, streamed.content
+        assert part.type == same.type == "output_text" and (same.text, same.logprobs) == (part.text, part.logprobs)
+        told = [entry.token for event in events if event.type == "response.output_text.delta" for entry in event.logprobs]
+        assert told == [*words]
+
+
 def test_openais_client_learns_of_a_failure(sdk: openai.OpenAI, engine: FakeEngine) -> None:
     engine.failure, engine.fail_after = Failed("This request failed."), 3
     events = list(sdk.responses.create(model="fake-llava", input="Hi?", stream=True))
