@@ -155,11 +155,9 @@ class Metrics:
         if receipt.expected_agreement is not None:
             self.expected.labels(level).observe(receipt.expected_agreement)
 
-    def finished(self, level: str, outcome: str, seconds: float, timings: dict[str, float]) -> None:
+    def finished(self, level: str, outcome: str, timings: dict[str, float]) -> None:
         """A request ended: outcome stop, length, abort or error."""
         self.requests.labels(level, outcome).inc()
-        if outcome in ("stop", "length"):
-            self.request_seconds.labels(level).observe(seconds)
         for stage, value in timings.items():
             self.stage.labels(stage).observe(value)
 
