@@ -16,7 +16,10 @@ from server.served import Served
 from server.settings import Settings
 
 Event = dict[str, Any]
-ECHOED = {"instructions", "max_output_tokens", "metadata", "temperature", "text", "tool_choice", "tools", "top_logprobs", "top_p"}
+ECHOED = {
+    "instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "temperature", "text", "tool_choice", "tools",
+    "top_logprobs", "top_p",
+}  # fmt: skip
 
 
 def read_response(served: Served, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:

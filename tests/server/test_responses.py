@@ -172,6 +172,13 @@ async def test_its_own_name_of_the_length_limit_wins(client: httpx.AsyncClient, 
     assert reply["max_output_tokens"] == engine.submitted[0].sampling.max_tokens == 3
 
 
+async def test_whether_calls_may_be_parallel_comes_back(client: httpx.AsyncClient) -> None:
+    """Also in the stream; by default they may."""
+    for fields, expected in (({}, True), ({"parallel_tool_calls": False}, False)):
+        assert (await ask(client, **fields)).json()["parallel_tool_calls"] is expected
+    assert '"parallel_tool_calls":false' in (await ask(client, parallel_tool_calls=False, stream=True)).text
+
+
 async def test_harmless_fields_pass(client: httpx.AsyncClient) -> None:
     fields = {
         "store": True, "truncation": "disabled", "reasoning": {"effort": None}, "include": ["reasoning.encrypted_content"],
