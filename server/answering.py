@@ -72,7 +72,8 @@ class Answering:
         else:
             if request.parent.first_token is None:
                 request.parent.first_token = now
-                self._metrics.first_token.labels(request.level).observe(now - request.created)
+                if not request.withheld:
+                    self._metrics.first_token.labels(request.level).observe(now - request.created)
             self._emit(request, Started(one.receipt, dict(request.timings)))
         one.last_token = now
 

@@ -1,4 +1,5 @@
-"""A request that has ended, in metrics, in the log and in its trace: once, whatever the number of its choices."""
+"""A request that has ended, in metrics, in the log and in its trace: once, whatever the number of its choices. An answer that is
+made again was a request too, but what a client waited for is timed once: as it was told."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def count_ended(
     if parent.ended < parent.choices:
         return
     seconds = time.monotonic() - request.created
-    metrics.finished(request.level, parent.outcome, seconds, request.timings)
+    metrics.finished(request.level, parent.outcome, request.timings)
+    if parent.outcome in ("stop", "length") and not request.withheld:
+        metrics.request_seconds.labels(request.level).observe(seconds)
     if tracing:
         tracing.ended(request, model, receipt)
     stages = {stage: round(value, 4) for stage, value in request.timings.items()}
@@ -42,3 +45,13 @@ def count_ended(
             flops_ratio=receipt and receipt.flops_ratio, seconds=round(seconds, 4), stages=stages,
         ),
     )  # fmt: skip
+
+
+def time_told(request: Request, metrics: Metrics, tracing: Tracing | None, model: str) -> None:
+    """Time a request whose answers might have been withheld, now that its client has them; its parent says since when."""
+    now, first = time.monotonic(), request.parent.first_token
+    assert first is not None
+    metrics.first_token.labels(request.level).observe(first - request.created)
+    metrics.request_seconds.labels(request.level).observe(now - request.created)
+    if tracing:
+        tracing.record(request, model, now)

@@ -29,7 +29,7 @@ from pruning.dynamic.planner import Planner
 from pruning.dynamic.token_policy import TokenPolicy
 from server.answering import Answering
 from server.batch import divide, lay_out, native_tokens, run_pass
-from server.ended import count_ended
+from server.ended import count_ended, time_told
 from server.errors import ContextTooLong, DeadlineMissed, EspalierError, Overloaded, ShuttingDown
 from server.load import DefaultLevel, WorkRate
 from server.memory import free_bytes
@@ -236,6 +236,10 @@ class Engine:
             if request_id in self._requests:
                 self._aborted.add(request_id)
                 self._changed.notify_all()
+
+    def told(self, request: Request) -> None:
+        """A client has all answers to a request that was `withheld`, at the level and since the first token that this one says."""
+        time_told(request, self.metrics, self._tracing, self.model_name)
 
     # The engine's thread.
 

@@ -37,7 +37,7 @@ class Escalation:
         if (event.receipt.confidence or 0.0) >= self.below or not self.again(choice):
             return held
         text = "".join(one.text for one in held if isinstance(one, Delta))
-        escalated = Escalated(event.receipt.level, event.receipt.confidence, text)
+        escalated = Escalated(event.receipt.level, event.receipt.confidence, text, event.completion_tokens)
         self._first[choice] = replace(event, receipt=replace(event.receipt, escalated=escalated))
         return []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 
 from prometheus_client import (
     CollectorRegistry,
@@ -15,6 +17,7 @@ from prometheus_client import (
 )
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from pruning.dynamic.levels import Level
 from server.errors import rejection_reasons
@@ -152,21 +155,22 @@ class Metrics:
         if receipt.expected_agreement is not None:
             self.expected.labels(level).observe(receipt.expected_agreement)
 
-    def finished(self, level: str, outcome: str, seconds: float, timings: dict[str, float]) -> None:
+    def finished(self, level: str, outcome: str, timings: dict[str, float]) -> None:
         """A request ended: outcome stop, length, abort or error."""
         self.requests.labels(level, outcome).inc()
-        if outcome in ("stop", "length"):
-            self.request_seconds.labels(level).observe(seconds)
         for stage, value in timings.items():
             self.stage.labels(stage).observe(value)
 
 
 class ServerMetrics(Collector):
-    """All that `/metrics` tells: the process, refusals, and what each engine tells, with its model's name as a label."""
+    """All that `/metrics` tells: the process, refusals, and what the engines tell, with their model's name as a label. Engines of
+    one name, of which all but the last end what they have accepted, are told as one."""
 
-    def __init__(self, engines: Callable[[], Mapping[str, Metrics]]) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._engines = engines
+        self._engines: list[tuple[str, Metrics]] = []  # the oldest first
+        self._ended: dict[str, list[Metric]] = {}  # counts of engines that are gone, while others have their model's name
+        self._changing = threading.Lock()
         self._rejections = Counter(
             "rejections_total", "Requests refused, by reason.", ["reason"], "espalier", registry=self.registry
         )
@@ -178,11 +182,44 @@ class ServerMetrics(Collector):
     def rejected(self, reason: str) -> None:
         self._rejections.labels(reason).inc()
 
+    def add(self, model: str, metrics: Metrics) -> None:
+        """Tell of an engine too."""
+        with self._changing:
+            self._engines.append((model, metrics))
+
+    def end(self, model: str, metrics: Metrics) -> None:
+        """An engine is gone. What it counted stays in the sums while its model has its name: a counter falls at restarts only."""
+        counts = [family for family in _told(model, metrics) if family.type != "gauge"]
+        with self._changing:
+            self._engines.remove((model, metrics))
+            ended = _merged([*self._ended.pop(model, ()), *counts])
+            if model in dict(self._engines):
+                self._ended[model] = ended
+
     def collect(self) -> Iterator[Metric]:
         yield from self.registry.collect()
-        families: dict[str, Metric] = {}
-        for model, metrics in self._engines().items():
-            for family in metrics.registry.collect():
-                merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                merged.samples += [one._replace(labels={"model_name": model, **one.labels}) for one in family.samples]
-        yield from families.values()
+        with self._changing:
+            ended, engines = [*self._ended.values()], [*self._engines]
+        yield from _merged([*chain(*ended), *chain(*(_told(*engine) for engine in engines))])
+
+
+def _told(model: str, metrics: Metrics) -> Iterator[Metric]:
+    """What an engine tells, with its model's name."""
+    for family in metrics.registry.collect():
+        family.samples = [one._replace(labels={"model_name": model, **one.labels}) for one in family.samples]
+        yield family
+
+
+def _merged(families: Iterable[Metric]) -> list[Metric]:
+    """Each metric once. Amounts with equal labels are added up; of ratios and what is served the last one stays."""
+    merged: dict[str, Metric] = {}
+    samples: dict[tuple[str, ...], Sample] = {}
+    for family in families:
+        merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+        adds = family.type != "gauge" or not family.name.endswith(("_ratio", "_info"))
+        for one in family.samples:
+            key = family.name, one.name, *one.labels.values()
+            samples[key] = one._replace(value=samples[key].value + one.value) if adds and key in samples else one
+    for (name, *_), one in samples.items():
+        merged[name].samples.append(one)
+    return [*merged.values()]

@@ -48,12 +48,12 @@ class AnswerStream:
         self._told_next: deque[tuple[int, Event]] = deque()
         self._created = int(time.time())
         self._parent = ParentRequest(prepared.n, prepared.model)
-        self._requests = [self._request(index) for index in range(prepared.n)]
-        self._readers = [AnswerReader(prepared.tools) for _ in self._requests]
         below, allowed = prepared.escalate_below, CALLER.get().allowed(engine.menu)
         fullest = max(allowed, key=lambda name: engine.menu[name].visual_ratio)
         self._fullest = fullest
         self._escalation = Escalation(below, self._again) if below is not None and prepared.level != fullest else None
+        self._requests = [self._request(index) for index in range(prepared.n)]
+        self._readers = [AnswerReader(prepared.tools) for _ in self._requests]
         self.receipt: Receipt | None = None
         self.timings: dict[str, float] = {}
         engine.submit(*self._requests)
@@ -79,6 +79,7 @@ class AnswerStream:
     async def chunks(self) -> AsyncIterator[Chunk]:
         """OpenAI's chunks, the usage always last; an empty one in each KEEP_ALIVE_S of silence. Raises EngineFailure."""
         finished: list[Finished] = []
+        first_token: float | None = None  # that is told
         while len(finished) < self._prepared.n:
             try:
                 async with asyncio.timeout(KEEP_ALIVE_S):
@@ -93,6 +94,7 @@ class AnswerStream:
                     raise event.refusal or EngineFailure(event.message)
                 case Started():
                     self.receipt, self.timings = event.receipt, event.timings
+                    first_token = first_token or time.monotonic()
                     yield self._piece(index, {"role": "assistant", "content": None if self._prepared.tools else ""})
                 case Delta():
                     deltas, logprobs = self._readers[index].push(event.text), _logprobs(event.logprobs)
@@ -106,6 +108,9 @@ class AnswerStream:
                     for delta in deltas:
                         yield self._piece(index, delta)
                     yield self._piece(index, {}, finish_reason=reason) | {"pruning": self._told(event)}
+        if self._escalation:
+            parent = ParentRequest(self._prepared.n, self._prepared.model, first_token=first_token)
+            self._engine.told(replace(self._requests[0], level=finished[-1].receipt.level, parent=parent))
         yield self._chunk([]) | {"usage": _usage(finished)}
 
     async def _next_event(self) -> tuple[int, Event]:
@@ -156,6 +161,7 @@ class AnswerStream:
             tools=prepared.tools,
             choices=prepared.choices,
             confidence=prepared.escalate_below is not None,
+            withheld=self._escalation is not None,
             timings={"image": prepared.image_seconds},
             created=self._arrived,
             parent=self._parent,

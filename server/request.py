@@ -53,11 +53,12 @@ class PreparedImage:
 
 @dataclass(frozen=True)
 class Escalated:
-    """A first answer that was not sure enough: the level that it ran at, how sure it was, and what it said."""
+    """A first answer that was not sure enough: the level that it ran at, how sure it was, what it said and in how many tokens."""
 
     level: str
     confidence: float | None
     answer: str
+    completion_tokens: int
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class Request:
     tools: ToolUse | None = None  # functions that it may call; no stop string or token cuts a call
     choices: tuple[str, ...] = ()  # of which the answer is one: their probabilities are told
     confidence: bool = False  # of any answer, tell how sure it is
+    withheld: bool = False  # who reads it may keep it from the client, and says by `Engine.told` when that had its answers
     deadline: Deadline | None = None
     timings: dict[str, float] = field(default_factory=dict)
     created: float = field(default_factory=time.monotonic)

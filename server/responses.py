@@ -16,7 +16,10 @@ from server.served import Served
 from server.settings import Settings
 
 Event = dict[str, Any]
-ECHOED = {"instructions", "max_output_tokens", "metadata", "temperature", "text", "tool_choice", "tools", "top_logprobs", "top_p"}
+ECHOED = {
+    "instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "temperature", "text", "tool_choice", "tools",
+    "top_logprobs", "top_p",
+}  # fmt: skip
 
 
 def read_response(served: Served, settings: Settings, body: bytes, header: str | None) -> PreparedRequest:
@@ -92,20 +95,26 @@ class _Item:
         self.item: Event = {}
         self._text = ""
         self._logprobs: list[Any] = []
+        self._held: list[Any] = []  # log-probabilities of tokens that do not show yet what the item is
 
     def add(self, delta: Mapping[str, Any], logprobs: Mapping[str, Any] | None) -> Iterator[Event]:
         for call in delta.get("tool_calls", ()):
             if "id" in call:
-                self.item = _call(call, "in_progress")
+                self.item, self._held = _call(call, "in_progress"), []
                 yield {"type": "response.output_item.added", "output_index": 0, "item": dict(self.item)}
             else:
                 yield from self._grow("response.function_call_arguments", call["function"]["arguments"], {})
-        if delta.get("content") or (logprobs and not self._is_call):
-            yield from self.begin()
-            entries = (logprobs or {}).get("content", [])
-            self._logprobs += entries
-            more = {"content_index": 0, "logprobs": entries}
-            yield from self._grow("response.output_text", delta.get("content", ""), more)
+        if not self._is_call:
+            self._held += (logprobs or {}).get("content", [])
+            if delta.get("content") or (self._held and self.item):
+                yield from self._say(delta.get("content", ""))
+
+    def _say(self, text: str) -> Iterator[Event]:
+        """Text of a message, with the log-probabilities that waited for it."""
+        yield from self.begin()
+        entries, self._held = self._held, []
+        self._logprobs += entries
+        yield from self._grow("response.output_text", text, {"content_index": 0, "logprobs": entries})
 
     @property
     def _is_call(self) -> bool:
@@ -123,7 +132,7 @@ class _Item:
         yield {"type": f"{kind}.delta", **self._place, "delta": text, **more}
 
     def end(self, status: str) -> Iterator[Event]:
-        yield from self.begin()
+        yield from self._say("") if self._held else self.begin()
         if self._is_call:
             self.item |= {"status": status, "arguments": self._text}
             name = self.item["name"]

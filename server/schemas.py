@@ -43,8 +43,8 @@ MAX_INT64 = 2**63 - 1
 MAX_DETAIL_IMAGES = 4
 """Most images whose tokens a receipt lists one by one: about 100 kB of JSON for four of 576 tokens."""
 
-STRUCTURED = {"response_format", "structured_outputs", "guided_choice", "guided_json", "tools", "tool_choice"}
-"""Fields whose empty values ask for nothing, where a body has them."""
+STRUCTURED = {"response_format", "structured_outputs", "guided_choice", "tools", "tool_choice"}
+"""Fields whose empty values ask for nothing, where a body has them. An empty schema is any JSON."""
 
 
 class PruningOptions(Body):
@@ -349,7 +349,8 @@ class ResponsesRequest(StreamedRequest, ToolUser):
         format = self.text and self.text.format
         if not format or format.type == "text":
             return []
-        return [Form("text.format", schema=format.json_schema or {"type": "object"}, strict=format.strict)]
+        schema = {"type": "object"} if format.type == "json_object" else format.json_schema
+        return [Form("text.format", schema=schema, strict=format.strict)]
 
     def sampling(self, default_max_tokens: int) -> Sampling:
         sampling = super().sampling(default_max_tokens)

@@ -41,7 +41,9 @@ class Served:
 
     def __init__(self, engines: Iterable[Engine], build: Build | None = None) -> None:
         self.engines = {engine.model_name: engine for engine in engines}  # replaced as a whole: readers take no lock
-        self.metrics = ServerMetrics(lambda: {name: engine.metrics for name, engine in self.engines.items()})
+        self.metrics = ServerMetrics()
+        for name, engine in self.engines.items():
+            self.metrics.add(name, engine.metrics)
         self._build = build
         self._retiring: list[Engine] = []
         self._changing = threading.Lock()
@@ -105,6 +107,7 @@ class Served:
             if self._draining:
                 raise ShuttingDown("the server is shutting down")
             engine.start()
+            self.metrics.add(name, engine.metrics)
             old = [self.engines[name]] if name in self.engines else []
             self.engines = {**self.engines, name: engine}
             if self._draining:  # by now: `drain` has not seen this one
@@ -133,6 +136,7 @@ class Served:
         """The list gives its one engine away: who called still holds the list, and nobody may hold what is freed."""
         engine = old.pop()
         engine.stop(None)
+        self.metrics.end(engine.model_name, engine.metrics)
         self._retiring.remove(engine)
         log.info("freed %s, checkpoint %s", engine.model_name, engine.fingerprint)
         del engine

@@ -62,7 +62,9 @@ class Settings(BaseSettings):
     model: NamedCheckpoints = Field(
         (), description="NAME=CHECKPOINT, one of several to serve; may repeat. CHECKPOINT is then served only if given."
     )
-    served_model_name: str | None = Field(None, min_length=1, description="The model's name; by default the checkpoint's.")
+    served_model_name: str | None = Field(
+        None, pattern=f"^{MODEL_NAME}$", description="The model's name; by default the checkpoint's."
+    )
     device: str = Field("cpu", description="Where to run: cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto takes the checkpoint's.")
     quantization: Literal["int8", "nf4"] | None = Field(
@@ -93,8 +95,9 @@ class Settings(BaseSettings):
 
     log_format: LogFormat = Field("text", description="text for people; json: one object a line.")
     otlp_endpoint: str | None = Field(
-        None, description="OpenTelemetry collector for traces and metrics, such as http://localhost:4318; needs the extra otel."
-    )
+        None, pattern=r"^(https?://[^/\s]\S*)?$",
+        description="OpenTelemetry collector for traces and metrics, such as http://localhost:4318; needs the extra otel.",
+    )  # fmt: skip
 
     default_max_tokens: int = Field(256, ge=1, description="Length limit of an answer whose request sets none.")
     max_body_bytes: int = Field(32 * 2**20, ge=1, description="Size limit of a request body, counted while it is read.")
@@ -107,15 +110,25 @@ class Settings(BaseSettings):
     )
     max_request_pixels: int = Field(4 * MAX_PIXELS, ge=1, description="Pixels that a request's pictures may have together.")
 
+    @property
+    def _serves_checkpoint(self) -> bool:
+        return not self.model or "checkpoint" in self.model_fields_set
+
     def checkpoints(self) -> list[tuple[str | None, str]]:
         """What is served: name and checkpoint, the first for requests that name none; without a name, the checkpoint's own."""
         found: list[tuple[str | None, str]] = []
-        if not self.model or "checkpoint" in self.model_fields_set:
+        if self._serves_checkpoint:
             found.append((self.served_model_name, self.checkpoint))
         for one in self.model:
             name, _, checkpoint = one.partition("=")
             found.append((name, checkpoint))
         return found
+
+    @model_validator(mode="after")
+    def _names_what_is_served(self) -> Settings:
+        if self.served_model_name and not self._serves_checkpoint:
+            raise ValueError("served_model_name is CHECKPOINT's name, and none is given: a model's is in model, NAME=CHECKPOINT")
+        return self
 
     @model_validator(mode="before")
     @classmethod

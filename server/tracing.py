@@ -64,16 +64,9 @@ class Tracing:
         """A client's request has ended, with all its choices; `receipt` is None if it never ran."""
         now, parent = time.monotonic(), request.parent
         started = time.time_ns() - int((now - request.created) * 1e9)
-        common: dict[str, Any] = {
-            "gen_ai.operation.name": "text_completion" if request.id.startswith("cmpl-") else "chat",
-            "gen_ai.provider.name": "espalier",
-            "gen_ai.request.model": parent.model or model,
-            "gen_ai.response.model": model,
-        }
-        failed = parent.outcome in ("abort", "error")
-        if failed:
-            common["error.type"] = parent.outcome
-        self._record(request, common, now)
+        common = _common(request, model)
+        if "error.type" in common or not request.withheld:
+            self.record(request, model, now)
         span = self._tracer.start_span(
             f"{common['gen_ai.operation.name']} {common['gen_ai.request.model']}",
             context=TraceContextTextMapPropagator().extract(parent.caller.trace),
@@ -91,13 +84,25 @@ class Tracing:
             span.set_status(Status(StatusCode.ERROR))
         span.end()
 
-    def _record(self, request: Request, attributes: dict[str, Any], now: float) -> None:
-        parent = request.parent
+    def record(self, request: Request, model: str, now: float) -> None:
+        """The times of a request that has ended now, as its client saw them."""
+        parent, attributes = request.parent, _common(request, model)
         self._duration.record(now - request.created, attributes)
         if parent.first_token is not None:
             self._first_token.record(parent.first_token - request.created, attributes)
             if parent.choices == 1 and parent.new_tokens > 1:
                 self._per_token.record((now - parent.first_token) / (parent.new_tokens - 1), attributes)
+
+
+def _common(request: Request, model: str) -> dict[str, Any]:
+    told = {
+        "gen_ai.operation.name": "text_completion" if request.id.startswith("cmpl-") else "chat",
+        "gen_ai.provider.name": "espalier",
+        "gen_ai.request.model": request.parent.model or model,
+        "gen_ai.response.model": model,
+    }
+    failed = request.parent.outcome in ("abort", "error")
+    return told | {"error.type": request.parent.outcome} if failed else told
 
 
 def _asked(request: Request) -> dict[str, Any]:

@@ -137,6 +137,9 @@ class FakeEngine:
         for request in requests:
             threading.Thread(target=self._answer, args=(request,), daemon=True).start()
 
+    def told(self, request: Request) -> None:
+        """Nothing is timed here."""
+
     def abort(self, request_id: str) -> None:
         """As in the real engine, an id that has ended or never was is nothing to abort."""
         if request_id in self._running:

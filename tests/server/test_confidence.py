@@ -24,7 +24,7 @@ from tests.server.client import client as client  # fixtures
 from tests.server.client import engine as engine
 from tests.server.fake_engine import FakeEngine
 from tests.server.tiny import ask as request_for
-from tests.server.tiny import drain, new_engine
+from tests.server.tiny import drain, new_engine, total, value
 from tests.server.tiny import tiny_checkpoint as tiny_checkpoint
 
 pytestmark = pytest.mark.anyio
@@ -160,7 +160,7 @@ async def test_an_unsure_answer_is_made_again_in_full(client: httpx.AsyncClient,
     response = await ask(client, body(image_part(), **fields))
     receipt = events(response.text)[-1]["pruning"] if stream else response.json()["pruning"]
     assert (receipt["level"], receipt["confidence"]) == ("off", 0.9)
-    assert receipt["escalated"] == {"level": "strong", "confidence": 0.55, "answer": "A red star."}
+    assert receipt["escalated"] == {"level": "strong", "confidence": 0.55, "answer": "A red star.", "completion_tokens": 4}
     assert response.headers["x-pruning-level"] == "off"
     assert [request.level for request in engine.submitted] == ["strong"] * 2 + ["off"] * 2
     assert len({request.id for request in engine.submitted}) == 4
@@ -192,6 +192,24 @@ async def test_where_the_second_answer_fails_the_first_stays(client: httpx.Async
     reply = (await ask(client, body(image_part(), pruning={"level": "strong", "escalate_below": 0.7}))).json()
     assert reply["pruning"]["level"] == "strong" and reply["choices"][0]["message"]["content"] == "A red star."
     assert [request.level for request in engine.submitted] == ["strong", "off"]
+
+
+@pytest.mark.parametrize(("below", "level"), [(1, "off"), (0, "strong")])
+async def test_times_are_those_that_the_client_saw(real: Engine, below: float, level: str) -> None:
+    """Of one answer, whose first token comes when the first answer has ended."""
+    real.start()
+    try:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app_of(real)), base_url="http://x") as client:
+            pruning = {"level": "strong", "escalate_below": below}
+            reply = (await ask(client, body(image_part(), model=None, max_tokens=4, pruning=pruning))).json()
+    finally:
+        real.stop()
+    assert reply["pruning"]["level"] == level
+    for name in ("time_to_first_token_seconds", "request_seconds"):
+        assert total(real, f"{name}_count") == value(real, f"{name}_count", level=level) == 1
+    waited = value(real, "time_to_first_token_seconds_sum", level=level)
+    assert waited > value(real, "inter_token_seconds_sum", level="strong") > 0
+    assert value(real, "request_seconds_sum", level=level) >= waited
 
 
 async def test_a_deadline_is_that_of_the_first_answer(real: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

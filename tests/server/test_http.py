@@ -405,8 +405,13 @@ def test_a_variable_may_hold_several_values(monkeypatch: pytest.MonkeyPatch, val
 
 
 @pytest.mark.parametrize(
-    "given", [{"cors_origins": ["foo"]}, {"allow_image_hosts": ["http://x"]}, {"allowed_hosts": ["a b"]}, {"model": ["x"]}]
-)
+    "given",
+    [
+        {"cors_origins": ["foo"]}, {"allow_image_hosts": ["http://x"]}, {"allowed_hosts": ["a b"]}, {"model": ["x"]},
+        {"served_model_name": "foo", "model": ["a=x"]}, {"served_model_name": "a@b"},
+        {"otlp_endpoint": "nothttp"}, {"otlp_endpoint": "localhost:4318"}, {"otlp_endpoint": "http:///v1"},
+    ],
+)  # fmt: skip
 def test_settings_that_cannot_work_are_named(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(given))):
         read_settings(given)

@@ -99,6 +99,24 @@ def test_a_function_call_is_an_item(sdk: openai.OpenAI, engine: FakeEngine) -> N
     assert engine.preprocessor.turns[2]["content"] == [{"type": "text", "text": "sunny"}]
 
 
+@pytest.mark.parametrize(("words", "kind"), [(CALL, "function_call"), (("{", "red}"), "message")])
+def test_a_stream_of_log_probabilities_has_one_item(sdk: openai.OpenAI, engine: FakeEngine, words: Any, kind: str) -> None:
+    """Also while its first tokens may be a call's or a text's."""
+    engine.words = words
+    fields: Any = {"model": "fake-llava", "input": "Weather?", "tools": [WEATHER], "top_logprobs": 1}
+    with sdk.responses.stream(**fields) as stream:
+        events = list(stream)
+        (streamed,) = stream.get_final_response().output
+    (whole,) = sdk.responses.create(**fields).output
+    added = [event.item.type for event in events if event.type == "response.output_item.added"]
+    assert added == [kind] and streamed.type == whole.type == kind
+    if whole.type == streamed.type == "message":
+        (part,), (same,) = whole.content, streamed.content
+        assert part.type == same.type == "output_text" and (same.text, same.logprobs) == (part.text, part.logprobs)
+        told = [entry.token for event in events if event.type == "response.output_text.delta" for entry in event.logprobs]
+        assert told == [*words]
+
+
 def test_openais_client_learns_of_a_failure(sdk: openai.OpenAI, engine: FakeEngine) -> None:
     engine.failure, engine.fail_after = Failed("This request failed."), 3
     events = list(sdk.responses.create(model="fake-llava", input="Hi?", stream=True))
@@ -152,6 +170,13 @@ async def test_a_reply_in_json_is_openais(client: httpx.AsyncClient) -> None:
 async def test_its_own_name_of_the_length_limit_wins(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     reply = (await ask(client, input="Hi?", max_output_tokens=3, max_tokens=9)).json()
     assert reply["max_output_tokens"] == engine.submitted[0].sampling.max_tokens == 3
+
+
+async def test_whether_calls_may_be_parallel_comes_back(client: httpx.AsyncClient) -> None:
+    """Also in the stream; by default they may."""
+    for fields, expected in (({}, True), ({"parallel_tool_calls": False}, False)):
+        assert (await ask(client, **fields)).json()["parallel_tool_calls"] is expected
+    assert '"parallel_tool_calls":false' in (await ask(client, parallel_tool_calls=False, stream=True)).text
 
 
 async def test_harmless_fields_pass(client: httpx.AsyncClient) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,23 @@ from typing import Any
 import httpx
 import pytest
 
+from models.checkpoint import Checkpoint
 from models.errors import CheckpointError
 from server import memory
 from server.access import read_keys
 from server.app import create_app
+from server.engine import Engine
 from server.errors import ShuttingDown, UnknownModel
 from server.memory import OutOfMemory, check_room, free_bytes
+from server.request import Event
 from server.run import build_served
 from server.served import Served
 from server.settings import Settings, read_settings
 from tests.server.client import ask, body, check_error, connect, events, image_part
 from tests.server.fake_engine import FakeEngine
-from tests.server.tiny import write
+from tests.server.tiny import Reader, new_engine, submit, write
+from tests.server.tiny import ask as ask_engine
+from tests.server.tiny import tiny_checkpoint as tiny_checkpoint
 
 pytestmark = pytest.mark.anyio
 ADMIN, USER = {"Authorization": "Bearer sk-admin"}, {"Authorization": "Bearer sk-user"}
@@ -281,6 +288,83 @@ def test_an_engine_that_was_swapped_is_freed(served: Served) -> None:
     while old() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert old() is None
+
+
+# ---- their metrics
+
+
+class Held(Reader):
+    """It stops the engine's thread at its first event, until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began, self.may_go_on = threading.Event(), threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        self.began.set()
+        assert self.may_go_on.wait(30)
+        super().__call__(event)
+
+
+@pytest.fixture
+def swappable(tiny: Checkpoint) -> Iterator[Served]:
+    """One model, a, that has answered with 3 tokens."""
+    served = Served([new_engine(tiny, name="a")], lambda name, checkpoint, promised: new_engine(tiny, name=name))
+    served.start()
+    _, reader = submit(served.first, max_tokens=3)
+    reader.wait()
+    yield served
+    served.stop(5)
+
+
+def hold(engine: Engine) -> Held:
+    """A request for 5 tokens that has begun."""
+    held = Held()
+    engine.submit(replace(ask_engine(engine, max_tokens=5), emit=held))
+    assert held.began.wait(30)
+    return held
+
+
+def told(served: Served, name: str, model: str = "a") -> float | None:
+    samples = [one for family in served.metrics.collect() for one in family.samples]
+    found = [one.value for one in samples if one.name == f"espalier_{name}" and one.labels["model_name"] == model]
+    return sum(found) if found else None
+
+
+def wait_until_freed(served: Served) -> None:
+    deadline = time.monotonic() + 30
+    while served._retiring and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_swap_loses_no_count(swappable: Served) -> None:
+    """Counters never fall, and what a retiring engine runs is seen."""
+    held = hold(swappable.first)
+    swappable.put("a", "new")
+    assert (told(swappable, "requests_running"), told(swappable, "generated_tokens_total")) == (1, 3)
+    assert told(swappable, "build_info") == 1 and swappable.first.scheduler.idle
+    assert told(swappable, "kv_cache_usage_ratio") == 0, "that of the engine that new requests go to"
+    _, reader = submit(swappable.first, max_tokens=3)
+    reader.wait()
+    held.may_go_on.set()
+    wait_until_freed(swappable)
+    assert (told(swappable, "requests_running"), told(swappable, "generated_tokens_total")) == (0, 11)
+    assert told(swappable, "requests_total") == told(swappable, "time_to_first_token_seconds_count") == 3
+    swappable.put("a", "newer")
+    wait_until_freed(swappable)
+    assert told(swappable, "requests_total") == 3 and told(swappable, "build_info") == 1
+
+
+def test_an_unloaded_model_is_told_until_it_has_ended(swappable: Served) -> None:
+    swappable.put("b", "new")
+    held = hold(swappable.engines["a"])
+    swappable.remove("a")
+    assert (told(swappable, "requests_running"), told(swappable, "requests_total")) == (1, 1)
+    held.may_go_on.set()
+    wait_until_freed(swappable)
+    assert told(swappable, "requests_running") is None and told(swappable, "requests_total", "b") == 0
+    swappable.put("a", "again")
+    assert told(swappable, "requests_total") == 0
 
 
 # ---- from settings, with weights

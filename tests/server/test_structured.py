@@ -21,7 +21,7 @@ from server.json_schema import check_schema, closed
 from server.schema_parts import Function
 from server.structured import choice_grammar, compile_grammar
 from server.tools import AnswerReader, ToolUse
-from tests.server.client import app_of, body, check_error, events, image_part
+from tests.server.client import PICTURE, QUESTION, app_of, body, check_error, events, image_part
 from tests.server.tiny import LEVELS, new_engine
 from tests.server.tiny import tiny_checkpoint as tiny_checkpoint  # a fixture
 
@@ -378,6 +378,17 @@ EMPTY: list[dict[str, Any]] = [{"tools": []}, {"response_format": {}}, {"guided_
 @pytest.mark.parametrize("empty", EMPTY)
 async def test_empty_forms_ask_for_nothing(client: httpx.AsyncClient, empty: dict[str, Any]) -> None:
     assert (await ask(client, **empty)).json()["choices"] == (await ask(client)).json()["choices"]
+
+
+async def test_an_empty_schema_is_any_json_by_every_name(client: httpx.AsyncClient) -> None:
+    any_json: dict[str, Any] = {}
+    forms = ({"structured_outputs": {"json": any_json}}, {"guided_json": any_json}, {"response_format": schema_format(any_json)})
+    said = {(await ask(client, **form)).json()["choices"][0]["message"]["content"] for form in forms}
+    content = [{"type": "input_image", "image_url": PICTURE}, {"type": "input_text", "text": QUESTION}]
+    asked = {"text": {"format": {"type": "json_schema", "name": "any", "schema": {}}}, "max_output_tokens": 200}
+    reply = await client.post("/v1/responses", json={"input": [{"role": "user", "content": content}], **asked})
+    said.add(reply.json()["output"][0]["content"][0]["text"])
+    assert len(said) == 1 and (await ask(client)).json()["choices"][0]["message"]["content"] not in said
 
 
 async def test_a_schema_too_wide_to_follow_is_a_400(client: httpx.AsyncClient) -> None:

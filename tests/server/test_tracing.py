@@ -155,6 +155,17 @@ async def test_several_choices_are_one_span(traced: Engine, collector: Collector
     assert attributes(span)["gen_ai.usage.output_tokens"] == 12
 
 
+@pytest.mark.parametrize(("below", "spans"), [(1, 2), (0, 1)])
+async def test_an_answer_made_again_is_timed_once(traced: Engine, collector: Collector, below: float, spans: int) -> None:
+    """As the client saw it; each of the two has its span."""
+    await ask(traced, pruning={"level": "strong", "escalate_below": below})
+    flush(traced)
+    metrics = collector.metrics()
+    for name in ("request.duration", "time_to_first_token"):
+        assert [point.count for point in metrics[f"gen_ai.server.{name}"].histogram.data_points] == [1]
+    assert len(collector.spans()) == spans
+
+
 async def test_a_completion_without_a_trace_starts_its_own(traced: Engine, collector: Collector) -> None:
     await ask(traced, "/v1/completions", headers={"traceparent": "nonsense"})
     flush(traced)

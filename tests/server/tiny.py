@@ -78,9 +78,9 @@ THIN = Level("thin", "few tokens and no middle layer", 1 / 6, (OperatingPoint(1 
 """A level that also skips a layer: the menu of a model this shallow has none."""
 
 
-def new_engine(checkpoint: Checkpoint, **limits: int) -> Engine:
+def new_engine(checkpoint: Checkpoint, name: str | None = None, **limits: int) -> Engine:
     """An engine that is stepped by hand or started, with `thin` on its menu."""
-    engine = Engine(checkpoint, Limits(**{"kv_rows": 20_000, **limits}))
+    engine = Engine(checkpoint, Limits(**{"kv_rows": 20_000, **limits}), name=name)
     engine.menu[THIN.name] = THIN
     return engine
 
