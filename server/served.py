@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from server.engine import Engine
 
 log = logging.getLogger("espalier")
+
+FREEZES = 5
+"""Further tries, at most, to collect an engine that somebody held for a moment."""
 
 Build = Callable[[str | None, str, int], "Engine"]
 """A model's name and its checkpoint (a directory, or a shipped one's name) to an engine that is not yet started; the number
@@ -139,8 +143,14 @@ class Served:
         self.metrics.end(engine.model_name, engine.metrics)
         self._retiring.remove(engine)
         log.info("freed %s, checkpoint %s", engine.model_name, engine.fingerprint)
+        still_held = weakref.ref(engine)
         del engine
         self.freeze()
+        for _ in range(FREEZES):
+            if still_held() is None:
+                break
+            time.sleep(1.0)  # who scrapes at this moment holds it, and what is frozen is never looked at again
+            self.freeze()
         return_freed_memory()
 
     @staticmethod

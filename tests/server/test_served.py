@@ -277,13 +277,17 @@ async def test_others_are_answered_while_a_model_loads(admin: httpx.AsyncClient,
     assert (await loading).status_code == (await unloading).status_code == 200
 
 
-def test_an_engine_that_was_swapped_is_freed(served: Served) -> None:
-    """Though objects within it point to each other."""
+@pytest.mark.parametrize("held", [False, True])
+def test_an_engine_that_was_swapped_is_freed(served: Served, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though objects within it point to each other, and somebody may have `held` it when garbage was collected."""
+    collected, freeze = threading.Event(), Served.freeze
+    monkeypatch.setattr(Served, "freeze", lambda self: (freeze(), collected.set()))
     served.put("third", "x")
     served.engines["third"].itself = served.engines["third"]
-    old, stopped = weakref.ref(served.engines["third"]), served.engines["third"].stopped
+    old, holders = weakref.ref(served.engines["third"]), [served.engines["third"]] * held
     served.put("third", "y")
-    assert stopped.wait(30)
+    assert collected.wait(30)
+    holders.clear()
     deadline = time.monotonic() + 30
     while old() and time.monotonic() < deadline:
         time.sleep(0.01)
