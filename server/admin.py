@@ -12,7 +12,7 @@ from models.errors import CheckpointError
 from server.caller import CALLER
 from server.errors import AdminOnly, InvalidRequest
 from server.memory import OutOfMemory
-from server.openapi import takes
+from server.openapi import MODELS, takes
 from server.schemas import ModelRequest, parse
 from server.served import Served
 
@@ -27,7 +27,9 @@ def only_admins() -> None:
 
 
 def add_admin(app: FastAPI, served: Served) -> None:
-    @app.post("/v1/admin/models", openapi_extra=takes(ModelRequest, "/v1/admin/models"), dependencies=[Depends(only_admins)])
+    keyed: dict[str, Any] = {"tags": [MODELS], "dependencies": [Depends(only_admins)]}
+
+    @app.post("/v1/admin/models", openapi_extra=takes(ModelRequest, "/v1/admin/models"), **keyed)
     async def load(request: Request) -> dict[str, Any]:
         """Load a checkpoint under a name. A name that is in use goes to the new one; the old one ends its answers and is freed."""
         asked = parse(ModelRequest, await request.body())
@@ -43,7 +45,7 @@ def add_admin(app: FastAPI, served: Served) -> None:
             "id": asked.name, "object": "model", "swapped": swapped, "fingerprint": engine.fingerprint, "levels": [*engine.menu],
         }  # fmt: skip
 
-    @app.delete("/v1/admin/models/{name:path}", dependencies=[Depends(only_admins)])
+    @app.delete("/v1/admin/models/{name:path}", **keyed)
     async def unload(name: str) -> dict[str, Any]:
         """Unload a model: what it has accepted is answered, then it is freed. The last one stays."""
         await to_thread.run_sync(served.remove, name)  # it waits for a model that loads

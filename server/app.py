@@ -30,7 +30,7 @@ from server.errors import EspalierError, NotReady, ShuttingDown, UnknownPath
 from server.estimate import estimate
 from server.forms import read_form
 from server.logs import fields
-from server.openapi import PLAIN_TEXT, REFUSALS, add_documentation, takes
+from server.openapi import ANSWERS, MODELS, OPERATIONS, PLAIN_TEXT, REFUSALS, TOKENS, add_documentation, takes
 from server.page import add_playground
 from server.reading import SHORT, Reading, read_body
 from server.replies import AnswerStream, Chunk, chat_events, chat_reply, fold, prepend, vqa_reply
@@ -65,7 +65,7 @@ def create_app(served: Served, settings: Settings, keys: Sequence[ApiKey]) -> Fa
     """The HTTP side of engines, which the caller starts and stops. Without keys anybody may ask."""
     app = FastAPI(
         title="Espalier", version=version(), description="Ask about pictures; say how much of the model to run.", docs_url=None,
-        redoc_url=None, responses=REFUSALS,
+        redoc_url=None, responses=REFUSALS, openapi_tags=[{"name": name} for name in (ANSWERS, TOKENS, MODELS, OPERATIONS)],
     )  # fmt: skip
     check_levels(keys, [engine.menu for engine in served.engines.values()])
     app.add_middleware(Access, settings=settings, keys=keys, metrics=served.metrics)
@@ -110,13 +110,13 @@ def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
 
         return await unless_gone(request, work())
 
-    @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest, "/v1/chat/completions", stream=True))
+    @app.post("/v1/chat/completions", tags=[ANSWERS], openapi_extra=takes(ChatRequest, "/v1/chat/completions", stream=True))
     async def chat_completions(request: Request) -> Response:
         """OpenAI's chat completions. Header `X-Pruning-Level`, field `pruning.level` or model `name@level` set the level."""
         body, level = await read_body(request), request.headers.get("x-pruning-level")
         return await answer(request, lambda: read_chat(served, settings, body, level), pictures=may_hold_pictures(body))
 
-    @app.post("/v1/completions", openapi_extra=takes(CompletionRequest, "/v1/completions", stream=True))
+    @app.post("/v1/completions", tags=[ANSWERS], openapi_extra=takes(CompletionRequest, "/v1/completions", stream=True))
     async def completions(request: Request) -> Response:
         """OpenAI's older completions: a text in, its continuation out. The level is set as for chat completions."""
         body, level = await read_body(request), request.headers.get("x-pruning-level")
@@ -125,7 +125,7 @@ def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
             pictures=may_hold_pictures(body),
         )  # fmt: skip
 
-    @app.post("/v1/responses", openapi_extra=takes(ResponsesRequest, "/v1/responses", stream=True))
+    @app.post("/v1/responses", tags=[ANSWERS], openapi_extra=takes(ResponsesRequest, "/v1/responses", stream=True))
     async def responses(request: Request) -> Response:
         """OpenAI's responses, without state: each request holds its whole chat. The level is set as for chat completions."""
         body, level = await read_body(request), request.headers.get("x-pruning-level")
@@ -134,13 +134,13 @@ def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
             pictures=may_hold_pictures(body),
         )  # fmt: skip
 
-    @app.post("/v1/pruning/estimate", openapi_extra=takes(ChatRequest, "/v1/pruning/estimate"))
+    @app.post("/v1/pruning/estimate", tags=[MODELS], openapi_extra=takes(ChatRequest, "/v1/pruning/estimate"))
     async def estimates(request: Request) -> dict[str, Any]:
         """What this chat would cost at each level: tokens, FLOPs, seconds by the server's present pace. Nothing is run."""
         body = await read_body(request)
         return await reading.run(lambda: estimate(served, settings, body), pictures=may_hold_pictures(body))
 
-    @app.post("/v1/vqa", openapi_extra=takes(VqaRequest, "/v1/vqa", form=True))
+    @app.post("/v1/vqa", tags=[ANSWERS], openapi_extra=takes(VqaRequest, "/v1/vqa", form=True))
     async def vqa(request: Request) -> Response:
         """One question about one or several pictures, as a form with files or as JSON."""
         body, level = await read_body(request), request.headers.get("x-pruning-level")
@@ -152,13 +152,13 @@ def _add_questions(app: FastAPI, served: Served, settings: Settings) -> None:
 
         return await answer(request, read, vqa_reply)
 
-    @app.post("/tokenize", openapi_extra=takes(TokenizeRequest, "/tokenize"))
+    @app.post("/tokenize", tags=[TOKENS], openapi_extra=takes(TokenizeRequest, "/tokenize"))
     async def tokens(request: Request) -> dict[str, Any]:
         """The tokens of a text, or of a chat with each image as its visual tokens before pruning."""
         body = await read_body(request)
         return await reading.run(lambda: tokenize(served, settings, body), pictures=may_hold_pictures(body))
 
-    @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest, "/detokenize"))
+    @app.post("/detokenize", tags=[TOKENS], openapi_extra=takes(DetokenizeRequest, "/detokenize"))
     async def text(request: Request) -> dict[str, str]:
         """The text of tokens."""
         body = await read_body(request)
@@ -171,18 +171,18 @@ def _add_menu(app: FastAPI, served: Served) -> None:
         pruning = {"level": level, "card": engine.menu[level].card}
         return {**about, "context_length": engine.context_length, "pruning": pruning}
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", tags=[MODELS])
     async def models() -> dict[str, Any]:
         """Each served model, by its name and by one alias per level."""
         return {"object": "list", "data": [card(name, *meant) for name, meant in served.names().items()]}
 
-    @app.get("/v1/models/{model_id:path}")
+    @app.get("/v1/models/{model_id:path}", tags=[MODELS])
     async def model(model_id: ModelName) -> dict[str, Any]:
         if model_id not in (names := served.names()):
             raise served.unknown(model_id)
         return card(model_id, *names[model_id])
 
-    @app.get("/v1/pruning/levels")
+    @app.get("/v1/pruning/levels", tags=[MODELS])
     async def levels(model: str | None = None) -> dict[str, Any]:
         """A model's menu, with what each level was measured to do. One with several operating points chooses among them by
         question. Without a name, that of the first model."""
@@ -192,27 +192,27 @@ def _add_menu(app: FastAPI, served: Served) -> None:
 
 
 def _add_operations(app: FastAPI, served: Served) -> None:
-    @app.get("/live")
+    @app.get("/live", tags=[OPERATIONS])
     async def live() -> dict[str, str]:
         """Restart the server when this is 503: an engine's thread is gone."""
         if not served.alive:
             raise NotReady("The engine has stopped.")
         return {"status": "live"}
 
-    @app.get("/health")
-    @app.get("/ready")
+    @app.get("/health", tags=[OPERATIONS])
+    @app.get("/ready", tags=[OPERATIONS])
     async def ready() -> dict[str, str]:
         """Send requests elsewhere while this is 503."""
         if not served.ready:
             raise NotReady("The server is starting or shutting down.")
         return {"status": "ready"}
 
-    @app.get("/version")
+    @app.get("/version", tags=[OPERATIONS])
     async def version() -> dict[str, Any]:
         first, models = served.first, {name: engine.fingerprint for name, engine in served.engines.items()}
         return {"version": app.version, "model": first.model_name, "fingerprint": first.fingerprint, "models": models}
 
-    @app.get("/metrics", response_class=Response, openapi_extra=PLAIN_TEXT)
+    @app.get("/metrics", tags=[OPERATIONS], response_class=Response, openapi_extra=PLAIN_TEXT)
     def metrics() -> Response:
         return Response(generate_latest(served.metrics), headers={"Content-Type": CONTENT_TYPE_LATEST})
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.responses import FileResponse
 
+from server import deadline
 from server.page import HEADERS, PLAYGROUND, PlaygroundFiles
 from server.schemas import (
     ChatRequest,
@@ -72,10 +73,17 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 """What each route may answer beside its own reply."""
 LEVEL = {"$ref": "#/components/schemas/Level"}
-LEVEL_HEADER = {
-    "name": "X-Pruning-Level", "in": "header", "required": False, "schema": LEVEL,
-    "description": "Wins over the level that the body names.",
-}  # fmt: skip
+MILLISECONDS = {"type": "integer", "minimum": 1, "maximum": deadline.MAX_MS}
+HEADERS_OF_ANSWERS = [
+    {"name": name, "in": "header", "required": False, "schema": schema, "description": text}
+    for name, schema, text in (
+        ("X-Pruning-Level", LEVEL, "Wins over the level that the body names."),
+        (deadline.ANSWER, MILLISECONDS, "From the request's arrival to the answer's end; what would be late is a 429 at once."),
+        (deadline.FIRST_TOKEN, MILLISECONDS, "The same to the answer's first token."),
+    )
+]
+ANSWERS, TOKENS, MODELS, OPERATIONS = "Answers", "Tokens", "Models and levels", "Operations"
+"""The headings of `/docs`, in this order."""
 PLAIN_TEXT = {"responses": {"200": {"content": {"text/plain": {"schema": {"type": "string"}}}}}}
 
 
@@ -94,7 +102,7 @@ def takes(body: type[BaseModel], path: str, *, form: bool = False, stream: bool 
     if stream:
         replies["text/event-stream"] = {}
     return {
-        "parameters": [LEVEL_HEADER] if stream or form else [],
+        "parameters": HEADERS_OF_ANSWERS if stream or form else [],
         "requestBody": {"required": True, "content": content},
         "responses": {"200": {"description": "The answer, whole or streamed." if stream else "The answer.", "content": replies}},
     }

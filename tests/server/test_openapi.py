@@ -65,6 +65,15 @@ def test_names_are_those_of_the_server(url: str) -> None:
     assert references <= schemas.keys()
 
 
+def test_every_route_stands_under_a_heading(url: str) -> None:
+    document = httpx.get(f"{url}/openapi.json").json()
+    headings = [tag["name"] for tag in document["tags"]]
+    used = [route.get("tags") for routes in document["paths"].values() for route in routes.values()]
+    assert all(len(tags) == 1 for tags in used) and {tag for (tag,) in used} == set(headings)
+    headers = {header["name"] for header in document["paths"]["/v1/chat/completions"]["post"]["parameters"]}
+    assert headers == {"X-Pruning-Level", "X-Request-Deadline-Ms", "x-slo-ttft-ms"}
+
+
 @pytest.mark.slow
 def test_schemathesis_finds_nothing(url: str) -> None:
     command = [
