@@ -242,7 +242,6 @@ async function loadLevels() {
 function showLevels(levels) {
   const known = (value, tell) => (value === undefined || value === null ? "–" : tell(value));
   const columns = {
-    "What runs": (level) => level.description,
     "Accuracy (95 % interval)": ({ card }) => known(card?.interval, ([low, high]) =>
       `${percent(card.accuracy, 1)} (${(100 * low).toFixed(1)}–${(100 * high).toFixed(1)})`),
     "Same answer as off": ({ card }) => known(card?.agreement, (value) => percent(value, 1)),
@@ -250,6 +249,7 @@ function showLevels(levels) {
     "Visual tokens": ({ card }) => known(card?.visual_tokens, String),
     "KV cache": ({ card }) => known(card?.kv_bytes, (value) => `${(value / 1000).toFixed(0)} kB`),
     "First token": ({ card }) => known(card?.first_token_seconds, (value) => `${(1000 * value).toFixed(1)} ms`),
+    "What runs": (level) => level.description,
   };
   const table = $("levels");
   table.replaceChildren();
