@@ -36,6 +36,9 @@ class RunState:
             raise RunStateError(
                 f"{self.directory} holds an unfinished run of another recipe or checkpoint; remove it, or name another --out"
             )
+        if not self.resumed and self.directory.exists():
+            # What a removal that was cut short has left: nothing says of which run it is.
+            shutil.rmtree(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.write("recipe", wanted)
 

@@ -285,6 +285,18 @@ def test_another_recipe_does_not_go_on_with_a_killed_run(dense, tmp_path, monkey
         prune(dense, tmp_path / "out", sparsity=0.7)
 
 
+def test_what_a_removal_cut_short_has_left_of_a_run_is_not_used(dense, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        die_at(patch, pipeline, "pruned_weights", 3)
+        with pytest.raises(Killed):
+            prune(dense, tmp_path / "out", criterion="magnitude", sparsity=0.9)
+    (tmp_path / "out.work" / "recipe.json").unlink()
+    assert list((tmp_path / "out.work").glob("block-*"))
+    prune(dense, tmp_path / "out", criterion="magnitude", sparsity=0.5)
+    assert all(zeros({name: weight}) == pytest.approx(0.5, abs=1e-3) for name, weight in weights(tmp_path / "out").items())
+    assert not list(tmp_path.glob("*.work"))
+
+
 # ---- what is refused, before any work
 
 
