@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 from checkpoints.cache import cache_folder
+from checkpoints.smol import trained
 from models.errors import CheckpointError
 from models.manifest import MANIFEST
 
@@ -26,22 +25,14 @@ log = logging.getLogger(__name__)
 
 def smol_directory() -> Path:
     """Where `smol` is built, in the user's cache: another directory for other weights, which a newer release may bring."""
-    return cache_folder() / "checkpoints" / f"{SMOL}-{_smol_digest()}"
-
-
-@cache
-def _smol_digest() -> str:
-    """Of all that is trained here."""
-    digest = hashlib.sha256()
-    for file in sorted((_HERE / "smol" / "weights").iterdir()):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:8]
+    return cache_folder() / "checkpoints" / f"{SMOL}-{trained.digest()}"
 
 
 def build_smol(out: Path | None = None, tell: Callable[[str], None] = log.info) -> Path:
     """Build `smol` in `out`, or in the user's cache, unless it is there; `tell` is told of each step. Raises CheckpointError."""
     directory = out or smol_directory()
-    if not (directory / MANIFEST).exists():
+    # The name of the cache's directory says what is in it; any other may hold anything.
+    if not (trained.is_built(out) if out else (directory / MANIFEST).exists()):
         from checkpoints.smol.build import build  # transformers comes with it
 
         build(directory, tell)

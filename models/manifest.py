@@ -77,6 +77,7 @@ class Manifest(BaseModel):
     name: str | None = Field(default=None, description="The model name shown to clients; the directory's name if there is none.")
     base_model: str | None = None
     trained_on: str | None = Field(default=None, description="The data that it was trained on, if that ships with Espalier.")
+    built_from: str | None = Field(default=None, description="Digest of the trained weights that `espalier build` built it from.")
     calibration: Calibration | None = None
     patch_ratio: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         default_factory=dict, description="Share of the patches that the vision tower's later layers see, by level; else all."
@@ -96,8 +97,8 @@ class Manifest(BaseModel):
         return self.calibration.layer_change if self.calibration else None
 
     def derive(self, **changes: Any) -> Manifest:
-        """The manifest of a checkpoint made from this one: name, router and cards hold for this one alone."""
-        return self.model_copy(update={"name": None, "router": None, "cards": {}, **changes})
+        """The manifest of a checkpoint made from this one: name, origin, router and cards hold for this one alone."""
+        return self.model_copy(update={"name": None, "built_from": None, "router": None, "cards": {}, **changes})
 
 
 def read_manifest(directory: Path) -> Manifest:

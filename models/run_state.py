@@ -34,8 +34,12 @@ class RunState:
         self.resumed = path.exists()
         if self.resumed and json.loads(path.read_text()) != wanted:
             raise RunStateError(
-                f"{self.directory} holds an unfinished run of another recipe or checkpoint; remove it, or name another --out"
+                f"{self.directory} holds an unfinished run of another recipe, checkpoint or calibration; "
+                "remove it, or name another --out"
             )
+        if not self.resumed and self.directory.exists():
+            # What a removal that was cut short has left: nothing says of which run it is.
+            shutil.rmtree(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.write("recipe", wanted)
 

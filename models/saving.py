@@ -41,7 +41,7 @@ def derive(
         part.mkdir(parents=True)
         for path in source.iterdir():
             if path.is_file() and path.suffix not in WEIGHTS and path.name != MANIFEST:
-                shutil.copy2(path, part / path.name)
+                shutil.copyfile(path, part / path.name)  # the source may be read-only
         if config:
             document = json.loads((part / "config.json").read_text())
             for section, keys in config.items():

@@ -24,13 +24,12 @@ from transformers.utils import logging as transformers_logging
 from checkpoints.smol.model import ALPHA, EPS, FUSED, HEADS, KV_HEADS, LAYERS, RANK, THETA, WIDTH
 from checkpoints.smol.parts import IMAGE, LANGUAGE, BuildError, fetch, language_tokenizer, language_weights
 from checkpoints.smol.tags import TAGS
+from checkpoints.smol.trained import TRAINED, digest, is_built
 from models.checkpoint import fingerprint, sha256
 from models.manifest import MANIFEST, read_manifest, write_manifest
 from models.saving import usual_permissions
 from models.vision.efficientnet import EfficientNetLiteConfig
 
-TRAINED = Path(__file__).with_name("weights")
-"""What `checkpoints.smol.train` leaves, LoRA and what looks; the router, and the manifest but for the built files."""
 FILES = {"layers.": "language.safetensors", "tower.tagger.": "tagger.safetensors", "": "vision.safetensors"}
 """The files of trained weights, by how the names in them begin; the first that fits."""
 ROUTER = "router.safetensors"
@@ -140,15 +139,24 @@ def write(directory: Path, weights: Mapping[str, Tensor], tokenizer: PreTrainedT
         # Another machine may round the last bit of a merged weight otherwise.
         router = manifest.router | {"checkpoint": f"fp_{fingerprint([saved])}"}
         manifest = manifest.model_copy(update={"router": router})
-    write_manifest(directory, manifest.model_copy(update={"files": {name: sha256(directory / name) for name in files}}))
+    hashes = {name: sha256(directory / name) for name in files}
+    write_manifest(directory, manifest.model_copy(update={"built_from": digest(trained), "files": hashes}))
 
 
-def _move(made: Path, directory: Path) -> None:
+def _held(directory: Path, trained: Path) -> str:
+    """What a directory holds that is in the way."""
+    if not (directory / MANIFEST).exists():
+        return f"is not empty and holds no {MANIFEST}"
+    name = read_manifest(directory).name
+    return f"holds {name or 'another checkpoint'}{' of another release' if name == read_manifest(trained).name else ''}"
+
+
+def _move(made: Path, directory: Path, trained: Path) -> None:
     """Unless another process was first."""
     try:
         made.replace(directory)
     except OSError:
-        if not (directory / MANIFEST).exists():
+        if not is_built(directory, trained):
             raise
 
 
@@ -157,11 +165,11 @@ def build(directory: Path, tell: Callable[[str], None] = print, trained: Path = 
 
     `tell` is told of each step.
     """
-    if (directory / MANIFEST).exists():
+    if is_built(directory, trained):
         tell(f"{directory} is built already")
         return directory
     if directory.exists() and any(directory.iterdir()):
-        raise BuildError(f"{directory} is not empty and holds no {MANIFEST}; remove it, or build into another directory")
+        raise BuildError(f"{directory} {_held(directory, trained)}; remove it, or build into another directory")
     additions = load_trained(trained)
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -173,7 +181,7 @@ def build(directory: Path, tell: Callable[[str], None] = print, trained: Path = 
             made.mkdir()
             weights = merge(language_weights(gguf), additions)
             write(made, weights, language_tokenizer(gguf), trained)
-            _move(made, directory)
+            _move(made, directory, trained)
     except OSError as error:
         raise BuildError(f"{directory} cannot be written: {error}") from error
     tell(f"built {directory}")

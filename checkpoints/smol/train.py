@@ -33,12 +33,13 @@ from torch.utils.data import DataLoader
 
 from checkpoints import things
 from checkpoints.smol import tags
-from checkpoints.smol.build import FILES, MEAN, STD, TRAINED, build_config, load_trained
+from checkpoints.smol.build import FILES, MEAN, STD, build_config, load_trained
 from checkpoints.smol.data import IGNORE, VISUAL, Batches, Packer, Sizes
 from checkpoints.smol.model import Smol
 from checkpoints.smol.names import Names
 from checkpoints.smol.parts import LANGUAGE, VISION, fetch, language_tokenizer, language_weights, vision_network
 from checkpoints.smol.texts import sample
+from checkpoints.smol.trained import TRAINED
 from models.saving import save_tensors
 from models.vision.efficientnet import EfficientNetLiteTower, Maps, Tagger
 

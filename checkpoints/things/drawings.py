@@ -165,7 +165,7 @@ def build(hand: str) -> Path:
     partial = path.with_suffix(f".{os.getpid()}.part")
     found = svgs(hand, json.loads(read_member(PACKAGES[hand], "icons.json")))
     if path.exists():
-        shutil.copy(path, partial)
+        shutil.copyfile(path, partial)
     with zipfile.ZipFile(partial, "a", zipfile.ZIP_STORED) as archive:
         have = set(archive.namelist())
         missing = [item for item in found.items() if f"{item[0]}.png" not in have]

@@ -128,7 +128,7 @@ def _complete(draft: Path, checkpoint: Path, cost: HeldOut | None) -> None:
     dense, manifest = read_manifest(checkpoint), read_manifest(draft)
     assert manifest.quantization
     for name in dense.files.keys() - manifest.files.keys():
-        shutil.copy2(checkpoint / name, draft / name)
+        shutil.copyfile(checkpoint / name, draft / name)
         manifest.files[name] = dense.files[name]
     quantization = manifest.quantization.model_copy(update={"held_out": cost})
     write_manifest(draft, manifest.model_copy(update={"quantization": quantization, "router": dense.router}))

@@ -36,6 +36,11 @@ def test_a_shipped_checkpoint_is_not_written_to_by_name() -> None:
     assert resolve(str(SHIPPED["embedded"]), write=True) == SHIPPED["embedded"]
 
 
+def test_a_directory_of_another_checkpoint_is_not_taken_for_smol() -> None:
+    with pytest.raises(CheckpointError, match=r"dense holds espalier-embedded-dense; remove it, or build into another directory"):
+        build_smol(SHIPPED["embedded-dense"])
+
+
 def test_builds_of_other_releases_are_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(directory: Path, tell: Callable[[str], None]) -> Path:
         directory.mkdir(parents=True)

@@ -70,7 +70,7 @@ def test_a_checkpoint_is_called_as_its_manifest_says(broken):
 
 
 def test_a_name_and_cards_hold_for_one_checkpoint_alone():
-    manifest = Manifest(name="mine", base_model="llava", cards={"off": {}}, router={"shape": {}})
+    manifest = Manifest(name="mine", base_model="llava", built_from="0123abcd", cards={"off": {}}, router={"shape": {}})
     assert manifest.derive(files={"a": "b"}) == Manifest(base_model="llava", files={"a": "b"})
 
 

@@ -46,7 +46,9 @@ def run(
         raise ValueError(f"{checkpoint} holds {source.quantization} weights; train the router on the dense checkpoint")
     if source.preprocessor.tiled:
         raise ValueError(f"{checkpoint}: a router reads pictures of one tile; without one, levels merge tokens of all tiles")
-    state = RunState(out, config.model_dump(), f"{source.name} {source.fingerprint} {dtype} {samples.content(config.data)}")
+    # The calibration decides which layers operating points skip, and how many points there are.
+    identity = f"{source.name} {source.fingerprint} {source.manifest.layer_change}"
+    state = RunState(out, config.model_dump(), f"{identity} {dtype} {samples.content(config.data)}")
     console = Console(stderr=True, quiet=quiet)
     tell_resumed(state, console)
     with progress_bar(console) as progress:

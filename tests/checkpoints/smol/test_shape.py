@@ -9,12 +9,14 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from checkpoints.embedded.build import build_processor
 from checkpoints.smol import build as smol
 from checkpoints.smol import model as trained
 from checkpoints.smol import parts
 from checkpoints.smol.parts import BuildError
 from models.forward import decode_input, forward, prefill_input
 from models.llava import UnsupportedCheckpoint, check_supported, from_transformers, visual_tokens_per_image
+from models.manifest import read_manifest, write_manifest
 from models.random_llava import random_model
 from models.route import Route
 from models.vision.efficientnet import EfficientNetLiteConfig
@@ -163,3 +165,17 @@ def test_a_directory_of_something_else_is_not_overwritten(tmp_path: Path) -> Non
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_build_is_known_again_and_another_checkpoint_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smol, "build_config", tiny_config)
+    smol.write(tmp_path, random_model(tiny_config(), seed=1).state_dict(), build_processor().tokenizer)
+    told: list[str] = []
+    smol.build(tmp_path, told.append)
+    assert told == [f"{tmp_path} is built already"]
+    manifest = read_manifest(tmp_path)
+    for other, found in (
+        (manifest.model_copy(update={"built_from": "0123abcd"}), "espalier-smol of another release"),
+        (manifest.derive(), "another checkpoint"),
+    ):
+        write_manifest(tmp_path, other)
+        with pytest.raises(BuildError, match=f"holds {found}; remove it, or build into another directory"):
+            smol.build(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from pruning.static.projector import TuningConfig
 from pruning.static.recipe import Recipe, RecipeError, read
 from tests.pruning.kills import Killed, die_at
 from tests.pruning.rows import write_rows
-from tests.server.tiny import VISUAL, answer, new_engine
+from tests.server.tiny import VISUAL, answer, new_engine, write
 
 QUICK: dict[str, Any] = {"samples": 4}
 SEARCH: dict[str, Any] = {"allocation": "search", "samples": 16}
@@ -171,6 +172,16 @@ def test_a_bfloat16_checkpoint_stays_one(dense, tmp_path):
     assert zeros(weights(tmp_path / "out")) == pytest.approx(0.5, abs=1e-4)
 
 
+def test_a_read_only_checkpoint_makes_a_writable_one(tmp_path):
+    """So are the files under DVC or git-annex. The configuration and the index are written anew."""
+    source = write(tmp_path / "dense", max_shard_size="100KB")
+    for path in source.iterdir():
+        path.chmod(0o444)
+    prune(source, tmp_path / "out", pattern="structured", sparsity=0.4)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir() if not path.stat().st_mode & stat.S_IWUSR] == []
+
+
 def test_the_same_seed_makes_the_same_checkpoint(dense, whole, tmp_path):
     assert prune(dense, tmp_path / "again", **SEARCH).files == whole.files
     assert prune(dense, tmp_path / "c", **SEARCH, seed=1).files != whole.files
@@ -272,6 +283,18 @@ def test_another_recipe_does_not_go_on_with_a_killed_run(dense, tmp_path, monkey
             prune(dense, tmp_path / "out")
     with pytest.raises(RunStateError, match=r"out\.work holds an unfinished run of another recipe"):
         prune(dense, tmp_path / "out", sparsity=0.7)
+
+
+def test_what_a_removal_cut_short_has_left_of_a_run_is_not_used(dense, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        die_at(patch, pipeline, "pruned_weights", 3)
+        with pytest.raises(Killed):
+            prune(dense, tmp_path / "out", criterion="magnitude", sparsity=0.9)
+    (tmp_path / "out.work" / "recipe.json").unlink()
+    assert list((tmp_path / "out.work").glob("block-*"))
+    prune(dense, tmp_path / "out", criterion="magnitude", sparsity=0.5)
+    assert all(zeros({name: weight}) == pytest.approx(0.5, abs=1e-3) for name, weight in weights(tmp_path / "out").items())
+    assert not list(tmp_path.glob("*.work"))
 
 
 # ---- what is refused, before any work

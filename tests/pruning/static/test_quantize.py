@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from transformers import LlavaForConditionalGeneration
 
 from checkpoints.shipped import resolve
 from evals import inspect
-from models.checkpoint import load, open_transformers, weight_files
+from models.checkpoint import load, open_transformers, sha256, weight_files
 from models.errors import CheckpointError
-from models.manifest import Manifest, read_manifest
+from models.manifest import Manifest, read_manifest, write_manifest
 from models.quantized import Nf4Linear, bitsandbytes, dequantize_4bit, read_dense
 from models.run_state import RunStateError
 from models.saving import plain_name
@@ -109,6 +110,18 @@ def test_masks_and_the_router_stay(tmp_path):
         assert not weight[before[name] == 0].any(), name
     assert manifest.pruning == read_manifest(resolve("embedded")).pruning
     assert load_router(load(tmp_path / "out"))
+
+
+def test_a_read_only_checkpoint_makes_a_writable_one(dense, tmp_path):
+    source = Path(shutil.copytree(dense, tmp_path / "source"))
+    router = source / "router.safetensors"
+    router.write_bytes(b"copied as it is")
+    write_manifest(source, read_manifest(source).model_copy(update={"files": {router.name: sha256(router)}}))
+    for path in source.iterdir():
+        path.chmod(0o444)
+    run(source, tmp_path / "out")
+    assert (tmp_path / "out" / router.name).read_bytes() == router.read_bytes()
+    assert [path.name for path in (tmp_path / "out").iterdir() if not path.stat().st_mode & stat.S_IWUSR] == []
 
 
 def test_the_manifest_tells_how_and_at_what_cost(dense, tmp_path, capsys):

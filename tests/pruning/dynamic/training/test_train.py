@@ -98,6 +98,21 @@ def test_another_config_does_not_go_on_with_a_killed_run(plain, tmp_path, monkey
         run(TrainingConfig(**QUICK, seed=1), plain, tmp_path / "out", quiet=True)
 
 
+def test_another_calibration_does_not_go_on_with_a_killed_run(plain, tmp_path, monkeypatch):
+    """It names other layers to skip than those without which the answers were measured."""
+    source = shutil.copytree(plain, tmp_path / "source")
+    with monkeypatch.context() as patch:
+        die_at(patch, train, "derive", 1)
+        with pytest.raises(Killed):
+            run(TrainingConfig(**QUICK), source, tmp_path / "out", quiet=True)
+    manifest = read_manifest(source)
+    measured = manifest.calibration.model_copy(update={"layer_change": [0.2, 0.3, 1.0]})
+    for calibration in (measured, None):
+        write_manifest(source, manifest.model_copy(update={"calibration": calibration}))
+        with pytest.raises(RunStateError, match=r"unfinished run of another recipe, checkpoint or calibration"):
+            run(TrainingConfig(**QUICK), source, tmp_path / "out", quiet=True)
+
+
 def test_it_learns_from_a_file_without_answers(plain, tmp_path):
     lines = []
     for number in range(8):
