@@ -14,6 +14,8 @@ from torch import Tensor
 from models.files import write_whole
 from models.saving import save_tensors
 
+RECIPE = "recipe.json"
+
 
 class RunStateError(ValueError):
     """The run on disk cannot go on; the message says what to do."""
@@ -30,16 +32,17 @@ class RunState:
     def __init__(self, out: Path, recipe: dict[str, Any], source: str) -> None:
         self.out, self.directory = out, run_directory(out).resolve()
         wanted = {"recipe": recipe, "source": source}
-        path = self.directory / "recipe.json"
+        path = self.directory / RECIPE
         self.resumed = path.exists()
         if self.resumed and json.loads(path.read_text()) != wanted:
             raise RunStateError(
                 f"{self.directory} holds an unfinished run of another recipe, checkpoint or calibration; "
                 "remove it, or name another --out"
             )
-        if not self.resumed and self.directory.exists():
-            # What a removal that was cut short has left: nothing says of which run it is.
-            shutil.rmtree(self.directory)
+        if not self.resumed and self.directory.exists() and any(self.directory.iterdir()):
+            raise RunStateError(
+                f"{self.directory} holds files and no recipe.json, so it is no run; remove it, or name another --out"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         self.write("recipe", wanted)
 
@@ -51,6 +54,7 @@ class RunState:
     def complete(self) -> None:
         """The draft becomes the output; what the run had finished goes."""
         self.draft.replace(self.out)
+        (self.directory / RECIPE).unlink()  # first: what is left of a removal that is cut short must be no run
         shutil.rmtree(self.directory)
 
     def read(self, name: str) -> Any:
