@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import pi, sin
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedModel
 
 from models.checkpoint import TransformersCheckpoint, check_files, open_transformers
@@ -157,7 +157,6 @@ class Finetuning:
         }
         parameters = [part for update in self.updates.values() for part in (update.up, update.down)]
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-        self.schedule = OneCycleLR(self.optimizer, config.learning_rate, config.steps, pct_start=0.1, cycle_momentum=False)
         self.losses: list[float] = []
         self._restore()
 
@@ -191,8 +190,9 @@ class Finetuning:
             total += float(loss.detach())
         for update in self.updates.values():
             update.take_gradient()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * _schedule(len(self.losses), self.config.steps)
         self.optimizer.step()
-        self.schedule.step()
         for update in self.updates.values():
             update.merge()
         return total
@@ -211,7 +211,7 @@ class Finetuning:
         optimizer = self.optimizer.state_dict()
         moments = {f"{number}/{key}": value for number, state in optimizer["state"].items() for key, value in state.items()}
         parts = {f"{name}/{part}": getattr(update, part) for name, update in self.updates.items() for part in ("up", "down")}
-        record = {"losses": self.losses, "schedule": self.schedule.state_dict(), "groups": optimizer["param_groups"]}
+        record = {"losses": self.losses, "groups": optimizer["param_groups"]}
         self.run_state.write_tensors("training", parts | moments, record)
 
     @torch.no_grad()
@@ -229,8 +229,14 @@ class Finetuning:
             number, _, moment = key.partition("/")
             state.setdefault(int(number), {})[moment] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": record["groups"]})
-        self.schedule.load_state_dict(record["schedule"])
         self.losses = record["losses"]
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the highest learning rate: a tenth of the steps up and the others down, both along a cosine. However few there are,
+    each learns, and one of them at the highest."""
+    rising = max(1, steps // 10)
+    return sin(pi / 2 * min((step + 1) / rising, (steps - step) / (steps - rising + 1))) ** 2
 
 
 def tenths(losses: Sequence[float]) -> list[float]:

@@ -83,15 +83,16 @@ def test_what_is_zero_stays_zero_and_the_rest_learns(pruned, dense, tmp_path):
     assert answer(engine, 0).finished.receipt.visual_tokens
 
 
-def test_without_a_teacher_the_answers_are_learned(dense, tmp_path):
-    tune(dense, tmp_path / "out")
+@pytest.mark.parametrize(("steps", "left"), [(1, 0.98), (8, 0.95), (10, 0.95)])
+def test_without_a_teacher_the_answers_are_learned(dense, tmp_path, steps, left):
+    tune(dense, tmp_path / "out", samples=steps * QUICK["batch_size"])
     losses = []
     for directory in (dense, tmp_path / "out"):
         source = open_transformers(directory)
         packed = [pack(source.preprocessor, sample) for sample in samples.read(samples.WORLD, 8, 99)]
         with torch.no_grad():
             losses.append(sum(float(answer_loss(source.model, sample)) for sample in packed))
-    assert losses[1] < 0.95 * losses[0]
+    assert losses[1] < left * losses[0]
 
 
 def test_its_own_rows_are_learned_over_and_over(dense, tmp_path):
