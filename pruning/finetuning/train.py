@@ -77,9 +77,21 @@ def _check(config: FinetuneConfig, checkpoint: Path, out: Path) -> None:
 
 
 def _earlier(data: str, manifest: Manifest) -> list[tuple[int, int]]:
-    """(count, seed) of the samples of this data that a checkpoint was pruned and trained on."""
-    runs = [manifest.pruning.recipe if manifest.pruning else None, manifest.finetuning]
-    return [(run["samples"], run["seed"]) for run in runs if run and samples.same(run["data"], data)]
+    """(count, seed) of all samples of this data that a checkpoint was pruned and trained on."""
+    runs = _finetunings(manifest) + ([manifest.pruning.recipe | {"epochs": 1}] if manifest.pruning else [])
+    same = [run for run in runs if samples.same(run["data"], data)]
+    return sorted({(run["samples"], seed) for run in same for seed in _seeds(data, run["seed"], run["epochs"])})
+
+
+def _finetunings(manifest: Manifest) -> list[dict[str, Any]]:
+    """What a checkpoint was trained further on, run by run, the last at the end."""
+    last = manifest.finetuning
+    return [*last.get("earlier", []), {key: last[key] for key in ("data", "samples", "seed", "epochs")}] if last else []
+
+
+def _seeds(data: str, seed: int, epochs: int) -> list[int]:
+    """By which the samples of each epoch are read: drawings are new each time, pictures of a file the same, the others held out."""
+    return [seed + epoch if data in samples.FAMILIES else seed for epoch in range(epochs)]
 
 
 def _draft(
@@ -97,7 +109,10 @@ def _draft(
         return run_state
     finetuning = Finetuning(config, source, taught.model if taught else None, run_state)
     losses = finetuning.train(console)
-    record = {**config.model_dump(mode="json"), "source": names[0], "teacher": names[1] if taught else None, "loss": losses}
+    record = {
+        **config.model_dump(mode="json"), "source": names[0], "teacher": names[1] if taught else None, "loss": losses,
+        "earlier": _finetunings(source.manifest),
+    }  # fmt: skip
     pruning = source.manifest.pruning
     manifest = source.manifest.derive(
         calibration=None, finetuning=record, pruning=pruning and pruning.model_copy(update={"held_out": None})
@@ -174,9 +189,7 @@ class Finetuning:
 
     def _batches(self) -> Iterator[list[samples.Sample]]:
         config = self.config
-        for epoch in range(config.epochs):
-            # Of a file the same pictures again: the others are held out.
-            seed = config.seed + epoch if config.data in samples.FAMILIES else config.seed
+        for seed in _seeds(config.data, config.seed, config.epochs):
             read = samples.read(config.data, config.samples, seed)
             while len(batch := list(islice(read, config.batch_size))) == config.batch_size:
                 yield batch

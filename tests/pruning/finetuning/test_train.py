@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration
 
 from models.checkpoint import load, open_transformers
 from models.errors import CheckpointError
-from models.manifest import read_manifest
+from models.manifest import read_manifest, write_manifest
 from models.run_state import RunStateError
 from pruning import samples
 from pruning.answers import Prompt, log_probabilities
@@ -112,6 +112,18 @@ def test_what_it_cost_is_asked_about_pictures_that_no_run_saw(dense, tmp_path, m
     tune(tmp_path / "half", tmp_path / "out", dense, data=data, samples=4)
     seen = {one.image.tobytes() for seed in (0, 1) for one in samples.read(data, 4, seed)}
     assert len(asked) == 12 - len(seen) and seen.isdisjoint(asked)
+
+
+def test_drawings_of_every_epoch_of_every_run_are_not_held_out(dense, tmp_path, monkeypatch):
+    asked: list[bytes] = []
+    monkeypatch.setattr(held_out, "cost", lambda dense, state, rest, *_: asked.extend(one.image.tobytes() for one in rest))
+    manifest = pipeline.run(read(None, {"samples": 4, "criterion": "magnitude", "seed": 9}), dense, tmp_path / "half", quiet=True)
+    once = {"data": samples.WORLD, "samples": 8, "seed": 0, "epochs": 2}
+    write_manifest(tmp_path / "half", manifest.model_copy(update={"finetuning": once}))
+    tune(tmp_path / "half", tmp_path / "twice", dense, samples=4, seed=1)
+    tune(tmp_path / "twice", tmp_path / "again", dense, samples=4)
+    learned = {one.image.tobytes() for seed in (0, 1) for one in samples.read(samples.WORLD, 8, seed)}
+    assert len(set(asked)) == 6 and learned.isdisjoint(asked)
 
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 19, 25, 100])
