@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import pi, sin
+from math import isfinite, pi, sin
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ CALIBRATION_SAMPLES = 64
 
 
 class FinetuneError(ValueError):
-    """The run cannot begin; the message says what to do."""
+    """The run cannot begin or go on; the message says what to do."""
 
 
 def run(
@@ -208,6 +208,10 @@ class Finetuning:
         self.optimizer.step()
         for update in self.updates.values():
             update.merge()
+        # Before it is saved: a run that goes on would do so from weights that are lost.
+        if not (isfinite(total) and all(update.linear.weight.isfinite().all() for update in self.updates.values())):
+            step = len(self.losses) + 1
+            raise FinetuneError(f"loss or weights are not finite at step {step}; lower --learning-rate, or use --dtype float32")
         return total
 
     def _loss(self, sample: PackedSample, level: str) -> Tensor:

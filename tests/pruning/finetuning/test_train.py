@@ -50,8 +50,8 @@ def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_out, "PICTURES", 2)
 
 
-def tune(checkpoint: Path, out: Path, teacher: Path | None = None, **given: Any) -> Any:
-    return train.run(FinetuneConfig(**QUICK | given), checkpoint, out, teacher, quiet=True)
+def tune(checkpoint: Path, out: Path, teacher: Path | None = None, dtype: str = "auto", **given: Any) -> Any:
+    return train.run(FinetuneConfig(**QUICK | given), checkpoint, out, teacher, dtype=dtype, quiet=True)
 
 
 def matrices(directory: Path) -> dict[str, torch.Tensor]:
@@ -144,6 +144,16 @@ def test_a_killed_run_goes_on_to_the_same_weights(dense, tmp_path, monkeypatch):
     steps = die_at(monkeypatch, Finetuning, "_step", 99)
     assert tune(dense, tmp_path / "out").files == whole.files
     assert steps == [8 - 3]
+
+
+def test_a_run_that_diverges_says_so_each_time(dense, tmp_path, monkeypatch):
+    """Also where it goes on from what it saved."""
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    for _ in range(2):
+        with pytest.raises(FinetuneError, match="not finite at step 2; lower --learning-rate"):
+            tune(dense, tmp_path / "out", learning_rate=1e30)
+    with pytest.raises(FinetuneError, match="not finite at step 1; lower --learning-rate"):
+        tune(dense, tmp_path / "last", dtype="float16", samples=4, learning_rate=1e6)
 
 
 def test_transformers_reads_what_was_trained(dense, tmp_path):
