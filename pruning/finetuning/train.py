@@ -99,7 +99,7 @@ def _draft(
 ) -> RunState:
     """Write the draft of the new checkpoint."""
     source = open_transformers(directory, device, dtype)
-    taught = open_transformers(teacher, device, dtype) if teacher else None
+    taught = open_transformers(teacher, device, str(source.model.dtype).removeprefix("torch.")) if teacher else None
     if taught and not _same_head(source.model, taught.model):
         raise FinetuneError(f"{teacher} has another head than {directory}; the teacher is the checkpoint that it was pruned from")
     names = [f"{one.name} {one.fingerprint}" for one in (source, taught) if one]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,16 @@ def test_drawings_of_every_epoch_of_every_run_are_not_held_out(dense, tmp_path, 
     tune(tmp_path / "twice", tmp_path / "again", dense, samples=4)
     learned = {one.image.tobytes() for seed in (0, 1) for one in samples.read(samples.WORLD, 8, seed)}
     assert len(set(asked)) == 6 and learned.isdisjoint(asked)
+
+
+@pytest.mark.parametrize("saved", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_teacher_may_be_saved_in_another_dtype(dense, tmp_path, saved):
+    directory = dense
+    for name in saved:
+        directory = shutil.copytree(directory, tmp_path / name)
+        LlavaForConditionalGeneration.from_pretrained(directory, dtype=name).save_pretrained(directory)
+    assert len(tune(directory, tmp_path / "out", tmp_path / saved[0], samples=4).finetuning["loss"]) == 1
+    assert open_transformers(tmp_path / "out").model.dtype == getattr(torch, saved[1])
 
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 19, 25, 100])
