@@ -84,7 +84,9 @@ class Manifest(BaseModel):
     )
     pruning: Pruning | None = None
     finetuning: dict[str, Any] | None = Field(
-        default=None, description="How `espalier finetune` trained it: its options, and the mean loss of each tenth of the steps."
+        default=None,
+        description="How `espalier finetune` trained it: its options, the mean loss of each tenth of the steps, and on what it was "
+        "trained earlier.",
     )
     quantization: Quantization | None = None
     router: dict[str, Any] | None = Field(default=None, description="The router beside the weights, as `pruning.dynamic` reads it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from random import Random
 
@@ -14,6 +15,7 @@ from rich.progress import track
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, load
+from models.errors import CheckpointError
 from models.forward import forward, prefill_input
 from models.llava import Llava
 from models.manifest import Calibration, write_manifest
@@ -39,9 +41,16 @@ def calibrate(
 
 
 def measure(loaded: Checkpoint, read: Iterable[samples.Sample], count: int, seed: int, quiet: bool) -> list[float]:
-    """`layer_change` on `count` samples, with one question to each."""
+    """`layer_change` on `count` samples, with one question to each. Raises CheckpointError where a layer overflows."""
     prompts = _prompts(loaded.preprocessor, read, seed)
-    return layer_change(loaded.model, track(prompts, "layer importance", count, console=Console(stderr=True, quiet=quiet)))
+    change = layer_change(loaded.model, track(prompts, "layer importance", count, console=Console(stderr=True, quiet=quiet)))
+    if not all(map(isfinite, change)):
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{loaded.directory}: what its layers put out is not finite in {dtype}; use another --dtype or, where it was just "
+            "trained, a lower --learning-rate"
+        )
+    return change
 
 
 def _prompts(preprocessor: Preprocessor, read: Iterable[samples.Sample], seed: int) -> Iterator[tuple[list[int], Picture]]:

@@ -95,6 +95,9 @@ def test_calibrate_shows_and_stores_each_layers_change(dense: Path, tmp_path: Pa
         ("finetune", ["--levels", "cheap"], "--levels: Input should be 'off', 'light', 'balanced' or 'strong'"),
         ("finetune", ["--batch-size", "0"], "--batch-size: Input should be greater than or equal to 1"),
         ("route", ["--pictures", "0"], "--pictures: Input should be greater than or equal to"),
+        ("route", ["--seed", "1764300000000000000"], "--seed: Input should be less than 4294967296"),
+        ("finetune", ["--seed", "-99999999999999999999999"], "--seed: Input should be greater than -4294967296"),
+        ("prune", ["--seed", "99999999999999999999999"], "seed: Input should be less than 4294967296"),
     ],
 )
 def test_an_option_that_does_not_fit_is_one_line(dense: Path, tmp_path: Path, command: str, given: list[str], message: str) -> None:

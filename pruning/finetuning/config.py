@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pruning.seed import Seed
+
 
 class FinetuneConfig(BaseModel):
     """Written into the manifest."""
@@ -21,7 +23,7 @@ class FinetuneConfig(BaseModel):
     batch_size: int = Field(8, ge=1, description="Pictures of a step.")
     rank: int = Field(32, ge=1, description="Of what is added to a matrix (LoRA).")
     learning_rate: float = Field(5e-4, gt=0, description="The highest; it rises for a tenth of the steps and falls to nothing.")
-    seed: int = Field(0, description="Which samples in which order, and where LoRA starts.")
+    seed: Seed = Field(0, description="Which samples in which order, and where LoRA starts.")
 
     @property
     def steps(self) -> int:

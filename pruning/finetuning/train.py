@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite, pi, sin
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedModel
 
 from models.checkpoint import TransformersCheckpoint, check_files, open_transformers
@@ -40,7 +40,7 @@ CALIBRATION_SAMPLES = 64
 
 
 class FinetuneError(ValueError):
-    """The run cannot begin; the message says what to do."""
+    """The run cannot begin or go on; the message says what to do."""
 
 
 def run(
@@ -77,9 +77,21 @@ def _check(config: FinetuneConfig, checkpoint: Path, out: Path) -> None:
 
 
 def _earlier(data: str, manifest: Manifest) -> list[tuple[int, int]]:
-    """(count, seed) of the samples of this data that a checkpoint was pruned and trained on."""
-    runs = [manifest.pruning.recipe if manifest.pruning else None, manifest.finetuning]
-    return [(run["samples"], run["seed"]) for run in runs if run and samples.same(run["data"], data)]
+    """(count, seed) of all samples of this data that a checkpoint was pruned and trained on."""
+    runs = _finetunings(manifest) + ([manifest.pruning.recipe | {"epochs": 1}] if manifest.pruning else [])
+    same = [run for run in runs if samples.same(run["data"], data)]
+    return sorted({(run["samples"], seed) for run in same for seed in _seeds(data, run["seed"], run["epochs"])})
+
+
+def _finetunings(manifest: Manifest) -> list[dict[str, Any]]:
+    """What a checkpoint was trained further on, run by run, the last at the end."""
+    last = manifest.finetuning
+    return [*last.get("earlier", []), {key: last[key] for key in ("data", "samples", "seed", "epochs")}] if last else []
+
+
+def _seeds(data: str, seed: int, epochs: int) -> list[int]:
+    """By which the samples of each epoch are read: drawings are new each time, pictures of a file the same, the others held out."""
+    return [seed + epoch if data in samples.FAMILIES else seed for epoch in range(epochs)]
 
 
 def _draft(
@@ -87,7 +99,7 @@ def _draft(
 ) -> RunState:
     """Write the draft of the new checkpoint."""
     source = open_transformers(directory, device, dtype)
-    taught = open_transformers(teacher, device, dtype) if teacher else None
+    taught = open_transformers(teacher, device, str(source.model.dtype).removeprefix("torch.")) if teacher else None
     if taught and not _same_head(source.model, taught.model):
         raise FinetuneError(f"{teacher} has another head than {directory}; the teacher is the checkpoint that it was pruned from")
     names = [f"{one.name} {one.fingerprint}" for one in (source, taught) if one]
@@ -97,7 +109,10 @@ def _draft(
         return run_state
     finetuning = Finetuning(config, source, taught.model if taught else None, run_state)
     losses = finetuning.train(console)
-    record = {**config.model_dump(mode="json"), "source": names[0], "teacher": names[1] if taught else None, "loss": losses}
+    record = {
+        **config.model_dump(mode="json"), "source": names[0], "teacher": names[1] if taught else None, "loss": losses,
+        "earlier": _finetunings(source.manifest),
+    }  # fmt: skip
     pruning = source.manifest.pruning
     manifest = source.manifest.derive(
         calibration=None, finetuning=record, pruning=pruning and pruning.model_copy(update={"held_out": None})
@@ -157,7 +172,6 @@ class Finetuning:
         }
         parameters = [part for update in self.updates.values() for part in (update.up, update.down)]
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-        self.schedule = OneCycleLR(self.optimizer, config.learning_rate, config.steps, pct_start=0.1, cycle_momentum=False)
         self.losses: list[float] = []
         self._restore()
 
@@ -175,9 +189,7 @@ class Finetuning:
 
     def _batches(self) -> Iterator[list[samples.Sample]]:
         config = self.config
-        for epoch in range(config.epochs):
-            # Of a file the same pictures again: the others are held out.
-            seed = config.seed + epoch if config.data in samples.FAMILIES else config.seed
+        for seed in _seeds(config.data, config.seed, config.epochs):
             read = samples.read(config.data, config.samples, seed)
             while len(batch := list(islice(read, config.batch_size))) == config.batch_size:
                 yield batch
@@ -191,10 +203,15 @@ class Finetuning:
             total += float(loss.detach())
         for update in self.updates.values():
             update.take_gradient()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * _schedule(len(self.losses), self.config.steps)
         self.optimizer.step()
-        self.schedule.step()
         for update in self.updates.values():
             update.merge()
+        # Before it is saved: a run that goes on would do so from weights that are lost.
+        if not (isfinite(total) and all(update.linear.weight.isfinite().all() for update in self.updates.values())):
+            step = len(self.losses) + 1
+            raise FinetuneError(f"loss or weights are not finite at step {step}; lower --learning-rate, or use --dtype float32")
         return total
 
     def _loss(self, sample: PackedSample, level: str) -> Tensor:
@@ -211,7 +228,7 @@ class Finetuning:
         optimizer = self.optimizer.state_dict()
         moments = {f"{number}/{key}": value for number, state in optimizer["state"].items() for key, value in state.items()}
         parts = {f"{name}/{part}": getattr(update, part) for name, update in self.updates.items() for part in ("up", "down")}
-        record = {"losses": self.losses, "schedule": self.schedule.state_dict(), "groups": optimizer["param_groups"]}
+        record = {"losses": self.losses, "groups": optimizer["param_groups"]}
         self.run_state.write_tensors("training", parts | moments, record)
 
     @torch.no_grad()
@@ -229,8 +246,14 @@ class Finetuning:
             number, _, moment = key.partition("/")
             state.setdefault(int(number), {})[moment] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": record["groups"]})
-        self.schedule.load_state_dict(record["schedule"])
         self.losses = record["losses"]
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the highest learning rate: a tenth of the steps up and the others down, both along a cosine. However few there are,
+    each learns, and one of them at the highest."""
+    rising = max(1, steps // 10)
+    return sin(pi / 2 * min((step + 1) / rising, (steps - step) / (steps - rising + 1))) ** 2
 
 
 def tenths(losses: Sequence[float]) -> list[float]:

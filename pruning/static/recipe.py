@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import faults
+from pruning.seed import Seed
 
 MIN_SAMPLES, MIN_SEARCH_SAMPLES = 4, 16
 """The search needs more: it holds a quarter of them out."""
@@ -41,7 +42,7 @@ class Recipe(BaseModel):
     eta: float = Field(0.3, ge=0, description="search: weight of structural risk; helps obs alone.")
     projector: bool = Field(True, description="search: tune the projector on the best policies, in turns with the search.")
     samples: int = Field(64, ge=MIN_SAMPLES, description="Calibration samples.")
-    seed: int = Field(0, description="Which samples, and every random choice.")
+    seed: Seed = Field(0, description="Which samples, and every random choice.")
     data: str = Field("", description="A JSONL file (docs/pruning.md), world or things; what it was trained on by default.")
     families: tuple[str, ...] = Field((), description="world, things: draw from these families alone, not from all; may repeat.")
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from models.checkpoint import load
+from models.errors import CheckpointError
 from models.manifest import read_manifest
 from pruning.layer_importance import calibrate, layer_change
 from pruning.samples import DataError
@@ -38,3 +40,15 @@ def test_it_is_measured_on_the_data_and_stored_in_the_manifest(tmp_path: Path) -
     assert (found.data, found.samples, found.seed, len(found.layer_change)) == (data, 1, 5, LAYERS)
     with pytest.raises(DataError, match="has 1 pictures and 2 are asked for"):
         calibrate(directory, data, 2, 5, quiet=True)
+
+
+def test_layers_that_overflow_are_told_and_nothing_is_stored(tmp_path: Path) -> None:
+    directory = write(tmp_path / "tiny")
+    weights = load_file(directory / "model.safetensors")
+    [name] = [key for key in weights if key.endswith("layers.1.mlp.down_proj.weight") and "language" in key]
+    save_file(weights | {name: weights[name] * 1e7}, directory / "model.safetensors", {"format": "pt"})
+    before = read_manifest(directory)
+    with pytest.raises(CheckpointError, match="not finite in float16; use another --dtype"):
+        calibrate(directory, "world", 1, 0, dtype="float16", quiet=True)
+    assert read_manifest(directory) == before
+    calibrate(directory, "world", 1, 0, dtype="float32", quiet=True)

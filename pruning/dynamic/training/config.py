@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pruning.seed import Seed
+
 
 class TrainingConfig(BaseModel):
     """Written into the manifest."""
@@ -21,7 +23,7 @@ class TrainingConfig(BaseModel):
     learning_rate: float = Field(3e-3, gt=0, description="Of the scores.")
     corrector_learning_rate: float = Field(2e-3, gt=0, description="Of the merge corrector.")
     target_agreement: float = Field(0.99, gt=0, le=1, description="Share of answers that level `auto` is to keep.")
-    seed: int = Field(0, description="Which pictures, and every random choice.")
+    seed: Seed = Field(0, description="Which pictures, and every random choice.")
 
     @property
     def picture_seed(self) -> int:

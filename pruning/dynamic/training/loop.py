@@ -57,7 +57,8 @@ def train(
     name: str, learner: nn.Module, data: RouterDataset, config: TrainingConfig, steps: int, learning_rate: float,
     loss_of: Callable[[int, RouterDataset], Tensor], state: RunState, progress: Progress,
 ) -> None:  # fmt: skip
-    """Take `steps` steps of AdamW on questions drawn by seed and step; one that was stopped goes on."""
+    """Take `steps` steps of AdamW on questions drawn by seed and step; one that was stopped goes on. Raises ValueError where the
+    training diverges."""
     optimizer = torch.optim.AdamW(learner.parameters(), learning_rate, weight_decay=0.02)
     start = _restore(name, state, learner, optimizer)
     task = progress.add_task(name, total=steps, completed=start)
@@ -70,7 +71,9 @@ def train(
         loss = loss_of(step, data.of(questions[drawn]))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        if not norm.isfinite():
+            raise ValueError(f"{name}: the error or its gradient is not finite at step {step + 1}; lower its learning rate")
         optimizer.step()
         progress.update(task, advance=1, description=f"{name}, error {float(loss.detach()):.3f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:

@@ -133,3 +133,9 @@ def test_what_cannot_be_done_is_said_before_the_work(plain, tmp_path):
         run(TrainingConfig(), plain, tmp_path, quiet=True)
     with pytest.raises(ValueError, match=r"none\.jsonl is not a file"):
         run(TrainingConfig(data="none.jsonl"), plain, tmp_path / "out", quiet=True)
+
+
+@pytest.mark.parametrize("rate", ["learning_rate", "corrector_learning_rate"])
+def test_training_that_diverges_is_told(plain, tmp_path, rate):
+    with pytest.raises(ValueError, match=r"not finite at step \d+; lower its learning rate"):
+        run(TrainingConfig(**QUICK | {rate: 1e30}), plain, tmp_path / "out", quiet=True)
