@@ -21,10 +21,10 @@ HEAD = """# What pruning costs {checkpoint}
 
 Made by `make tables` from `{runs}`; one line there is one run of `espalier prune` and one test.
 Accuracy is exact match on every question of {pictures} held-out test pictures ({questions} questions). The language model's
-matrices are pruned, the vision tower is dense. Each cell is the mean over at most {seeds} seeds (which draw the calibration
-samples and every choice of the search) ± the half-width of the 95 % interval of that mean (Student's t); one seed has none. In
-brackets, its share of the dense checkpoint's accuracy, **{dense:.2%}** ({low:.2%} to {high:.2%}, bootstrap over pictures), and
-its number of runs.
+matrices are pruned, the vision tower is dense. Each cell is the mean over its runs, each of another seed (which draws the
+calibration samples and every choice of the search), ± the half-width of the 95 % interval of that mean (Student's t); one
+run has none. In brackets, its share of the dense checkpoint's accuracy, **{dense:.2%}** ({low:.2%} to {high:.2%}, bootstrap
+over pictures), and its number of runs.
 """
 
 
@@ -43,7 +43,6 @@ def main(
     checkpoint = dense.get("checkpoint", "the embedded checkpoint")
     head = HEAD.format(
         checkpoint=checkpoint, runs=runs, pictures=dense["pictures"], questions=dense["questions"],
-        seeds=1 + max((e["seed"] for e in pruned), default=0),
         dense=dense["accuracy"], low=low, high=high,
     )  # fmt: skip
     parts = [head, *_overall(pruned, dense), *_by_family(pruned, dense), *_unseen(pruned)]

@@ -35,7 +35,7 @@ SERVED = """
 ## Over HTTP
 
 From `docs/runs/smol_http.jsonl`: `espalier bench http` against `espalier serve smol`, and the same with `--quantization int8`, on
-two quiet cores of an Intel Xeon without AMX, which the client uses too. Answers of at most 8 tokens, new pictures each time, levels
+two quiet cores of an AMD Zen 5, which the client uses too. Answers of at most 8 tokens, new pictures each time, levels
 by merging; medians of runs in turn. The vision tower costs every request the same, whatever its level. Of 16 clients some are
 refused, and do not ask again.
 
