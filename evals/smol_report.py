@@ -16,8 +16,8 @@ HEAD = """# What smol knows
 
 Made by `make tables` from `docs/runs/smol.jsonl`, the last lines of `espalier eval smol --task …` with what a row names, in
 bfloat16 as served (text alone: `--dtype float32`); `make smol-results` runs what is missing. One training run. Of fewer than 4,000
-questions about scenes, the first ones are asked: of 800, dense weights answer 80.1 % at `off`, of 400, 81.0 %.
-Right is what [evaluation.md](evaluation.md) says; in brackets 95 % intervals. Splits: `test` is drawn by a hand that is in no training picture
+questions about scenes, the first ones are asked: of 800, dense weights answer 80.1 % at `off`, of 400, 81.0 %. Right is what
+[evaluation.md](evaluation.md) says; in brackets 95 % intervals. Splits: `test` is drawn by a hand that is in no training picture
 (OpenMoji), its signs and charts set in typefaces that are in none; `known` by the hands of training.
 
 | weights | task | split | wordings | level | visual tokens | prefill FLOPs | questions | right |
