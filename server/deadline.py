@@ -46,22 +46,23 @@ def in_time(prepared: PreparedRequest, deadline: Deadline | None) -> PreparedReq
     """
     if deadline is None:
         return prepared
-    engine, late = prepared.engine, _late_by(prepared, deadline)
-    level = next((level for level in late if late[level] <= 0), [*late][-1] if engine.idle else None)
-    if level is None:
-        least = min(late.values())
-        message = f"the server is too busy to make this request's deadline: it would be {least:.1f} s late"
-        raise DeadlineMissed(message, max(0.1, least))
+    engine, now = prepared.engine, time.monotonic()
+    size = len(prepared.prompt), [image.picture.layout for image in prepared.images], prepared.sampling.max_tokens, prepared.n
+    late: list[float] = []
+    for level in _levels(prepared):
+        late.append(deadline.late_by(now, *engine.predict_times(level, *size)))
+        if late[-1] <= 0:
+            break
+    else:
+        if not engine.idle:
+            message = f"the server is too busy to make this request's deadline: it would be {min(late):.1f} s late"
+            raise DeadlineMissed(message, max(0.1, min(late)))
     reason = prepared.reason if level == prepared.level else "deadline"
     return replace(prepared, level=level, reason=reason, deadline=deadline)
 
 
-def _late_by(prepared: PreparedRequest, deadline: Deadline) -> dict[str, float]:
-    """Seconds too late, by level: its own, then the cheaper ones that it may run at, the fullest first."""
-    engine, now = prepared.engine, time.monotonic()
-    layouts = [image.picture.layout for image in prepared.images]
-    allowed = CALLER.get().levels or tuple(engine.menu)
+def _levels(prepared: PreparedRequest) -> list[str]:
+    """Its own, then the cheaper ones that it may run at, the fullest first."""
+    allowed = CALLER.get().levels or tuple(prepared.engine.menu)
     may_change = prepared.meet_deadline or prepared.level == AUTO
-    levels = [prepared.level, *(level for level in engine.cheaper(prepared.level) if may_change and level in allowed)]
-    size = len(prepared.prompt), layouts, prepared.sampling.max_tokens, prepared.n
-    return {level: deadline.late_by(now, *engine.predict_times(level, *size)) for level in levels}
+    return [prepared.level, *(level for level in prepared.engine.cheaper(prepared.level) if may_change and level in allowed)]

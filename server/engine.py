@@ -133,9 +133,8 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether no request runs or waits."""
-        with self._changed:
-            return self.scheduler.idle
+        """Whether no request runs or waits. Takes no lock: the watchdog asks too, and an engine may hang."""
+        return self.scheduler.idle
 
     @property
     def alive(self) -> bool:

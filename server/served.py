@@ -178,7 +178,7 @@ class Served:
     @property
     def idle(self) -> bool:
         """Whether no request runs or waits."""
-        return all(engine.scheduler.idle for engine in self._all())
+        return all(engine.idle for engine in self._all())
 
     @property
     def hung_seconds(self) -> float:
